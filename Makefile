@@ -1,0 +1,76 @@
+# Arriero: `make help` lists what there is.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+# What pip installs as torch. On machines without a GPU, TORCH_INDEX_URL with
+# PyTorch's CPU index saves gigabytes.
+TORCH ?= torch==2.13.0
+TORCH_INDEX_URL ?=
+# More CMake flags for llama.cpp: -DGGML_CUDA=ON, -DGGML_METAL=ON, -DGGML_AVX512=ON ...
+LLAMA_CMAKE_ARGS ?=
+LLAMA_CPP_PYTHON := 0.3.36
+JOBS ?= 2
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.arriero-setup
+export LLAMA_CMAKE_ARGS
+
+.PHONY: help setup demo test verify lint types imports protos proto-lint format bench clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*?## ' '{printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## Make the virtual environment and build llama.cpp (once)
+
+$(STAMP): pyproject.toml constraints.txt docker/build_llama.py
+	@$(PYTHON) docker/check_tools.py
+	@echo "[1/4] virtual environment in $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade pip setuptools
+	@echo "[2/4] torch ($(TORCH)); the largest download"
+	@$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) "$(TORCH)"
+	@echo "[3/4] llama.cpp"
+	@$(BIN)/python docker/build_llama.py --python $(BIN)/python --version $(LLAMA_CPP_PYTHON)
+	@echo "[4/4] Arriero and what it needs"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[all,dev]"
+	@touch $@
+	@echo "Set up. Activate with: source $(BIN)/activate"
+
+demo: $(STAMP) ## From raw data to a served, fine-tuned model, on this machine
+	@$(BIN)/python examples/faq/demo.py
+
+test: $(STAMP) ## Run every test
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+verify: $(STAMP) lint types imports proto-lint ## Run every check that is not a test
+
+lint: $(STAMP) ## Check style
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(STAMP) ## Check types (mypy, strict)
+	@$(BIN)/mypy
+
+imports: $(STAMP) ## Check who imports whom
+	@PYTHONPATH=services $(BIN)/lint-imports
+
+proto-lint: $(STAMP) ## Lint the protos
+	@cd protos && $(abspath $(BIN))/buf lint && $(abspath $(BIN))/buf format --diff --exit-code arriero > /dev/null
+
+protos: $(STAMP) ## Generate the code in services/arriero/v1
+	@$(BIN)/python protos/generate.py services
+
+format: $(STAMP) ## Rewrite code and protos in the project's style
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+	@cd protos && $(abspath $(BIN))/buf format -w arriero
+
+bench: $(STAMP) ## Run one benchmark: make bench BENCH=pipeline
+	@test -n "$(BENCH)" || { echo "Which? make bench BENCH=<name>; there are: $(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))"; exit 2; }
+	@$(BIN)/python benchmarks/$(BENCH).py
+
+clean: ## Remove what set-up made (the wheel of llama.cpp stays cached)
+	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

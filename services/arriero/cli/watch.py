@@ -1,0 +1,56 @@
+"""Follow a run in the terminal.
+
+Responsibility: show a run until it ends, live on a terminal and as lines
+elsewhere. Does not know how runs work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.live import Live
+
+from arriero.cli import render
+from arriero.v1 import orchestrator_pb2 as pb
+
+ENDED = ("SUCCEEDED", "FAILED", "CANCELLED")
+
+
+def follow(updates: Iterable[pb.Run]) -> pb.Run | None:
+    """Show each update; return the last one."""
+    if not render.console.is_terminal:
+        return _lines(updates)
+    last: pb.Run | None = None
+    with Live(console=render.console, refresh_per_second=4, transient=False) as live:
+        for last in updates:
+            live.update(render.run_view(last))
+    return last
+
+
+def _lines(updates: Iterable[pb.Run]) -> pb.Run | None:
+    """One line per change of a stage's state, and per tenth of its progress."""
+    seen: dict[str, tuple[str, int]] = {}
+    last: pb.Run | None = None
+    for last in updates:
+        for stage in last.stages:
+            state = render.stage_state(stage.state)
+            progress = stage.metadata.progress
+            tenth = 10 * progress.step // progress.total_steps if progress.total_steps else 0
+            mark = (state, tenth if state == "RUNNING" else 0)
+            if seen.get(stage.name) == mark:
+                continue
+            seen[stage.name] = mark
+            if state == "PENDING":
+                continue
+            note = ""
+            if state == "RUNNING":
+                note = render.progress_text(stage).plain
+            elif state == "SUCCEEDED":
+                took = render.elapsed(stage.start_time, stage.end_time) or 0.0
+                note = "reused" if stage.metadata.cached else render.seconds(took)
+            elif state == "FAILED":
+                note = stage.error.message
+            render.console.print(
+                f"{stage.name:<12} {state.lower():<10} {note}", highlight=False, soft_wrap=True
+            )
+    return last

@@ -1,0 +1,138 @@
+"""Where rows come from: files and directories that may be read, and the store.
+
+Responsibility: turn a spec's sources into files, and their bytes into digests.
+Does not know what the files hold.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from arriero import refs
+from arriero.errors import FailedPrecondition, InvalidArgument
+from arriero.settings import SourceSettings
+from arriero.store import Store
+
+SUFFIXES = (".json", ".jsonl", ".ndjson")
+# A file of this name makes an artifact a prepared dataset, not raw rows.
+PREPARED = "data.arrow"
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A file to read, and what to call it."""
+
+    path: Path
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One source, resolved.
+
+    Attributes:
+        text: the source with its tag or links resolved.
+        files: in reading order.
+        artifact: digest of the store's artifact; None for paths.
+    """
+
+    text: str
+    files: tuple[SourceFile, ...]
+    artifact: str | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.path.stat().st_size for file in self.files)
+
+
+def locate(text: str, *, store: Store, allowed: SourceSettings | None, field: str) -> Source:
+    """Find the files of one source.
+
+    Args:
+        text: an absolute path, or a reference to a dataset in the store.
+        store: what references are looked up in.
+        allowed: what paths are checked against; None for a source that
+            was checked before.
+        field: what errors name.
+
+    Raises:
+        InvalidArgument: neither, not allowed, or without a file of rows.
+        NotFound: nothing is there.
+        FailedPrecondition: a quarantined artifact.
+    """
+    if text.startswith("/"):
+        path = allowed.check(text, field=field) if allowed else Path(text)
+        return Source(str(path), tuple(_files(path, allowed, field)))
+    if not refs.looks_like_ref(text) or ".." in text.split("/"):
+        raise InvalidArgument.field(
+            field,
+            f"{text!r} is neither an absolute path nor a reference; expected /path/to/rows.jsonl, "
+            "a directory of such files, or dataset/name:tag",
+        )
+    ref = refs.parse(text, field=field)
+    artifact = store.get(ref)
+    kind = artifact.manifest.kind
+    if kind != "dataset":
+        raise InvalidArgument.field(field, f"{text!r} is a {kind}; expected a dataset of raw files")
+    if artifact.quarantined:
+        raise FailedPrecondition(
+            f"{field}: {text!r} is quarantined by its gates; waive them or use another"
+        )
+    files = tuple(
+        SourceFile(artifact.file(entry.path), f"{text}/{entry.path}")
+        for entry in sorted(artifact.manifest.files, key=lambda entry: entry.path)
+        if entry.path.endswith(SUFFIXES)
+    )
+    if any(entry.path == PREPARED for entry in artifact.manifest.files):
+        raise InvalidArgument.field(
+            field, f"{text!r} is prepared already (it holds {PREPARED}); expected raw rows"
+        )
+    _refuse_none(files, text, field)
+    return Source(artifact.digest, files, artifact.digest)
+
+
+def _files(path: Path, allowed: SourceSettings | None, field: str) -> list[SourceFile]:
+    if path.is_file():
+        return [SourceFile(path, str(path))]
+    if not path.is_dir():
+        raise InvalidArgument.field(field, f"{str(path)!r} is neither a file nor a directory")
+    files = []
+    for entry in sorted(path.rglob("*")):
+        parts = entry.relative_to(path).parts
+        if any(part.startswith(".") for part in parts) or entry.suffix not in SUFFIXES:
+            continue
+        # A link inside of the directory may lead out of what is allowed.
+        real = allowed.check(str(entry), field=field) if allowed else entry
+        if real.is_file():
+            files.append(SourceFile(real, str(entry)))
+    _refuse_none(files, str(path), field)
+    return files
+
+
+def _refuse_none(files: Sequence[SourceFile], text: str, field: str) -> None:
+    if not files:
+        raise InvalidArgument.field(
+            field, f"{text!r} holds no file of rows; expected {', '.join(SUFFIXES)}"
+        )
+
+
+def digest(source: Source) -> str:
+    """`sha256:` of a source's bytes.
+
+    Of one file: what `sha256sum` says. Of several: the sha256 of the files'
+    hexadecimal digests, one a line, in reading order.
+    """
+    digests = [_sha256(file.path) for file in source.files]
+    if len(digests) == 1:
+        return f"sha256:{digests[0]}"
+    lines = "".join(f"{item}\n" for item in digests)
+    return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

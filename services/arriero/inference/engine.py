@@ -1,0 +1,360 @@
+"""The engine process: one loaded model, many streams, one loop.
+
+Responsibility: batch the streams' tokens into decodes and send back what comes
+of them, one message per step. Does not know gRPC, templates or other replicas.
+
+    python -m arriero.inference.engine FD OPTIONS_JSON
+
+The loop: take commands; admit waiting requests to free slots; one row for each
+slot that generates, then prompt chunks up to the batch's room; decode; sample;
+send. A process of its own, since a llama.cpp abort ends the process it is in.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from arriero.errors import ArrieroError, InvalidArgument, ResourceExhausted
+from arriero.gates.golden import Golden, compare
+from arriero.inference import frames
+from arriero.inference.text import TextStream
+from arriero.llama import Batch, Context, Model
+from arriero.llama.sampler import Sampler, Sampling
+
+# Requests that may wait for a slot.
+QUEUE = 64
+# Context per slot when the model's own is larger and none was asked for.
+DEFAULT_CONTEXT = 4096
+_BATCH = 512
+
+
+@dataclass
+class Stream:
+    """One request on its way."""
+
+    id: int
+    prompt: list[int]
+    sampler: Sampler
+    text: TextStream
+    max_tokens: int
+    slot: int = -1
+    # Prompt tokens that are in the KV cache.
+    filled: int = 0
+    # The token that the next decode takes, once the prompt is done.
+    next_token: int | None = None
+    made: int = 0
+    row: int = -1
+    admitted: float = field(default_factory=time.monotonic)
+    first: float = 0.0
+
+
+@dataclass
+class Score:
+    """A comparison with golden logits on its way."""
+
+    id: int
+    golden: Golden
+    logits: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+
+
+class Engine:
+    """Serves one model until its front end closes the pipe.
+
+    Args:
+        connection: the pipe.
+        model: loaded.
+        context: its sequences are the slots.
+    """
+
+    def __init__(self, connection: socket.socket, model: Model, context: Context) -> None:
+        self._connection = connection
+        self._model = model
+        self._context = context
+        self._pieces = model.pieces(special=False)
+        self._commands: queue.SimpleQueue[frames.Frame | None] = queue.SimpleQueue()
+        self._waiting: deque[Stream] = deque()
+        self._scores: deque[Score] = deque()
+        self._slots: list[Stream | None] = [None] * context.n_seq
+        self._batch = Batch(context.n_batch)
+        self._events: list[dict[str, Any]] = []
+        self._open = True
+
+    def run(self) -> None:
+        """Work until the pipe closes."""
+        threading.Thread(target=self._listen, daemon=True).start()
+        while self._open:
+            self._take_commands()
+            self._admit()
+            if any(self._slots):
+                self._step()
+            self._flush()
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                frame = frames.receive(self._connection)
+            except OSError:
+                frame = None
+            self._commands.put(frame)
+            if frame is None:
+                return
+
+    def _take_commands(self) -> None:
+        idle = not (self._waiting or self._scores or any(self._slots))
+        while True:
+            try:
+                # An idle engine sleeps here and uses no CPU.
+                frame = self._commands.get(block=idle)
+            except queue.Empty:
+                return
+            idle = False
+            if frame is None:
+                self._open = False
+                return
+            try:
+                self._obey(frame)
+            except ArrieroError as error:
+                self._refuse(frame["id"], error)
+
+    def _obey(self, frame: frames.Frame) -> None:
+        op = frame["op"]
+        if op == "generate":
+            self._enqueue(frame)
+        elif op == "cancel":
+            self._cancel(frame["id"])
+        elif op == "tokenize":
+            tokens = self._model.tokenize(
+                frame["text"],
+                add_special=frame["add_special"],
+                parse_special=frame["parse_special"],
+            )
+            self._events.append({"id": frame["id"], "tokens": tokens, "done": True})
+        elif op == "score":
+            self._scores.append(Score(frame["id"], Golden.read(Path(frame["golden"]))))
+
+    def _enqueue(self, frame: frames.Frame) -> None:
+        options = dict(frame["sampling"])
+        limit = options.pop("max_tokens", None)
+        stop = options.pop("stop", [])
+        prompt = self._model.tokenize(
+            frame["prompt"], add_special=frame["add_special"], parse_special=True
+        )
+        room = self._context.n_ctx
+        if not prompt:
+            raise InvalidArgument.field("prompt", "is empty; expected at least one token")
+        if len(prompt) >= room:
+            raise InvalidArgument.field(
+                "prompt",
+                f"has {len(prompt)} tokens, and the context of this replica holds {room} "
+                "with the answer; shorten the prompt or deploy with a larger context",
+            )
+        if len(self._waiting) >= QUEUE:
+            raise ResourceExhausted(
+                f"{QUEUE} requests wait already; try again later or scale the endpoint"
+            )
+        left = room - len(prompt)
+        stream = Stream(
+            id=frame["id"],
+            prompt=prompt,
+            sampler=Sampler(Sampling(**options)),
+            text=TextStream(stop),
+            max_tokens=left if limit is None else min(limit, left),
+        )
+        if stream.max_tokens == 0:
+            self._finish(stream, "LENGTH")
+        else:
+            self._waiting.append(stream)
+
+    def _cancel(self, request: int) -> None:
+        for waiting in self._waiting:
+            if waiting.id == request:
+                waiting.sampler.close()
+                self._waiting.remove(waiting)
+                return
+        for stream in self._slots:
+            if stream is not None and stream.id == request:
+                self._free(stream)
+                return
+
+    def _admit(self) -> None:
+        for slot, taken in enumerate(self._slots):
+            if taken is not None:
+                continue
+            if self._scores:
+                self._score(self._scores[0], slot)
+            elif self._waiting:
+                stream = self._waiting.popleft()
+                stream.slot = slot
+                self._slots[slot] = stream
+
+    def _score(self, score: Score, slot: int) -> None:
+        """Evaluate one more of golden's sequences in a free slot, as streams run."""
+        ids = score.golden.sequences[len(score.logits)]
+        score.logits.append(self._context.sequence_logits(ids.tolist(), sequence=slot))
+        if len(score.logits) < len(score.golden.lengths):
+            return
+        self._scores.popleft()
+        try:
+            found = compare(score.golden, np.concatenate(score.logits))
+        except ArrieroError as error:
+            self._refuse(score.id, error)
+            return
+        figures = {
+            "kl_divergence": found.kl_divergence,
+            "top1_agreement": found.top1_agreement,
+            "confident_disagreements": found.confident_disagreements,
+            "tokens": found.tokens,
+            "seconds": time.monotonic() - score.started,
+        }
+        self._events.append({"id": score.id, "done": True, "score": figures})
+
+    def _step(self) -> None:
+        """Decode once for all slots, and sample where a token is due."""
+        self._batch.clear()
+        for stream in self._running():
+            if stream.next_token is not None:
+                position = len(stream.prompt) + stream.made - 1
+                stream.row = self._batch.add(stream.next_token, position, stream.slot)
+        for stream in self._running():
+            if stream.next_token is None:
+                self._add_prompt(stream)
+        self._context.decode(self._batch)
+        for stream in self._running():
+            if stream.row >= 0:
+                self._advance(stream)
+
+    def _running(self) -> list[Stream]:
+        return [stream for stream in self._slots if stream is not None]
+
+    def _add_prompt(self, stream: Stream) -> None:
+        chunk = stream.prompt[stream.filled : stream.filled + self._batch.room]
+        stream.row = -1
+        if not chunk:
+            return
+        whole = stream.filled + len(chunk) == len(stream.prompt)
+        rows = self._batch.extend(
+            chunk,
+            start=stream.filled,
+            sequence=stream.slot,
+            outputs="last" if whole else "none",
+        )
+        stream.filled += len(chunk)
+        if whole:
+            stream.row = rows[-1]
+
+    def _advance(self, stream: Stream) -> None:
+        """Take the token that was sampled: show it, or end the stream."""
+        token = stream.sampler.sample(self._context, stream.row)
+        if not stream.first:
+            stream.first = time.monotonic()
+        if token in self._model.eog:
+            self._finish(stream, "STOP")
+            return
+        stream.made += 1
+        delta = stream.text.push(self._pieces[token])
+        if stream.text.stopped:
+            self._finish(stream, "STOP", delta)
+        elif stream.made >= stream.max_tokens:
+            self._finish(stream, "LENGTH", delta)
+        else:
+            stream.next_token = token
+            if delta:
+                self._events.append({"id": stream.id, "delta": delta})
+
+    def _finish(self, stream: Stream, reason: str, delta: str = "") -> None:
+        now = time.monotonic()
+        first = stream.first or now
+        self._events.append(
+            {
+                "id": stream.id,
+                "delta": delta + stream.text.finish(),
+                "done": True,
+                "finish_reason": reason,
+                "usage": {
+                    "prompt_tokens": len(stream.prompt),
+                    "completion_tokens": stream.made,
+                    "prompt_seconds": first - stream.admitted,
+                    "completion_seconds": now - first,
+                },
+            }
+        )
+        self._free(stream)
+
+    def _free(self, stream: Stream) -> None:
+        stream.sampler.close()
+        if stream.slot >= 0:
+            self._context.remove(stream.slot)
+            self._slots[stream.slot] = None
+
+    def _refuse(self, request: int, error: ArrieroError) -> None:
+        event: dict[str, Any] = {"code": error.code, "message": error.message}
+        if isinstance(error, InvalidArgument):
+            event["violations"] = [[v.field, v.description] for v in error.violations]
+        self._events.append({"id": request, "done": True, "error": event})
+
+    def _flush(self) -> None:
+        if self._events:
+            try:
+                frames.send(self._connection, {"events": self._events})
+            except OSError:
+                self._open = False
+            self._events = []
+
+
+def describe(model: Model, context: Context) -> frames.Frame:
+    """What the front end needs to know of the model."""
+
+    def piece(token: int | None) -> str:
+        return "" if token is None else model.token_to_piece(token).decode("utf-8", "replace")
+
+    return {
+        "context_length": context.n_ctx,
+        "slots": context.n_seq,
+        "vocab_size": model.n_vocab,
+        "bos": piece(model.bos),
+        "eos": piece(model.eos),
+        "adds_bos": model.adds_bos,
+        "metadata": model.metadata,
+        "chat_template": model.chat_template,
+    }
+
+
+def main() -> None:
+    """Load the model, say that it is ready, serve; exit 3 with the reason when it can't."""
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    options = json.loads(sys.argv[2])
+    try:
+        with Model(Path(options["path"]), n_gpu_layers=options["gpu_layers"]) as model:
+            n_ctx = options["context"] or min(model.n_ctx_train, DEFAULT_CONTEXT)
+            with Context(
+                model,
+                n_ctx=n_ctx,
+                n_seq=options["slots"],
+                n_batch=_BATCH,
+                n_threads=options["threads"],
+            ) as context:
+                # Page the weights in before the first request pays for it.
+                warm_up = [model.bos if model.bos is not None else 0]
+                context.sequence_logits(warm_up)
+                frames.send(connection, {"ready": describe(model, context)})
+                Engine(connection, model, context).run()
+    except ArrieroError as error:
+        frames.send(connection, {"failed": {"code": error.code, "message": error.message}})
+        sys.exit(3)
+
+
+if __name__ == "__main__":
+    main()

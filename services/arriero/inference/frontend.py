@@ -1,0 +1,218 @@
+"""The replica's side of the engine process: start it, talk to it, start it again.
+
+Responsibility: requests of many callers over one pipe, and what they are told
+when the engine dies. Does not know llama.cpp, gRPC or templates.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from arriero import errors
+from arriero.inference import frames
+
+logger = logging.getLogger(__name__)
+
+# Delays before the engine is started again after it died, in seconds; the last repeats.
+BACKOFF = (0.0, 1.0, 5.0, 15.0)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What the engine is started with.
+
+    Attributes:
+        path: the GGUF file.
+        context: tokens per slot; 0 for the model's own.
+        slots: streams that run at the same time.
+        threads: 0 for what the machine grants.
+        gpu_layers: layers to put on a GPU; -1 for all.
+    """
+
+    path: Path
+    context: int = 0
+    slots: int = 4
+    threads: int = 0
+    gpu_layers: int = 0
+
+    def to_json(self) -> str:
+        """As the engine process reads it."""
+        return json.dumps(
+            {
+                "path": str(self.path),
+                "context": self.context,
+                "slots": self.slots,
+                "threads": self.threads,
+                "gpu_layers": self.gpu_layers,
+            }
+        )
+
+
+@dataclass
+class Frontend:
+    """Keeps one engine running and lets many callers use it.
+
+    Args:
+        options: what to start it with.
+        on_ready: told True when the engine serves and False when it died.
+    """
+
+    options: EngineOptions
+    on_ready: Callable[[bool], object] = lambda ready: None
+    model: frames.Frame = field(default_factory=dict)
+    _pending: dict[int, asyncio.Queue[dict[str, Any]]] = field(default_factory=dict)
+    _ids: Any = field(default_factory=lambda: itertools.count(1))
+    _writer: asyncio.StreamWriter | None = None
+    _process: asyncio.subprocess.Process | None = None
+    _closing: bool = False
+
+    async def run(self) -> None:
+        """Start the engine, and again whenever it dies, until `close`.
+
+        Raises:
+            ArrieroError: the model cannot be loaded; starting again won't help.
+        """
+        deaths = 0
+        while not self._closing:
+            served = await self._serve_once()
+            self.on_ready(False)
+            self._fail_pending()
+            if self._closing:
+                return
+            deaths = 0 if served else deaths + 1
+            delay = BACKOFF[min(deaths, len(BACKOFF) - 1)]
+            logger.error("the engine process died; starting it again in %.0f s", delay)
+            await asyncio.sleep(delay)
+
+    async def _serve_once(self) -> bool:
+        """One life of the engine; whether it got as far as serving."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "arriero.inference.engine",
+                str(theirs.fileno()),
+                self.options.to_json(),
+                pass_fds=[theirs.fileno()],
+                stdin=asyncio.subprocess.DEVNULL,
+            )
+        reader, self._writer = await asyncio.open_connection(sock=ours, limit=frames.MAX_BYTES)
+        served = False
+        try:
+            while (frame := await frames.read(reader)) is not None:
+                if "failed" in frame:
+                    raise _error(frame["failed"])
+                if "ready" in frame:
+                    served = True
+                    self.model = frame["ready"]
+                    self.on_ready(True)
+                for event in frame.get("events", ()):
+                    waiting = self._pending.get(event["id"])
+                    if waiting is not None:
+                        waiting.put_nowait(event)
+        finally:
+            self._writer.close()
+            self._writer = None
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            await self._process.wait()
+        return served
+
+    def _fail_pending(self) -> None:
+        died = {
+            "done": True,
+            "error": {
+                "code": "UNAVAILABLE",
+                "message": "the engine of this replica died and is being started again; "
+                "the request can be sent once more",
+            },
+        }
+        for waiting in self._pending.values():
+            waiting.put_nowait(died)
+
+    async def request(self, **command: Any) -> AsyncIterator[dict[str, Any]]:
+        """Send a command and yield its events; leaving early cancels it.
+
+        Raises:
+            Unavailable: no engine runs now.
+            ArrieroError: what the engine refused it for.
+        """
+        if self._writer is None or not self.model:
+            raise errors.Unavailable("the model of this replica is not loaded yet; try again soon")
+        request = next(self._ids)
+        events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._pending[request] = events
+        done = False
+        try:
+            self._writer.write(frames.encode({**command, "id": request}))
+            await self._writer.drain()
+            while not done:
+                event = await events.get()
+                done = bool(event.get("done"))
+                if "error" in event:
+                    raise _error(event["error"])
+                yield event
+        except ConnectionError as error:
+            done = True
+            raise errors.Unavailable("the engine of this replica died; send it again") from error
+        finally:
+            del self._pending[request]
+            if not done and self._writer is not None:
+                self._writer.write(frames.encode({"op": "cancel", "id": request}))
+
+    async def ask(self, **command: Any) -> dict[str, Any]:
+        """Send a command that has one answer."""
+        async for event in self.request(**command):
+            return event
+        raise errors.Internal("the engine gave no answer")
+
+    @property
+    def busy(self) -> int:
+        """Requests on their way."""
+        return len(self._pending)
+
+    @property
+    def pid(self) -> int | None:
+        """The engine's process, while it runs."""
+        return self._process.pid if self._process is not None else None
+
+    def close(self) -> None:
+        """End the engine."""
+        self._closing = True
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, signal.SIGKILL)
+
+
+def _error(found: dict[str, Any]) -> errors.ArrieroError:
+    """The exception that an engine's message stands for."""
+    message = str(found["message"])
+    if found["code"] == "INVALID_ARGUMENT":
+        return errors.InvalidArgument(
+            message,
+            violations=[errors.FieldViolation(f, d) for f, d in found.get("violations", ())],
+        )
+    for kind in (
+        errors.ResourceExhausted,
+        errors.Unavailable,
+        errors.DataLoss,
+        errors.NotFound,
+        errors.FailedPrecondition,
+        errors.OutOfRange,
+    ):
+        if kind.code == found["code"]:
+            return kind(message)
+    return errors.Internal(message)

@@ -1,0 +1,189 @@
+"""`InferenceService`: proto in, engine commands out, and back.
+
+Responsibility: translate and check requests, render chats with the model's own
+template. Does not know how tokens are made.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc.aio
+from google.protobuf import struct_pb2
+
+from arriero import prompts
+from arriero.errors import FailedPrecondition, InvalidArgument
+from arriero.inference.frontend import Frontend
+from arriero.llama.sampler import Sampling
+from arriero.store import Artifact, Store
+from arriero.v1 import inference_pb2 as pb
+from arriero.v1 import inference_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+_KNOBS = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed")
+_ROLES = ("system", "user", "assistant")
+_MAX_STOP = 16
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
+    """One replica's API.
+
+    Args:
+        frontend: runs the engine.
+        store: where golden logits are.
+        artifact: what is served.
+        name: the endpoint's.
+    """
+
+    def __init__(self, frontend: Frontend, store: Store, artifact: Artifact, name: str) -> None:
+        self._frontend = frontend
+        self._store = store
+        self._artifact = artifact
+        self._name = name
+
+    async def Generate(  # type: ignore[override]
+        self, request: pb.GenerateRequest, context: Context
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        """Continue a prompt."""
+        async for event in self._stream(request.prompt, request.sampling, add_special=True):
+            yield pb.GenerateResponse(**_response(event))
+
+    async def Chat(  # type: ignore[override]
+        self, request: pb.ChatRequest, context: Context
+    ) -> AsyncIterator[pb.ChatResponse]:
+        """Answer messages."""
+        template = self._template()
+        messages = _messages(request)
+        model = self._frontend.model
+        prompt = template.render(
+            messages,
+            bos_token=model.get("bos", ""),
+            eos_token=model.get("eos", ""),
+            add_generation_prompt=True,
+        )
+        stops = [*request.sampling.stop, *template.stop]
+        sampling = pb.SamplingParams()
+        sampling.CopyFrom(request.sampling)
+        del sampling.stop[:]
+        sampling.stop.extend(stops)
+        add_special = not template.writes_bos
+        async for event in self._stream(prompt, sampling, add_special=add_special):
+            yield pb.ChatResponse(**_response(event))
+
+    async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:  # type: ignore[override]
+        """Compare this replica with golden logits."""
+        golden = self._store.get(request.golden)
+        event = await self._frontend.ask(op="score", golden=str(golden.path))
+        return pb.ScoreResponse(**event["score"])
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:  # type: ignore[override]
+        """Token ids of a text."""
+        event = await self._frontend.ask(
+            op="tokenize",
+            text=request.text,
+            add_special=request.add_special,
+            parse_special=request.parse_special,
+        )
+        return pb.TokenizeResponse(tokens=event["tokens"])
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:  # type: ignore[override]
+        """What is served."""
+        model = self._frontend.model
+        if not model:
+            # Asking before the model is loaded is answered as `ask` would.
+            await self._frontend.ask(op="tokenize", text="", add_special=False, parse_special=False)
+        metadata = struct_pb2.Struct()
+        metadata.update(model["metadata"])
+        return pb.GetModelResponse(
+            digest=self._artifact.digest,
+            name=self._name,
+            quant_type=self._artifact.manifest.labels.get("quant_type", ""),
+            context_length=model["context_length"],
+            vocab_size=model["vocab_size"],
+            template=model["chat_template"] or "",
+            metadata=metadata,
+            memory_bytes=_memory(self._frontend.pid),
+        )
+
+    async def _stream(
+        self, prompt: str, params: pb.SamplingParams, *, add_special: bool
+    ) -> AsyncIterator[dict[str, Any]]:
+        sampling = _sampling(params)
+        requests = self._frontend.request(
+            op="generate", prompt=prompt, sampling=sampling, add_special=add_special
+        )
+        try:
+            async for event in requests:
+                yield event
+        finally:
+            # A caller that leaves cancels its stream in the engine, now and not at collection.
+            await requests.aclose()  # type: ignore[attr-defined]
+
+    def _template(self) -> prompts.Template:
+        metadata = self._frontend.model.get("metadata", {})
+        stored = metadata.get("arriero.template")
+        if stored:
+            return prompts.Template.from_json(stored)
+        jinja = self._frontend.model.get("chat_template")
+        if not jinja:
+            raise FailedPrecondition(
+                f"{self._name} has no prompt template, so it cannot chat; use Generate, or "
+                "quantize a model that was trained with one"
+            )
+        return prompts.load("model", chat_template=jinja)
+
+
+def _sampling(params: pb.SamplingParams) -> dict[str, Any]:
+    """Checked values for the engine; what is not set keeps llama.cpp's default."""
+    given: dict[str, Any] = {
+        name: getattr(params, name) for name in _KNOBS if params.HasField(name)
+    }
+    Sampling(**given).check()
+    if params.HasField("max_tokens"):
+        if params.max_tokens < 0:
+            raise InvalidArgument.field(
+                "sampling.max_tokens", f"{params.max_tokens} is negative; expected 0 or more"
+            )
+        given["max_tokens"] = params.max_tokens
+    stop = [text for text in params.stop if text]
+    if len(stop) > _MAX_STOP:
+        raise InvalidArgument.field(
+            "sampling.stop", f"{len(stop)} stop strings; at most {_MAX_STOP} are taken"
+        )
+    given["stop"] = stop
+    return given
+
+
+def _messages(request: pb.ChatRequest) -> list[dict[str, str]]:
+    if not request.messages:
+        raise InvalidArgument.field("messages", "is empty; expected at least one message")
+    for index, message in enumerate(request.messages):
+        if message.role not in _ROLES:
+            raise InvalidArgument.field(
+                f"messages[{index}].role",
+                f"{message.role!r} is unknown; expected {', '.join(_ROLES)}",
+            )
+    return [{"role": m.role, "content": m.content} for m in request.messages]
+
+
+def _response(event: dict[str, Any]) -> dict[str, Any]:
+    """Fields that GenerateResponse and ChatResponse share."""
+    fields: dict[str, Any] = {"delta": event.get("delta", "")}
+    if event.get("done"):
+        fields["finish_reason"] = pb.FinishReason.Value(f"FINISH_REASON_{event['finish_reason']}")
+        fields["usage"] = pb.Usage(**event["usage"])
+    return fields
+
+
+def _memory(pid: int | None) -> int:
+    """Resident bytes of the engine, mapped weights included."""
+    import psutil
+
+    try:
+        return int(psutil.Process(pid).memory_info().rss) if pid else 0
+    except psutil.Error:
+        return 0

@@ -1,0 +1,43 @@
+"""llama.cpp, typed: models, contexts, batches, quantizing, GGUF headers.
+
+Responsibility: the one place that touches llama.cpp (through llama-cpp-python's
+low-level binding). Does not know requests, artifacts or gRPC.
+
+A model is loaded once, and contexts are made over it:
+
+    with Model(path) as model, Context(model, n_ctx=4096, n_seq=8) as context:
+        batch = Batch(512)
+        batch.extend(model.tokenize("Hello"), start=0, sequence=0)
+        context.decode(batch)
+        next_token = int(context.logits(batch.size - 1).argmax())
+
+Nothing here starts a thread of Python's own; a llama.cpp abort ends the process,
+so a process that must live does not load models itself. `read_header` and
+`resolve_type` are safe anywhere.
+"""
+
+from arriero.llama.context import Batch, Context, Rope, golden_logits
+from arriero.llama.cores import threads
+from arriero.llama.header import Header, TensorInfo, insert_metadata, read_header
+from arriero.llama.library import available, initialize
+from arriero.llama.model import Model
+from arriero.llama.quantizer import QUANT_TYPES, expected_size, quantize, resolve_type
+
+__all__ = [
+    "QUANT_TYPES",
+    "Batch",
+    "Context",
+    "Header",
+    "Model",
+    "Rope",
+    "TensorInfo",
+    "available",
+    "expected_size",
+    "golden_logits",
+    "initialize",
+    "insert_metadata",
+    "quantize",
+    "read_header",
+    "resolve_type",
+    "threads",
+]

@@ -1,0 +1,91 @@
+"""Which files of a model or an adapter are kept, and copying them.
+
+Responsibility: the lists, the copy with progress, sha256. Does not look into
+the files.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from arriero.prompts import FILE_NAME as TEMPLATE_FILE
+
+__all__ = [
+    "ADAPTER_EXTRAS",
+    "LICENCES",
+    "MODEL_EXTRAS",
+    "TEMPLATE_FILE",
+    "copy_files",
+    "matching",
+    "sha256_of",
+]
+
+Tick = Callable[[int, int], None]
+LICENCES = ("LICEN[CS]E*", "COPYING*", "NOTICE*", "USE_POLICY*")
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+# Beside the weights. Code (`*.py`) is never kept: nothing here would run it.
+MODEL_EXTRAS = (
+    "config.json",
+    "generation_config.json",
+    *_TOKENIZER,
+    TEMPLATE_FILE,
+    *LICENCES,
+)
+ADAPTER_EXTRAS = ("adapter_config.json", *_TOKENIZER, TEMPLATE_FILE, *LICENCES)
+_CHUNK = 1 << 23
+
+
+def matching(files: Iterable[Path], patterns: Iterable[str]) -> list[Path]:
+    """The files whose name fits one of the patterns (case matters)."""
+    wanted = tuple(patterns)
+    return [
+        path
+        for path in files
+        if any(fnmatch.fnmatchcase(path.name, pattern) for pattern in wanted)
+    ]
+
+
+def copy_files(files: Iterable[Path], target: Path, tick: Tick) -> None:
+    """Copy files under their own names; links are followed, modes are not kept.
+
+    Args:
+        files: to copy.
+        target: directory.
+        tick: called with bytes so far and in all.
+    """
+    paths = list(files)
+    total = sum(path.stat().st_size for path in paths)
+    done = 0
+    for path in paths:
+        with path.open("rb") as source, (target / path.name).open("wb") as sink:
+            while chunk := source.read(_CHUNK):
+                sink.write(chunk)
+                done += len(chunk)
+                tick(done, total)
+
+
+def sha256_of(path: Path, tick: Tick) -> str:
+    """A file's sha256 in hex."""
+    digest = hashlib.sha256()
+    total = path.stat().st_size
+    done = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            done += len(chunk)
+            tick(done, total)
+    return digest.hexdigest()

@@ -1,0 +1,155 @@
+"""PyTorch checkpoints (`.bin`) to safetensors, without running what is in them.
+
+Responsibility: load with `weights_only=True` alone, and write safetensors. A
+pickle that wants to run code is refused before anything of it runs. Does not
+know which tensors a model needs.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from arriero.errors import DataLoss, FailedPrecondition, NotFound
+from arriero.weights import TensorPlan, WeightsWriter, dtype_name
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["checkpoint_files", "convert"]
+
+Tick = Callable[[int, int], None]
+# Buffers that old conversions stored and every loader makes anew.
+_DERIVED = (".rotary_emb.inv_freq",)
+
+
+def checkpoint_files(directory: Path, stem: str) -> list[Path]:
+    """The files of `<stem>.bin`, or those that `<stem>.bin.index.json` names.
+
+    Raises:
+        DataLoss: the index is damaged, or a file that it names is missing.
+    """
+    index = directory / f"{stem}.bin.index.json"
+    if not index.is_file():
+        path = directory / f"{stem}.bin"
+        return [path] if path.is_file() else []
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataLoss(f"{index.name} is not a checkpoint index: {error}") from error
+    for name in names:
+        if name != Path(name).name or name in {"", ".", ".."}:
+            raise DataLoss(f"{index.name} names the file {name!r}; expected a plain file name")
+        if not (directory / name).is_file():
+            raise DataLoss(f"{index.name} names {name}, but it is missing; fetch that shard")
+    return [directory / name for name in names]
+
+
+def convert(
+    files: list[Path],
+    target: Path,
+    *,
+    stem: str,
+    tied: bool = False,
+    max_shard_size: int = 5_000_000_000,
+    tick: Tick,
+) -> list[Path]:
+    """Write the tensors of PyTorch files as safetensors into `target`.
+
+    Each file is opened twice and mapped, so that memory holds one tensor at a
+    time (old files without zip structure are loaded whole).
+
+    Args:
+        files: of one checkpoint.
+        target: directory.
+        stem: `model` or `adapter_model`.
+        tied: leave out `lm_head.weight` where it is the embeddings again.
+        max_shard_size: bytes.
+        tick: called with tensors so far and in all.
+
+    Raises:
+        FailedPrecondition: a pickle with code, or something that is not a tensor.
+        DataLoss: a damaged file, or a tensor in two files.
+    """
+    plan: dict[str, TensorPlan] = {}
+    for path in files:
+        for name, tensor in _tensors(path, tied):
+            if name in plan:
+                raise DataLoss(f"{name} is in {path.name} and in a file before it; keep one")
+            plan[name] = TensorPlan(name, dtype_name(str(tensor.dtype)), tuple(tensor.shape))
+    if not plan:
+        raise FailedPrecondition(f"{files[0].name} holds no tensors; expected a state dict")
+    done = 0
+    with WeightsWriter(
+        target, list(plan.values()), max_shard_size=max_shard_size, stem=stem
+    ) as writer:
+        for path in files:
+            for name, tensor in _tensors(path, tied):
+                writer.write(name, tensor)
+                done += 1
+                tick(done, len(plan))
+    return writer.files
+
+
+def _tensors(path: Path, tied: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    import torch
+
+    state = _load(path)
+    embeddings = state.get("model.embed_tokens.weight")
+    for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise FailedPrecondition(
+                f"{name} in {path.name} is {type(tensor).__name__}; expected a flat state dict "
+                "of tensors"
+            )
+        same = (
+            isinstance(embeddings, torch.Tensor)
+            and embeddings.data_ptr() == tensor.data_ptr()
+            and embeddings.shape == tensor.shape
+        )
+        if name.endswith(_DERIVED) or (tied and name == "lm_head.weight" and same):
+            continue
+        yield name, tensor.detach()
+
+
+def _load(path: Path) -> Mapping[str, object]:
+    import torch
+
+    try:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:  # the format before torch 1.6 cannot be mapped
+            if "mmap" not in str(error):
+                raise
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise NotFound(f"{path.name} does not exist") from error
+    except pickle.UnpicklingError as error:
+        first = str(error).strip().splitlines()[0]
+        if "Weights only load failed" not in str(error):
+            raise DataLoss(f"{path.name} is not a PyTorch checkpoint: {first}") from error
+        raise FailedPrecondition(
+            f"{path.name} wants to run code when it is opened, and was not opened: "
+            f"{_blamed(str(error))}; expected tensors alone. Save it as safetensors where you "
+            "trust it"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise DataLoss(
+            f"{path.name} is damaged: {str(error).strip().splitlines()[0]}; fetch it again"
+        ) from error
+    if not isinstance(state, Mapping):
+        raise FailedPrecondition(
+            f"{path.name} holds {type(state).__name__}; expected a state dict of tensors"
+        )
+    return state
+
+
+def _blamed(text: str) -> str:
+    """The one line of torch's message that names what is not allowed."""
+    for line in text.splitlines():
+        if "GLOBAL" in line or "Unsupported" in line:
+            return line.strip().removeprefix("WeightsUnpickler error:").strip()[:200]
+    return "it holds objects that are not tensors"

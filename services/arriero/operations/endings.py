@@ -1,0 +1,95 @@
+"""How a job ended, and what follows from it.
+
+Responsibility: from an exit code and an outcome to one verdict: done, again, or
+failed. Does not know processes or records.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any
+
+from arriero.errors import ArrieroError, Preempted, ResourceExhausted, Unavailable
+from arriero.operations.handoff import EXIT_TRY_AGAIN, Outcome, to_json
+from arriero.rpc.status import to_status
+
+
+class Next(Enum):
+    """What an ending asks for."""
+
+    PUBLISH = auto()
+    AGAIN = auto()
+    FAIL = auto()
+
+
+@dataclass(frozen=True)
+class Ending:
+    """A job's end.
+
+    `status` is a `google.rpc.Status` as JSON; `counted` is False when the attempt
+    was not the job's to lose (preemption, the service's own death).
+    """
+
+    next: Next
+    status: dict[str, Any]
+    counted: bool = True
+
+    @property
+    def message(self) -> str:
+        """The status in words."""
+        return str(self.status.get("message", "done"))
+
+
+def ending_of(code: int | None, outcome: Outcome | None, last_lines: Sequence[str] = ()) -> Ending:
+    """The verdict on a job.
+
+    An outcome is the job's own word and wins over the exit code, which
+    launchers in between are known to change.
+
+    Args:
+        code: exit code, -n for signal n; None when nobody saw it end.
+        outcome: what the job wrote, if it got that far.
+        last_lines: of its log, for jobs that wrote no outcome.
+    """
+    if outcome is not None:
+        if outcome.ok:
+            return Ending(Next.PUBLISH, {})
+        again = outcome.retryable or outcome.preempted
+        return Ending(
+            Next.AGAIN if again else Next.FAIL,
+            dict(outcome.status),
+            counted=not outcome.preempted,
+        )
+    if code is None or code == EXIT_TRY_AGAIN:
+        return _again(
+            Preempted("the job ended with its service; it starts again from its checkpoint"),
+            counted=False,
+        )
+    said = f"; it last wrote: {' | '.join(last_lines)}" if last_lines else ""
+    if code == -signal.SIGKILL:
+        return _again(
+            ResourceExhausted(
+                "the job was killed (SIGKILL), probably because memory ran out; use smaller "
+                f"batches or a machine with more memory{said}",
+                reason="OUT_OF_MEMORY",
+            )
+        )
+    if code == -signal.SIGTERM:
+        return _again(
+            Preempted("the job was told to stop (SIGTERM) before it could save"), counted=False
+        )
+    if code < 0:
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        return _again(Unavailable(f"the job crashed with {name}{said}", reason="JOB_CRASHED"))
+    return _again(
+        Unavailable(
+            f"the job exited with code {code} and left no outcome{said}", reason="JOB_CRASHED"
+        )
+    )
+
+
+def _again(error: ArrieroError, *, counted: bool = True) -> Ending:
+    return Ending(Next.AGAIN, to_json(to_status(error)), counted)

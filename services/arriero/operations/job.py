@@ -1,0 +1,248 @@
+"""The job's side of an operation: what a room's work sees, and the process around it.
+
+Responsibility: hand a handler its spec and inputs, and write `outcome.json`
+about what it made. Publishes nothing; does not know attempts before or after.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from google.protobuf.message import Message
+
+from arriero.errors import Internal, InvalidArgument, Preempted
+from arriero.gates import Gates, Mode
+from arriero.operations.delivery import Output, describe, failure
+from arriero.operations.handoff import EXIT_FAILED, EXIT_TRY_AGAIN, Assignment, Outcome
+from arriero.operations.process import end_self
+from arriero.operations.reporting import ProgressMeter, ProgressSender
+from arriero.rpc import logs, parent
+from arriero.store import Artifact, Store
+from arriero.v1 import types_pb2
+
+__all__ = ["Handler", "Job", "Output", "gate_modes", "main"]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_WATCH_INTERVAL = 0.5
+
+
+class Job:
+    """One attempt, as its handler sees it.
+
+    Attributes:
+        spec: the resolved spec, in the kind's own type.
+        kind, run, stage, attempt: what this is a part of; attempts count from 1.
+        store: to read from; a job publishes nothing.
+        inputs: artifacts by the spec's field name.
+        checkpoints: directory that survives attempts (and a retry of the same work).
+        scratch: directory of this attempt alone, empty at its start.
+        gates: the collector of verdicts, with the spec's modes.
+        preempted: set when the job is told to leave: save, then raise `Preempted`.
+        log: goes to the operation's kept log.
+    """
+
+    def __init__(
+        self,
+        *,
+        spec: Message,
+        kind: str,
+        store: Store,
+        inputs: Mapping[str, list[Artifact]],
+        staging: Path,
+        attempt: int = 1,
+        run: str = "",
+        stage: str = "",
+        nudge: Callable[[], None] | None = None,
+    ) -> None:
+        self.spec: Any = spec
+        self.kind = kind
+        self.attempt = attempt
+        self.run = run
+        self.stage = stage
+        self.store = store
+        self.inputs = inputs
+        self.directory = staging / "attempts" / str(attempt)
+        self.checkpoints = staging / "checkpoints"
+        self.scratch = self.directory / "scratch"
+        self.gates = Gates(gate_modes(spec))
+        self.preempted = threading.Event()
+        self.meter = ProgressMeter()
+        self.log = logging.getLogger(f"arriero.job.{kind}")
+        self._nudge = nudge
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self.scratch.mkdir(parents=True)
+
+    def input(self, name: str) -> Artifact:
+        """The one artifact of an input field.
+
+        Raises:
+            InvalidArgument: the field holds none, or several.
+        """
+        artifacts = self.inputs.get(name, [])
+        if len(artifacts) != 1:
+            raise InvalidArgument.field(
+                name, f"holds {len(artifacts)} artifacts, expected exactly one"
+            )
+        return artifacts[0]
+
+    def optional_input(self, name: str) -> Artifact | None:
+        """The artifact of an input field that may be unset."""
+        return self.input(name) if self.inputs.get(name) else None
+
+    def output_dir(self, name: str) -> Path:
+        """An empty directory to fill; the same name gives the same place, emptied."""
+        if not _NAME.fullmatch(name):
+            raise Internal(f"output name {name!r} is not made of letters, digits, '.', '_', '-'")
+        path = self.directory / "outputs" / name
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+        return path
+
+    def progress(
+        self,
+        *,
+        phase: str,
+        step: int = 0,
+        total: int = 0,
+        unit: str = "",
+        loss: float | None = None,
+        learning_rate: float | None = None,
+        tokens_per_second: float | None = None,
+        tokens: int | None = None,
+        mfu: float | None = None,
+        checkpoint_time: float | None = None,
+        force: bool = False,
+    ) -> None:
+        """Say how far the work is; call as often as you like.
+
+        The service hears it at most twice a second. `loss` is in nats per
+        token, `mfu` 0..1, `checkpoint_time` in seconds since the epoch (of the
+        newest complete checkpoint). The time left and the usage of host and
+        GPUs are added here. `force` asks to be heard soon.
+        """
+        self.meter.update(
+            phase=phase,
+            step=step,
+            total=total,
+            unit=unit,
+            loss=loss,
+            learning_rate=learning_rate,
+            tokens_per_second=tokens_per_second,
+            tokens=tokens,
+            mfu=mfu,
+            checkpoint_time=checkpoint_time,
+        )
+        if force and self._nudge is not None:
+            self._nudge()
+
+    def check_preempted(self) -> None:
+        """Raise if the job was told to leave; for handlers that have nothing to save.
+
+        Raises:
+            Preempted: it was.
+        """
+        if self.preempted.is_set():
+            raise Preempted("the job was told to stop; it will start again where it can")
+
+
+Handler = Callable[[Job], Sequence[Output]]
+
+
+def gate_modes(spec: Message) -> dict[str, Mode]:
+    """The modes that a spec's `gates` map asks for; unspecified ones are left out."""
+    names = {
+        types_pb2.GATE_MODE_ENFORCE: Mode.ENFORCE,
+        types_pb2.GATE_MODE_WARN: Mode.WARN,
+        types_pb2.GATE_MODE_SKIP: Mode.SKIP,
+    }
+    modes: Mapping[str, Any] = getattr(spec, "gates", {})
+    return {gate: names[mode] for gate, mode in modes.items() if mode in names}
+
+
+def main(handlers: Mapping[str, Handler]) -> NoReturn:
+    """The whole job process: `python -m arriero.<room>.job ASSIGNMENT`.
+
+    Writes `outcome.json` whatever happens short of a kill. Never returns: the
+    process ends without the interpreter's shutdown, which libraries with
+    threads of their own are known to hang in.
+    """
+    if len(sys.argv) != 2:
+        print("usage: python -m <job module> ASSIGNMENT  (started by a service)", file=sys.stderr)
+        sys.exit(os.EX_USAGE)
+    assignment = Assignment.read(Path(sys.argv[1]))
+    if assignment.watch_service:
+        watch_service(assignment)
+    logs.configure(assignment.service)
+    with logs.bind(run=assignment.run, stage=assignment.stage, attempt=assignment.attempt):
+        code = _run(assignment, handlers)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def watch_service(assignment: Assignment) -> None:
+    """End this process within two seconds of its service's death.
+
+    A thread looks for the service's pid and start time. Every rank of a
+    distributed job calls it, because killing the launcher leaves the ranks alive.
+    """
+    if assignment.service_process is not None:
+        parent.watch(
+            assignment.service_process,
+            lambda: end_self(EXIT_TRY_AGAIN),
+            interval=_WATCH_INTERVAL,
+        )
+
+
+def _run(assignment: Assignment, handlers: Mapping[str, Handler]) -> int:
+    sender: ProgressSender | None = None
+    preempted = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: preempted.set())
+    log = logging.getLogger("arriero.job")
+    outcome: Outcome
+    try:
+        handler = handlers.get(assignment.kind)
+        if handler is None:
+            raise Internal(
+                f"no handler for kind {assignment.kind!r}; this module has {sorted(handlers)}"
+            )
+        store = Store.open(assignment.store)
+        inputs = {
+            name: [store.get(digest) for digest in digests]
+            for name, digests in assignment.inputs.items()
+        }
+        job = Job(
+            spec=assignment.message(),
+            kind=assignment.kind,
+            store=store,
+            inputs=inputs,
+            staging=Path(assignment.staging),
+            attempt=assignment.attempt,
+            run=assignment.run,
+            stage=assignment.stage,
+            nudge=lambda: sender.nudge() if sender is not None else None,
+        )
+        job.preempted = preempted
+        sender = ProgressSender(assignment, job.meter)
+        sender.start()
+        outputs = handler(job)
+        outcome = describe(outputs, job)
+    except BaseException as error:  # whatever it was, the service must hear of it
+        outcome = failure(assignment.attempt, error, log)
+    if sender is not None:
+        sender.close()
+    outcome.write(assignment.directory)
+    if outcome.ok:
+        return 0
+    return EXIT_TRY_AGAIN if outcome.preempted else EXIT_FAILED

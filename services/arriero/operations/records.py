@@ -1,0 +1,217 @@
+"""What an engine remembers: operations and executions, one JSON file each.
+
+Responsibility: the records' shape, and reading and writing them atomically.
+Does not know what moves an operation from one state to the next.
+
+    operations/<service>/<id>/operation.json              somebody asked
+    operations/<service>/executions/<id>/execution.json   the work, shared by equal askers
+    operations/<service>/executions/<id>/log.jsonl        what its jobs wrote
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, TypeVar
+
+from arriero.operations.handoff import canonical
+from arriero.rpc.parent import ProcessId
+from arriero.store.files import read_json, write_atomic
+
+FORMAT = 1
+
+
+class State(StrEnum):
+    """Where an operation or an execution stands; names as in `OperationState`."""
+
+    PENDING = "PENDING"
+    RUNNING = "RUNNING"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+
+    @property
+    def ended(self) -> bool:
+        """Whether it stays so."""
+        return self not in (State.PENDING, State.RUNNING)
+
+
+def now() -> str:
+    """The time as RFC 3339 in UTC."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+@dataclass
+class JobRecord:
+    """One job process.
+
+    `status` is a `google.rpc.Status` as JSON, None while it runs; `counted` says
+    whether it used up one of the attempts.
+    """
+
+    attempt: int
+    start_time: str
+    end_time: str = ""
+    status: dict[str, Any] | None = None
+    counted: bool = True
+    process: ProcessId | None = None
+
+
+@dataclass
+class Result:
+    """How work ended: outputs and gates are proto JSON of `StageOutput`, `GateResult`."""
+
+    error: dict[str, Any] | None = None
+    outputs: list[dict[str, Any]] = field(default_factory=list)
+    gates: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class OperationRecord:
+    """Somebody who asked for work, and what came of it.
+
+    `request_digest` tells the same request from another under the same
+    `request_id`; `staging` (relative to the store) and `inputs` are what garbage
+    collection must leave alone until the end.
+    """
+
+    id: str
+    service: str
+    kind: str
+    request_id: str
+    request_digest: str
+    result_key: str
+    execution: str
+    inputs: dict[str, list[str]]
+    staging: str = ""
+    run: str = ""
+    stage: str = ""
+    owner: str = ""
+    cached: bool = False
+    cancel_requested: bool = False
+    state: State = State.PENDING
+    create_time: str = ""
+    start_time: str = ""
+    end_time: str = ""
+    disk_bytes: int = 0
+    memory_bytes: int = 0
+    result: Result = field(default_factory=Result)
+    format: int = FORMAT
+
+    @property
+    def name(self) -> str:
+        """`operations/<id>`."""
+        return f"operations/{self.id}"
+
+
+@dataclass
+class ExecutionRecord:
+    """Work that runs or ran.
+
+    `cancelled` is the marker of a cancellation: set before the job is killed,
+    so that a restart does not take the work up again.
+    """
+
+    id: str
+    kind: str
+    result_key: str
+    spec: dict[str, Any]
+    inputs: dict[str, list[str]]
+    run: str = ""
+    stage: str = ""
+    owner: str = ""
+    cacheable: bool = True
+    disk_bytes: int = 0
+    memory_bytes: int = 0
+    attempt: int = 0
+    jobs: list[JobRecord] = field(default_factory=list)
+    state: State = State.PENDING
+    cancelled: bool = False
+    create_time: str = ""
+    start_time: str = ""
+    end_time: str = ""
+    progress: dict[str, Any] = field(default_factory=dict)
+    result: Result = field(default_factory=Result)
+    format: int = FORMAT
+
+    @property
+    def counted(self) -> int:
+        """Attempts used up: preemptions and deaths of the service left out."""
+        return sum(1 for job in self.jobs if job.counted)
+
+
+_Record = TypeVar("_Record", OperationRecord, ExecutionRecord)
+
+
+class Records:
+    """The records of one service; it is their only writer."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        (directory / "executions").mkdir(parents=True, exist_ok=True)
+
+    def execution_dir(self, execution: str) -> Path:
+        """Directory of an execution's record and log."""
+        return self._directory / "executions" / execution
+
+    def log_path(self, execution: str) -> Path:
+        """Where an execution's jobs write their log."""
+        return self.execution_dir(execution) / "log.jsonl"
+
+    def save(self, record: OperationRecord | ExecutionRecord, *, durable: bool = True) -> None:
+        """Write a record; after a crash there is the old one or the new one.
+
+        Raises:
+            DiskFull: no space; the old record stays.
+        """
+        if isinstance(record, OperationRecord):
+            directory, name = self._directory / record.id, "operation.json"
+        else:
+            directory, name = self.execution_dir(record.id), "execution.json"
+        new = not directory.exists()
+        directory.mkdir(exist_ok=True)
+        try:
+            write_atomic(directory / name, canonical(asdict(record)), durable=durable)
+        except BaseException:
+            if new:
+                shutil.rmtree(directory, ignore_errors=True)
+            raise
+
+    def operations(self) -> list[OperationRecord]:
+        """Every operation, oldest first.
+
+        Raises:
+            FailedPrecondition: a record of a newer format.
+        """
+        found = self._load(self._directory.glob("[!.]*/operation.json"), OperationRecord)
+        return sorted(found, key=lambda record: (record.create_time, record.id))
+
+    def executions(self) -> list[ExecutionRecord]:
+        """Every execution, oldest first.
+
+        Raises:
+            FailedPrecondition: a record of a newer format.
+        """
+        files = (self._directory / "executions").glob("[!.]*/execution.json")
+        found = self._load(files, ExecutionRecord)
+        return sorted(found, key=lambda record: (record.create_time, record.id))
+
+    def _load(self, files: Any, record_type: type[_Record]) -> list[_Record]:
+        return [_parse(read_json(path, FORMAT, "the record"), record_type) for path in files]
+
+
+def _parse(data: dict[str, Any], record_type: type[_Record]) -> _Record:
+    data["state"] = State(data["state"])
+    data["result"] = Result(**data["result"])
+    if "jobs" in data:
+        data["jobs"] = [_job(item) for item in data["jobs"]]
+    known = {item.name for item in fields(record_type)}
+    return record_type(**{key: value for key, value in data.items() if key in known})
+
+
+def _job(data: dict[str, Any]) -> JobRecord:
+    process = data["process"]
+    return JobRecord(**{**data, "process": None if process is None else ProcessId(**process)})

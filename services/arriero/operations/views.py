@@ -1,0 +1,113 @@
+"""Records as the API shows them: `google.longrunning.Operation` and its parts.
+
+Responsibility: from records, manifests and gate results to messages. Does not
+know how records change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from google.longrunning import operations_pb2
+from google.protobuf import json_format
+from google.protobuf.timestamp_pb2 import Timestamp
+from google.rpc import status_pb2
+
+from arriero.gates import GateResult
+from arriero.operations.records import ExecutionRecord, OperationRecord, Result, State
+from arriero.store import Artifact
+from arriero.v1 import types_pb2
+
+
+def state_number(state: State) -> types_pb2.OperationState:
+    """The proto's value of a state."""
+    return types_pb2.OperationState.Value(f"OPERATION_STATE_{state}")
+
+
+def status_of(data: Mapping[str, Any]) -> status_pb2.Status:
+    """A status from its JSON; details of unknown types are left out."""
+    try:
+        return json_format.ParseDict(dict(data), status_pb2.Status())
+    except json_format.ParseError:
+        return status_pb2.Status(code=int(data["code"]), message=str(data.get("message", "")))
+
+
+def gate_message(result: GateResult) -> types_pb2.GateResult:
+    """A gate's result as the API shows it."""
+    return types_pb2.GateResult(
+        gate=result.gate,
+        mode=types_pb2.GateMode.Value(f"GATE_MODE_{result.mode.name}"),
+        verdict=types_pb2.GateVerdict.Value(f"GATE_VERDICT_{result.verdict.name}"),
+        figure=result.figure,
+        threshold=result.threshold,
+        unit=result.unit,
+        detail=result.detail,
+        seconds=result.seconds,
+    )
+
+
+def output_message(name: str, artifact: Artifact) -> types_pb2.StageOutput:
+    """A published artifact as a stage's output."""
+    return types_pb2.StageOutput(
+        name=name,
+        digest=artifact.digest,
+        kind=artifact.manifest.kind,
+        size_bytes=artifact.manifest.size,
+        quarantined=artifact.quarantined,
+        metrics=artifact.manifest.metrics,
+    )
+
+
+def operation_message(
+    record: OperationRecord, execution: ExecutionRecord | None
+) -> operations_pb2.Operation:
+    """An operation as it is now; `execution` is None when the store had the result."""
+    metadata = types_pb2.OperationMetadata(
+        kind=record.kind,
+        state=state_number(record.state),
+        result_key=record.result_key,
+        cached=record.cached,
+        run=record.run,
+        stage=record.stage,
+        estimate=types_pb2.Estimate(
+            disk_bytes=record.disk_bytes, memory_bytes=record.memory_bytes
+        ),
+    )
+    _time(metadata.create_time, record.create_time)
+    _time(metadata.end_time, record.end_time)
+    _fill(metadata, record.result)
+    if execution is not None:
+        _time(metadata.start_time, execution.start_time)
+        metadata.attempt = execution.attempt
+        if execution.progress:
+            json_format.ParseDict(execution.progress, metadata.progress)
+        for job in execution.jobs:
+            interval = metadata.jobs.add(attempt=job.attempt)
+            _time(interval.start_time, job.start_time)
+            _time(interval.end_time, job.end_time)
+            if job.status is not None:
+                interval.status.CopyFrom(status_of(job.status))
+    operation = operations_pb2.Operation(name=record.name, done=record.state.ended)
+    operation.metadata.Pack(metadata)
+    if record.result.error is not None:
+        operation.error.CopyFrom(status_of(record.result.error))
+    elif record.state is State.SUCCEEDED:
+        response = types_pb2.OperationResult(cached=record.cached)
+        _fill(response, record.result)
+        operation.response.Pack(response)
+    return operation
+
+
+def _fill(
+    message: types_pb2.OperationMetadata | types_pb2.OperationResult, result: Result
+) -> None:
+    for output in result.outputs:
+        json_format.ParseDict(output, message.outputs.add())
+    for gate in result.gates:
+        json_format.ParseDict(gate, message.gates.add())
+
+
+def _time(target: Timestamp, text: str) -> None:
+    if text:
+        target.FromJsonString(text)

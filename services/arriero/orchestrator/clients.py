@@ -1,0 +1,205 @@
+"""The other services, as the orchestrator calls them.
+
+Responsibility: which service does which kind of stage, its address, and calls
+that raise `ArrieroError`. Does not know runs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import grpc.aio
+from google.longrunning import operations_pb2, operations_pb2_grpc
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+
+from arriero.errors import Unavailable
+from arriero.rpc.channel import connect
+from arriero.rpc.status import translated
+from arriero.settings import ClientSettings
+from arriero.v1 import (
+    dataset_pb2,
+    dataset_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+    job_pb2,
+    job_pb2_grpc,
+    merging_pb2,
+    merging_pb2_grpc,
+    quantization_pb2,
+    quantization_pb2_grpc,
+    training_pb2,
+    training_pb2_grpc,
+    types_pb2,
+)
+
+START_SECONDS = 30.0
+_GRACE_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    room: str
+    method: str
+    stub: Any
+    request: Any
+
+
+# Kind of stage -> who does it, and how it is started.
+_WORK: Mapping[str, _Work] = {
+    "import": _Work(
+        "merging", "Import", merging_pb2_grpc.MergingServiceStub, merging_pb2.ImportRequest
+    ),
+    "dataset": _Work(
+        "dataset",
+        "PrepareDataset",
+        dataset_pb2_grpc.DatasetServiceStub,
+        dataset_pb2.PrepareDatasetRequest,
+    ),
+    "train": _Work(
+        "training", "Train", training_pb2_grpc.TrainingServiceStub, training_pb2.TrainRequest
+    ),
+    "merge": _Work(
+        "merging", "Merge", merging_pb2_grpc.MergingServiceStub, merging_pb2.MergeRequest
+    ),
+    "quantize": _Work(
+        "quantization",
+        "Quantize",
+        quantization_pb2_grpc.QuantizationServiceStub,
+        quantization_pb2.QuantizeRequest,
+    ),
+    "evaluate": _Work(
+        "quantization",
+        "Evaluate",
+        quantization_pb2_grpc.QuantizationServiceStub,
+        quantization_pb2.EvaluateRequest,
+    ),
+}
+
+ROOMS = tuple(dict.fromkeys(work.room for work in _WORK.values()))
+
+
+def room_of(kind: str) -> str:
+    """The service that does a kind of stage; empty for `deploy`, which is ours."""
+    work = _WORK.get(kind)
+    return work.room if work else ""
+
+
+def addresses_from_env(env: Mapping[str, str] | None = None) -> dict[str, str]:
+    """`ARRIERO_<ROOM>_ADDRESS` of every room that has one."""
+    env = os.environ if env is None else env
+    found = {room: env.get(f"ARRIERO_{room.upper()}_ADDRESS", "") for room in ROOMS}
+    return {room: address for room, address in found.items() if address}
+
+
+class Rooms:
+    """Calls to the rooms; every method raises `ArrieroError`, Unavailable when one is away.
+
+    Args:
+        addresses: by room.
+        settings: credentials.
+    """
+
+    def __init__(self, addresses: Mapping[str, str], settings: ClientSettings) -> None:
+        self._addresses = dict(addresses)
+        self._settings = settings
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    def _channel(self, kind: str) -> grpc.aio.Channel:
+        room = _WORK[kind].room
+        channel = self._channels.get(room)
+        if channel is None:
+            address = self._addresses.get(room)
+            if address is None:
+                raise Unavailable(
+                    f"the {room} service has no address; set ARRIERO_{room.upper()}_ADDRESS"
+                )
+            channel = self._channels[room] = connect(address, self._settings)
+        return channel
+
+    async def start(
+        self,
+        kind: str,
+        spec: Message,
+        context: types_pb2.StageContext,
+        *,
+        timeout: float = START_SECONDS,
+    ) -> operations_pb2.Operation:
+        """Start a stage's work, or find what an earlier start with its `request_id` made."""
+        work = _WORK[kind]
+        stub = work.stub(self._channel(kind))
+        request = work.request(context=context, spec=spec)
+        with translated():
+            operation: operations_pb2.Operation = await getattr(stub, work.method)(
+                request, timeout=timeout
+            )
+        return operation
+
+    async def wait(self, kind: str, name: str, seconds: float) -> operations_pb2.Operation:
+        """The operation when it is done, or as it is after `seconds`."""
+        stub = operations_pb2_grpc.OperationsStub(self._channel(kind))
+        timeout = Duration()
+        timeout.FromNanoseconds(int(seconds * 1e9))
+        request = operations_pb2.WaitOperationRequest(name=name, timeout=timeout)
+        with translated():
+            operation: operations_pb2.Operation = await stub.WaitOperation(
+                request, timeout=seconds + _GRACE_SECONDS
+            )
+        return operation
+
+    async def cancel(self, kind: str, name: str, *, timeout: float = 3.0) -> None:
+        """Ask for an operation's end."""
+        stub = operations_pb2_grpc.OperationsStub(self._channel(kind))
+        with translated():
+            await stub.CancelOperation(
+                operations_pb2.CancelOperationRequest(name=name), timeout=timeout
+            )
+
+    async def read_logs(
+        self, kind: str, name: str, after: int, *, follow: bool
+    ) -> AsyncIterator[job_pb2.LogLine]:
+        """Log lines of an operation, from the line after number `after`."""
+        stub = job_pb2_grpc.JobServiceStub(self._channel(kind))
+        request = job_pb2.ReadLogsRequest(operation=name, after=after, follow=follow)
+        with translated():
+            async for answer in stub.ReadLogs(request):
+                for line in answer.lines:
+                    yield line
+
+    async def close(self) -> None:
+        """Close all channels."""
+        for channel in self._channels.values():
+            await channel.close()
+        self._channels.clear()
+
+
+class Scorer(Protocol):
+    """Compares a live replica with golden logits; raises `ArrieroError`."""
+
+    async def score(
+        self, address: str, golden: str, *, timeout: float
+    ) -> inference_pb2.ScoreResponse:
+        """KL divergence and top-1 agreement of the replica at `address`."""
+        ...
+
+
+class Replicas:
+    """Calls to live replicas. A channel each time: replicas come and go."""
+
+    def __init__(self, settings: ClientSettings) -> None:
+        self._settings = settings
+
+    async def score(
+        self, address: str, golden: str, *, timeout: float
+    ) -> inference_pb2.ScoreResponse:
+        """See `Scorer`."""
+        async with connect(address, self._settings) as channel:
+            stub = inference_pb2_grpc.InferenceServiceStub(channel)
+            with translated():
+                answer: inference_pb2.ScoreResponse = await stub.Score(
+                    inference_pb2.ScoreRequest(golden=golden), timeout=timeout
+                )
+        return answer

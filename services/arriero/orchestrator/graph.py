@@ -1,0 +1,523 @@
+"""The pipeline as a graph: edges, what is wrong with it, and inputs by digest.
+
+Responsibility: from a `Pipeline` message alone, find every artifact input (the
+fields marked `(arriero.v1.input)`), what it depends on, and every error that can
+be known before anything runs. Does not know the store, the rooms or DBOS.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+
+from arriero import refs
+from arriero.errors import FailedPrecondition, FieldViolation, InvalidArgument
+from arriero.orchestrator.outputs import STAGE_KINDS, Output, kind_of, outputs_of
+from arriero.v1 import pipeline_pb2, types_pb2
+
+_PIPELINE_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+_STAGE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+MAX_STAGES = 500
+_EXPECTED = "expected a stage, stage.output, or a store reference such as model/name:tag"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where one input comes from: a stage (with the output that is meant) or a reference.
+
+    `output` None means the stage's default output; `every` all outputs that the
+    field accepts; `optional` that it is fine when the stage did not publish it.
+    """
+
+    stage: str | None = None
+    output: str | None = None
+    ref: str | None = None
+    every: bool = False
+    optional: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """An artifact that a stage handed on."""
+
+    name: str
+    digest: str
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One value of an input field; `path` such as `stages[2].train.dataset`."""
+
+    path: str
+    source: Source
+    kinds: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A stage with its edges; `depends_on` in the order of its inputs."""
+
+    index: int
+    name: str
+    kind: str
+    stage: pipeline_pb2.Stage
+    inputs: tuple[Input, ...]
+    depends_on: tuple[str, ...]
+
+    @property
+    def path(self) -> str:
+        """Where its work is in the pipeline: `stages[2].train`."""
+        return f"stages[{self.index}].{self.kind}"
+
+    @property
+    def work(self) -> Message:
+        """The stage's spec as written."""
+        return cast(Message, getattr(self.stage, self.kind))
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """A checked pipeline; `nodes` in file order, `order` so that inputs come first."""
+
+    nodes: Mapping[str, Node]
+    order: tuple[str, ...]
+
+    def references(self) -> list[Input]:
+        """Every input that is a store reference."""
+        return [i for n in self.nodes.values() for i in n.inputs if i.source.ref is not None]
+
+    def dependents(self, name: str) -> set[str]:
+        """All stages that need this one, directly or not."""
+        found: set[str] = set()
+        for other in self.order:
+            deps = self.nodes[other].depends_on
+            if name in deps or found.intersection(deps):
+                found.add(other)
+        return found
+
+
+def build(pipeline: pipeline_pb2.Pipeline) -> Graph:
+    """Check a pipeline and find its edges.
+
+    Raises:
+        InvalidArgument: with one violation for everything that is wrong.
+    """
+    return _Builder(pipeline).build()
+
+
+class _Builder:
+    def __init__(self, pipeline: pipeline_pb2.Pipeline) -> None:
+        self.pipeline = pipeline
+        self.violations: list[FieldViolation] = []
+        self.stages: dict[str, pipeline_pb2.Stage] = {}
+        self.outputs: dict[str, tuple[Output, ...]] = {}
+
+    def wrong(self, path: str, description: str) -> None:
+        self.violations.append(FieldViolation(path, description))
+
+    def build(self) -> Graph:
+        self._names()
+        nodes = {}
+        for index, stage in enumerate(self.pipeline.stages):
+            kind = kind_of(stage)
+            if kind is not None and self.stages.get(stage.name) is stage:
+                nodes[stage.name] = self._node(index, stage, kind)
+        self._endpoints(nodes)
+        order = self._order(nodes)
+        for tag, target in self.pipeline.tags.items():
+            self._tag(tag, target)
+        if self.violations:
+            raise violations_error(self.violations)
+        return Graph(nodes, order)
+
+    def _names(self) -> None:
+        if not _PIPELINE_NAME.fullmatch(self.pipeline.name):
+            self.wrong(
+                "name",
+                f"{self.pipeline.name!r} is not a pipeline name; expected lower case letters, "
+                "digits and dashes, at most 63",
+            )
+        if not self.pipeline.stages:
+            self.wrong("stages", "a pipeline needs at least one stage")
+        if len(self.pipeline.stages) > MAX_STAGES:
+            self.wrong("stages", f"{len(self.pipeline.stages)} stages; at most {MAX_STAGES}")
+        for index, stage in enumerate(self.pipeline.stages):
+            path = f"stages[{index}]"
+            if not _STAGE_NAME.fullmatch(stage.name):
+                self.wrong(
+                    f"{path}.name",
+                    f"{stage.name!r} is not a stage name; expected lower case letters, digits, "
+                    "dashes and underscores, at most 63",
+                )
+            if stage.name in self.stages:
+                self.wrong(f"{path}.name", f"a second stage named {stage.name!r}; names are unique")
+                continue
+            self.stages[stage.name] = stage
+            kind = kind_of(stage)
+            if kind is None:
+                self.wrong(path, f"no work; expected one of {', '.join(STAGE_KINDS)}")
+                continue
+            try:
+                self.outputs[stage.name] = outputs_of(stage)
+            except InvalidArgument as error:
+                self.violations += prefixed(error, f"{path}.{kind}")
+
+    def _node(self, index: int, stage: pipeline_pb2.Stage, kind: str) -> Node:
+        work = cast(Message, getattr(stage, kind))
+        inputs: list[Input] = []
+        for slot in _slots(work, f"stages[{index}].{kind}"):
+            if slot.required and not slot.values:
+                self.wrong(slot.path, f"is missing; {_EXPECTED}")
+            for path, source in self._sources(slot):
+                kinds = tuple(slot.rule.kinds)
+                self._check_kind(path, source, kinds)
+                inputs.append(Input(path, source, kinds))
+        depends = dict.fromkeys(i.source.stage for i in inputs if i.source.stage is not None)
+        return Node(index, stage.name, kind, stage, tuple(inputs), tuple(depends))
+
+    def _sources(self, slot: _Slot) -> Iterator[tuple[str, Source]]:
+        for path, text in slot.entries():
+            try:
+                source = parse_input(text, every=slot.every, field=path)
+            except InvalidArgument as error:
+                self.violations += error.violations
+                continue
+            if source.stage is not None and not self._known_output(path, source):
+                continue
+            yield path, source
+        default = slot.default()
+        if default is not None and default.stage in self.outputs:
+            names = {o.name for o in self.outputs[default.stage]}
+            if default.output in names:
+                yield slot.path, default
+
+    def _known_output(self, path: str, source: Source) -> bool:
+        name = cast(str, source.stage)
+        if name not in self.stages:
+            close = difflib.get_close_matches(name, self.stages, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            self.wrong(
+                path, f"no stage is named {name!r}{hint} Stages: {', '.join(self.stages) or 'none'}"
+            )
+            return False
+        if name not in self.outputs:
+            return False  # its own violation says why
+        outputs = self.outputs[name]
+        kind = kind_of(self.stages[name])
+        if not outputs:
+            why = "names no types" if kind == "quantize" else "publishes nothing"
+            self.wrong(path, f"stage {name!r} ({kind}) {why}, so it cannot be an input")
+            return False
+        if source.output is not None and _find(outputs, source.output) is None:
+            names = ", ".join(o.name for o in outputs)
+            why = ""
+            if kind == "dataset" and source.output == "val":
+                why = " since its val_set_size is 0"
+            self.wrong(
+                path,
+                f"stage {name!r} ({kind}) has no output {source.output!r}{why}; it has: {names}",
+            )
+            return False
+        return True
+
+    def _check_kind(self, path: str, source: Source, kinds: Sequence[str]) -> None:
+        if not kinds:
+            return
+        if source.ref is not None:
+            kind = refs.parse(source.ref).kind
+            if kind is not None and kind not in kinds:
+                self.wrong(path, f"{source.ref!r} is of kind {kind}; expected {_or(kinds)}")
+            return
+        possible = self._possible(source)
+        if possible and not {o.kind for o in possible}.intersection(kinds):
+            what = source.stage if source.output is None else f"{source.stage}.{source.output}"
+            got = _or(sorted({o.kind for o in possible}))
+            self.wrong(path, f"{what!r} is of kind {got}; expected {_or(kinds)}")
+
+    def _possible(self, source: Source) -> list[Output]:
+        """The outputs that a stage source may turn out to be."""
+        outputs = self.outputs[cast(str, source.stage)]
+        if source.output is not None:
+            found = _find(outputs, source.output)
+            return [found] if found else []
+        if source.every or not outputs[0].certain:
+            return list(outputs)
+        return [outputs[0]]
+
+    def _endpoints(self, nodes: Mapping[str, Node]) -> None:
+        seen: dict[str, str] = {}
+        for node in nodes.values():
+            if node.kind != "deploy":
+                continue
+            endpoint = node.stage.deploy.endpoint
+            if endpoint in seen:
+                self.wrong(
+                    f"{node.path}.endpoint",
+                    f"stage {seen[endpoint]!r} deploys to {endpoint!r} already; "
+                    "one pipeline deploys to an endpoint once",
+                )
+            seen[endpoint] = node.name
+
+    def _order(self, nodes: Mapping[str, Node]) -> tuple[str, ...]:
+        """Depth first with an explicit stack, so that a long chain cannot overflow."""
+        done: dict[str, None] = {}
+        for root in nodes:
+            path: list[str] = []
+            stack: list[tuple[str, bool]] = [(root, False)]
+            while stack:
+                name, leaving = stack.pop()
+                if leaving:
+                    path.pop()
+                    done[name] = None
+                    continue
+                if name in done or name not in nodes:
+                    continue
+                path.append(name)
+                stack.append((name, True))
+                for dep in reversed(nodes[name].depends_on):
+                    if dep in path:
+                        self._cycle(nodes, path[path.index(dep) :])
+                        return ()
+                    stack.append((dep, False))
+        return tuple(done)
+
+    def _cycle(self, nodes: Mapping[str, Node], members: Sequence[str]) -> None:
+        first = nodes[members[-1]]
+        edge = next(i for i in first.inputs if i.source.stage == members[0])
+        # Told in the direction in which artifacts would flow.
+        flow = [members[0], *reversed(members)]
+        self.wrong(edge.path, f"the stages form a cycle: {' -> '.join(flow)}")
+
+    def _tag(self, tag: str, target: str) -> None:
+        path = f'tags["{tag}"]'
+        try:
+            ref = refs.parse(tag, field=path)
+            source = parse_input(target, every=False, field=path)
+        except InvalidArgument as error:
+            self.violations += error.violations
+            return
+        if ref.tag is None or ref.kind is None:
+            self.wrong(path, f"{tag!r} is not a tag; expected kind/name:tag")
+        elif source.ref is not None:
+            self.wrong(path, f"{target!r} is a reference; expected a stage or stage.output")
+        elif self._known_output(path, source):
+            self._check_kind(path, source, (ref.kind,))
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """One input field of one message, wherever it is nested."""
+
+    message: Message
+    field: FieldDescriptor
+    path: str
+    rule: types_pb2.InputRule
+
+    @property
+    def repeated(self) -> bool:
+        return self.field.is_repeated
+
+    @property
+    def every(self) -> bool:
+        return self.repeated and self.rule.all_outputs
+
+    @property
+    def required(self) -> bool:
+        return not self.repeated and not self.field.has_presence
+
+    @property
+    def values(self) -> list[str]:
+        value = getattr(self.message, self.field.name)
+        if self.repeated:
+            return list(value)
+        return [value] if value else []
+
+    def entries(self) -> Iterator[tuple[str, str]]:
+        for i, text in enumerate(self.values):
+            yield (f"{self.path}[{i}]" if self.repeated else self.path), text
+
+    def default(self) -> Source | None:
+        """What `default_from` means here: the named output of the sibling's stage."""
+        if self.values or not self.rule.default_from:
+            return None
+        sibling, _, output = self.rule.default_from.partition(".")
+        text = getattr(self.message, sibling)
+        if not text or refs.looks_like_ref(text):
+            return None
+        return Source(stage=text.partition(".")[0], output=output, optional=True)
+
+    def set(self, digests: Sequence[str]) -> None:
+        self.message.ClearField(self.field.name)
+        if self.repeated:
+            getattr(self.message, self.field.name).extend(digests)
+        elif digests:
+            setattr(self.message, self.field.name, digests[0])
+
+
+def _slots(message: Message, path: str) -> Iterator[_Slot]:
+    """Every input field of a spec, nested and repeated messages included."""
+    for field in message.DESCRIPTOR.fields:
+        options: Any = field.GetOptions()
+        where = f"{path}.{field.name}"
+        if options.HasExtension(types_pb2.input):
+            yield _Slot(message, field, where, options.Extensions[types_pb2.input])
+        elif field.message_type is not None and not field.message_type.GetOptions().map_entry:
+            if field.is_repeated:
+                for i, item in enumerate(getattr(message, field.name)):
+                    yield from _slots(item, f"{where}[{i}]")
+            elif message.HasField(field.name):
+                yield from _slots(getattr(message, field.name), where)
+
+
+def parse_input(text: str, *, every: bool, field: str) -> Source:
+    """Read what an input field says.
+
+    Raises:
+        InvalidArgument: neither a stage, nor stage.output, nor a reference.
+    """
+    if not text:
+        raise InvalidArgument.field(field, f"is empty; {_EXPECTED}")
+    if refs.looks_like_ref(text):
+        refs.parse(text, field=field)
+        return Source(ref=text)
+    stage, dot, output = text.partition(".")
+    if not stage or (dot and not output) or "." in output:
+        raise InvalidArgument.field(field, f"{text!r} is not an input; {_EXPECTED}")
+    return Source(stage=stage, output=output or None, every=every and not dot)
+
+
+def substitute(
+    node: Node,
+    references: Mapping[str, str],
+    published: Mapping[str, Sequence[Published]],
+) -> Message:
+    """A copy of the stage's spec with every input as a digest.
+
+    Args:
+        node: the stage.
+        references: digest of every reference in the pipeline, by its text.
+        published: what the stages that it depends on handed on, the default first.
+
+    Raises:
+        FailedPrecondition: a stage did not publish the output that is named.
+        InvalidArgument: what it published is of another kind than the field accepts.
+    """
+    work = type(node.work)()
+    work.CopyFrom(node.work)
+    # Sources first: `default_from` reads its sibling before that becomes a digest.
+    slots = [(slot, list(_slot_sources(slot))) for slot in _slots(work, node.path)]
+    for slot, sources in slots:
+        digests: list[str] = []
+        for path, source in sources:
+            digests += _digests(path, source, slot.rule.kinds, references, published)
+        slot.set(digests)
+    return work
+
+
+def _slot_sources(slot: _Slot) -> Iterator[tuple[str, Source]]:
+    for path, text in slot.entries():
+        yield path, parse_input(text, every=slot.every, field=path)
+    default = slot.default()
+    if default is not None:
+        yield slot.path, default
+
+
+def _digests(
+    path: str,
+    source: Source,
+    kinds: Sequence[str],
+    references: Mapping[str, str],
+    published: Mapping[str, Sequence[Published]],
+) -> list[str]:
+    if source.ref is not None:
+        return [references[source.ref]]
+    outputs = published.get(cast(str, source.stage), ())
+    if source.every:
+        found = [o for o in outputs if o.kind in kinds]
+        if not found:
+            raise FailedPrecondition(
+                f"{path}: stage {source.stage!r} published no {_or(kinds)}; "
+                f"it published: {_listed(outputs)}"
+            )
+        return [o.digest for o in found]
+    chosen = pick(outputs, source.output)
+    if chosen is None:
+        if source.optional:
+            return []
+        wanted = repr(source.output) if source.output else "nothing"
+        raise FailedPrecondition(
+            f"{path}: stage {source.stage!r} did not publish {wanted}; "
+            f"it published: {_listed(outputs)}"
+            if source.output
+            else f"{path}: stage {source.stage!r} published nothing"
+        )
+    if kinds and chosen.kind not in kinds:
+        raise InvalidArgument.field(
+            path, f"stage {source.stage!r} published a {chosen.kind}; expected {_or(kinds)}"
+        )
+    return [chosen.digest]
+
+
+def pick(outputs: Sequence[Published], name: str | None) -> Published | None:
+    """The output of that name (in any case), or the default one."""
+    if name is None:
+        return outputs[0] if outputs else None
+    return next((o for o in outputs if o.name.casefold() == name.casefold()), None)
+
+
+def resolve(
+    graph: Graph, look_up: Callable[[str], tuple[str, str]]
+) -> dict[str, str]:
+    """Digest of every reference in the pipeline, by its text.
+
+    Args:
+        graph: the pipeline.
+        look_up: reference -> (digest, kind); raises NotFound, FailedPrecondition.
+
+    Raises:
+        InvalidArgument: an artifact of another kind than its field accepts.
+    """
+    digests: dict[str, str] = {}
+    for item in graph.references():
+        ref = cast(str, item.source.ref)
+        digest, kind = look_up(ref)
+        if item.kinds and kind not in item.kinds:
+            raise InvalidArgument.field(
+                item.path, f"{ref!r} is of kind {kind}; expected {_or(item.kinds)}"
+            )
+        digests[ref] = digest
+    return digests
+
+
+def prefixed(error: InvalidArgument, prefix: str) -> list[FieldViolation]:
+    """The error's violations with their paths under `prefix`."""
+    return [
+        FieldViolation(f"{prefix}.{v.field}" if v.field else prefix, v.description)
+        for v in error.violations
+    ]
+
+
+def violations_error(violations: Sequence[FieldViolation]) -> InvalidArgument:
+    """One error that names everything that is wrong."""
+    return InvalidArgument(
+        "; ".join(f"{v.field}: {v.description}" for v in violations), violations=violations
+    )
+
+
+def _find(outputs: Sequence[Output], name: str) -> Output | None:
+    return next((o for o in outputs if o.name.casefold() == name.casefold()), None)
+
+
+def _or(kinds: Sequence[str]) -> str:
+    return " or ".join(kinds)
+
+
+def _listed(outputs: Sequence[Published]) -> str:
+    return ", ".join(o.name for o in outputs) or "nothing"

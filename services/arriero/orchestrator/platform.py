@@ -1,0 +1,152 @@
+"""Where replicas run: what is wanted of it, and what it says is there.
+
+Responsibility: the `Platform` interface, and the local one, which talks with
+the supervisor through files in a shared directory. Does not know artifacts,
+gates, or why something is wanted.
+
+    desired/<endpoint>.json   written here
+    actual/<endpoint>.json    written by the supervisor
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from arriero import refs
+from arriero.errors import DeadlineExceeded, InvalidArgument
+from arriero.store import write_atomic
+
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Desired:
+    """What an endpoint is to be. `context` and `threads` 0: the default."""
+
+    name: str
+    digest: str
+    replicas: int
+    context: int
+    threads: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class ObservedReplica:
+    """One replica; `state` is STARTING, READY, DRAINING or FAILED."""
+
+    name: str
+    address: str
+    state: str
+    digest: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What the platform says; `generation` is the newest desire that it has read."""
+
+    name: str
+    replicas: tuple[ObservedReplica, ...] = ()
+    generation: int = 0
+
+    def ready(self, digest: str) -> list[ObservedReplica]:
+        """The replicas that serve this artifact now."""
+        return [r for r in self.replicas if r.state == "READY" and r.digest == digest]
+
+    def failed(self, digest: str) -> list[ObservedReplica]:
+        """The replicas of this artifact that gave up."""
+        return [r for r in self.replicas if r.state == "FAILED" and r.digest == digest]
+
+
+class Platform(Protocol):
+    """What runs replicas."""
+
+    def apply(self, desired: Desired) -> None:
+        """Make it so, in time; replicas are replaced one after the other."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Drain and remove all replicas; fine when there are none."""
+        ...
+
+    def observe(self, name: str) -> Observed:
+        """What is there now; quick."""
+        ...
+
+    async def wait(
+        self, name: str, until: Callable[[Observed], bool], *, timeout: float
+    ) -> Observed:
+        """The first observation that `until` accepts.
+
+        Raises:
+            DeadlineExceeded: none within `timeout` seconds.
+        """
+        ...
+
+
+class LocalPlatform:
+    """Replicas are processes of the supervisor that shares `directory` with us."""
+
+    def __init__(self, directory: Path) -> None:
+        self._desired = directory / "desired"
+        self._actual = directory / "actual"
+        self._desired.mkdir(parents=True, exist_ok=True)
+        self._actual.mkdir(parents=True, exist_ok=True)
+
+    def apply(self, desired: Desired) -> None:
+        """See `Platform`."""
+        data = json.dumps(asdict(desired), indent=1, sort_keys=True).encode()
+        write_atomic(self._file(self._desired, desired.name), data)
+
+    def remove(self, name: str) -> None:
+        """See `Platform`."""
+        self._file(self._desired, name).unlink(missing_ok=True)
+
+    def observe(self, name: str) -> Observed:
+        """See `Platform`; nothing is there while the supervisor has not spoken."""
+        try:
+            data = json.loads(self._file(self._actual, name).read_bytes())
+            return Observed(
+                name,
+                tuple(_replica(item) for item in data["replicas"]),
+                int(data.get("generation", 0)),
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            return Observed(name)
+
+    async def wait(
+        self, name: str, until: Callable[[Observed], bool], *, timeout: float
+    ) -> Observed:
+        """See `Platform`."""
+        clock = asyncio.get_running_loop()
+        deadline = clock.time() + timeout
+        while True:
+            observed = self.observe(name)
+            if until(observed):
+                return observed
+            left = deadline - clock.time()
+            if left <= 0:
+                raise DeadlineExceeded(f"endpoint {name}: not there after {timeout:g} s")
+            await asyncio.sleep(min(_POLL_SECONDS, left))
+
+    @staticmethod
+    def _file(directory: Path, name: str) -> Path:
+        if not refs.is_name(name):
+            raise InvalidArgument.field("name", f"{name!r} is not an endpoint name")
+        return directory / f"{name}.json"
+
+
+def _replica(item: dict[str, Any]) -> ObservedReplica:
+    return ObservedReplica(
+        name=str(item["name"]),
+        address=str(item.get("address") or ""),
+        state=str(item["state"]),
+        digest=str(item.get("digest") or ""),
+        detail=str(item.get("detail") or ""),
+    )

@@ -1,0 +1,245 @@
+"""What a process is told from outside: environment to frozen dataclasses, once.
+
+Responsibility: names, defaults and checks of every setting that a service or a
+client takes from its environment. Does not know what the settings are used for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from arriero.errors import InvalidArgument, NotFound
+
+__all__ = [
+    "ClientSettings",
+    "ServerSettings",
+    "SourceSettings",
+    "StoreSettings",
+    "home",
+]
+
+Environment = Mapping[str, str]
+
+
+def home(env: Environment | None = None) -> Path:
+    """Where local state lives: `ARRIERO_HOME`, else `~/.arriero`."""
+    text = (os.environ if env is None else env).get("ARRIERO_HOME", "")
+    return Path(text).expanduser().absolute() if text else Path.home() / ".arriero"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """How a gRPC server listens, and whom it lets in.
+
+    Read from `ARRIERO_LISTEN`, `ARRIERO_HEALTH_LISTEN`, `ARRIERO_SERVER_TLS_CERT`,
+    `ARRIERO_SERVER_TLS_KEY`, `ARRIERO_SERVER_TLS_CLIENT_CA`,
+    `ARRIERO_SERVER_TOKEN_FILE`, `ARRIERO_SERVER_INSECURE`, `ARRIERO_DRAIN_SECONDS`,
+    `ARRIERO_PARENT_PID` and `ARRIERO_ADDRESS_FILE`. What a server asks of its
+    callers has `SERVER` in its name, since most services are clients as well.
+    """
+
+    listen: str = "127.0.0.1:0"
+    """`host:port`, or `unix:/path`; port 0 takes a free one."""
+    health_listen: str | None = None
+    """`host:port` of a second port that serves health alone, in plain text."""
+    tls_cert: Path | None = None
+    """PEM file with the server's certificate chain."""
+    tls_key: Path | None = None
+    """PEM file with its key."""
+    tls_client_ca: Path | None = None
+    """PEM file of the CA that callers' certificates must come from (mTLS)."""
+    token_file: Path | None = None
+    """File of accepted bearer tokens, a line each: `token subject`."""
+    insecure: bool = False
+    """Allow plain text beyond loopback."""
+    drain_seconds: float = 20.0
+    """How long running calls may take after SIGTERM."""
+    watch_parent: bool = False
+    """Drain and exit when the supervising parent (`ARRIERO_PARENT_PID`) is gone."""
+    address_file: Path | None = None
+    """File that gets the bound address once the server serves."""
+
+    @classmethod
+    def from_env(cls, env: Environment | None = None) -> ServerSettings:
+        """Read the settings.
+
+        Raises:
+            InvalidArgument: a variable does not hold what it should.
+        """
+        read = _Reader(os.environ if env is None else env)
+        return cls(
+            listen=read.text("ARRIERO_LISTEN") or "127.0.0.1:0",
+            health_listen=read.text("ARRIERO_HEALTH_LISTEN"),
+            tls_cert=read.path("ARRIERO_SERVER_TLS_CERT"),
+            tls_key=read.path("ARRIERO_SERVER_TLS_KEY"),
+            tls_client_ca=read.path("ARRIERO_SERVER_TLS_CLIENT_CA"),
+            token_file=read.path("ARRIERO_SERVER_TOKEN_FILE"),
+            insecure=read.boolean("ARRIERO_SERVER_INSECURE", False),
+            drain_seconds=read.seconds("ARRIERO_DRAIN_SECONDS", 20.0),
+            watch_parent=read.text("ARRIERO_PARENT_PID") is not None,
+            address_file=read.path("ARRIERO_ADDRESS_FILE"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ClientSettings:
+    """How a caller proves who it is, and whom it believes.
+
+    Read from `ARRIERO_TOKEN`, `ARRIERO_TOKEN_FILE`, `ARRIERO_TLS_CA`,
+    `ARRIERO_TLS_CERT`, `ARRIERO_TLS_KEY`, `ARRIERO_TLS_SERVER_NAME`,
+    `ARRIERO_INSECURE` and `ARRIERO_TIMEOUT`.
+    """
+
+    token: str | None = field(default=None, repr=False)
+    """Bearer token; from `token_file` when only that is given."""
+    tls_ca: Path | None = None
+    """PEM file of the CA that the server's certificate must come from; TLS is on when set."""
+    tls_cert: Path | None = None
+    """PEM file with the caller's own certificate (mTLS)."""
+    tls_key: Path | None = None
+    """PEM file with its key."""
+    tls_server_name: str | None = None
+    """Name expected in the server's certificate, where it is not the address's host."""
+    insecure: bool = False
+    """Allow sending the token in plain text beyond loopback."""
+    timeout_seconds: float = 30.0
+    """Deadline of unary calls that are given none."""
+
+    @classmethod
+    def from_env(cls, env: Environment | None = None) -> ClientSettings:
+        """Read the settings, and the token file when one is named.
+
+        The token is the first word of the file, so that a line of a server's
+        token file serves as it is.
+
+        Raises:
+            InvalidArgument: a variable does not hold what it should, or the
+                token file cannot be read or holds no token.
+        """
+        read = _Reader(os.environ if env is None else env)
+        token, token_file = read.text("ARRIERO_TOKEN"), read.path("ARRIERO_TOKEN_FILE")
+        if token is None and token_file is not None:
+            token = _first_word(token_file)
+        return cls(
+            token=token,
+            tls_ca=read.path("ARRIERO_TLS_CA"),
+            tls_cert=read.path("ARRIERO_TLS_CERT"),
+            tls_key=read.path("ARRIERO_TLS_KEY"),
+            tls_server_name=read.text("ARRIERO_TLS_SERVER_NAME"),
+            insecure=read.boolean("ARRIERO_INSECURE", False),
+            timeout_seconds=read.seconds("ARRIERO_TIMEOUT", 30.0),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSettings:
+    """Where the model store is. Read from `ARRIERO_STORE`."""
+
+    url: str
+    """`file:///absolute/path` or a path; default `$ARRIERO_HOME/store`."""
+
+    @classmethod
+    def from_env(cls, env: Environment | None = None) -> StoreSettings:
+        """Read the settings."""
+        text = (os.environ if env is None else env).get("ARRIERO_STORE", "")
+        return cls(url=text or (home(env) / "store").as_uri())
+
+
+@dataclass(frozen=True, slots=True)
+class SourceSettings:
+    """Which files a service may read for its callers. Read from `ARRIERO_ALLOWED_PATHS`."""
+
+    allowed_paths: tuple[Path, ...] = ()
+    """Directories (or files), separated by `:`; nothing is readable when empty."""
+
+    @classmethod
+    def from_env(cls, env: Environment | None = None) -> SourceSettings:
+        """Read the settings.
+
+        Raises:
+            InvalidArgument: a path is not absolute.
+        """
+        text = (os.environ if env is None else env).get("ARRIERO_ALLOWED_PATHS", "")
+        paths = tuple(Path(part) for part in text.split(os.pathsep) if part)
+        for path in paths:
+            if not path.is_absolute():
+                raise InvalidArgument.field(
+                    "ARRIERO_ALLOWED_PATHS", f"{str(path)!r} is not an absolute path"
+                )
+        return cls(paths)
+
+    def check(self, text: str, *, field: str) -> Path:
+        """The path that a caller asks for, links resolved, if it may be read.
+
+        Raises:
+            InvalidArgument: not absolute, climbs with `..`, or (also through a
+                link) outside of the allowed paths.
+            NotFound: nothing is there.
+        """
+        path = Path(text)
+        if "\0" in text or not path.is_absolute():
+            raise InvalidArgument.field(field, f"{text!r} is not an absolute path")
+        if ".." in path.parts:
+            raise InvalidArgument.field(field, f"{text!r} climbs with '..'; write the path out")
+        try:
+            real = path.resolve(strict=False)
+        except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+            raise InvalidArgument.field(field, f"{text!r} cannot be resolved: {error}") from error
+        if not any(real.is_relative_to(allowed.resolve()) for allowed in self.allowed_paths):
+            allowed = ", ".join(str(p) for p in self.allowed_paths) or "none"
+            raise InvalidArgument.field(
+                field,
+                f"{text!r} is outside of the paths that this service may read ({allowed}); "
+                "move the data there or add to ARRIERO_ALLOWED_PATHS",
+            )
+        if not real.exists():
+            raise NotFound(f"{field}: {text!r} does not exist", metadata={"field": field})
+        return real
+
+
+class _Reader:
+    """Reads typed values; an empty variable counts as unset."""
+
+    def __init__(self, env: Environment) -> None:
+        self._env = env
+
+    def text(self, name: str) -> str | None:
+        return self._env.get(name) or None
+
+    def path(self, name: str) -> Path | None:
+        text = self.text(name)
+        return Path(text).expanduser().absolute() if text else None
+
+    def boolean(self, name: str, default: bool) -> bool:
+        text = self.text(name)
+        if text is None:
+            return default
+        known = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+        if text.lower() not in known:
+            raise InvalidArgument.field(name, f"{text!r} is not one of {', '.join(known)}")
+        return known[text.lower()]
+
+    def seconds(self, name: str, default: float) -> float:
+        text = self.text(name)
+        if text is None:
+            return default
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if not 0 <= value < float("inf"):
+            raise InvalidArgument.field(name, f"{text!r} is not a number of seconds from 0 up")
+        return value
+
+
+def _first_word(path: Path) -> str:
+    try:
+        words = path.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidArgument.field("ARRIERO_TOKEN_FILE", f"cannot be read: {error}") from error
+    if not words:
+        raise InvalidArgument.field("ARRIERO_TOKEN_FILE", f"{path} holds no token")
+    return words[0]

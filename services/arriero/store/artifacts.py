@@ -1,0 +1,196 @@
+"""Artifacts as they lie in the store: found by digest, read, checked.
+
+Responsibility: from a digest to a manifest and a directory of files. Does not
+know tags, nor how an artifact came to be there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from arriero.errors import DataLoss, InvalidArgument, NotFound
+from arriero.store.files import DIRECTORY_MODE, safe_relative, sha256_file, tree_files
+from arriero.store.layout import Layout
+from arriero.store.manifest import Manifest
+from arriero.store.waivers import Waivers
+
+_HEX = frozenset("0123456789abcdef")
+_SHORTEST_PREFIX = 8
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A complete artifact.
+
+    Attributes:
+        digest: `sha256:...`.
+        path: directory of its files; read-only, may be memory-mapped in place.
+        quarantined: a gate failed that nobody waived.
+    """
+
+    digest: str
+    manifest: Manifest
+    path: Path
+    quarantined: bool
+
+    def file(self, relative: str) -> Path:
+        """The path of one of its files.
+
+        Raises:
+            InvalidArgument: a path that climbs out.
+            NotFound: the artifact has no such file.
+        """
+        wanted = str(safe_relative(relative))
+        if all(entry.path != wanted for entry in self.manifest.files):
+            names = [entry.path for entry in self.manifest.files]
+            shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+            raise NotFound(
+                f"{self.manifest.kind} {self.digest} has no file {wanted!r}; it has: {shown}"
+            )
+        return self.path / wanted
+
+
+class Artifacts:
+    """The artifacts of one store."""
+
+    def __init__(self, layout: Layout, waivers: Waivers) -> None:
+        self._layout = layout
+        self._waivers = waivers
+        self._cache: dict[str, Manifest] = {}  # manifests never change
+
+    def manifest(self, digest: str) -> Manifest:
+        """The manifest of an artifact, collected or not.
+
+        Raises:
+            NotFound: the store never had it.
+            DataLoss: damaged. FailedPrecondition: newer format.
+        """
+        known = self._cache.get(digest)
+        if known is not None:
+            return known
+        path = self._layout.manifest(digest)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            raise NotFound(f"no artifact {digest} in the store at {self._layout.root}") from None
+        manifest = self._cache[digest] = Manifest.from_bytes(data, digest)
+        return manifest
+
+    def get(self, digest: str) -> Artifact:
+        """A complete artifact.
+
+        Raises:
+            NotFound: not there, or its files were collected.
+            DataLoss: damaged manifest. FailedPrecondition: newer format.
+        """
+        path = self.directory(digest)
+        manifest = self.manifest(digest)
+        if path is None:
+            raise NotFound(
+                f"the files of {manifest.kind} {manifest.name} ({digest}) are not in the store: "
+                "collected as garbage, or never completely published; its manifest is kept: run "
+                "again what made it",
+                reason="ARTIFACT_COLLECTED",
+            )
+        return Artifact(digest, manifest, path, self._waivers.quarantined(manifest))
+
+    def directory(self, digest: str) -> Path | None:
+        """The directory of a complete artifact, or None.
+
+        Takes it back from a gc that has not yet made up its mind.
+        """
+        path = self._layout.artifact(digest)
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            try:
+                self._layout.doubtful(digest).rename(path)
+                status = path.stat()
+            except OSError:  # gone, or somebody else took it back
+                if not path.is_dir():
+                    return None
+                status = path.stat()
+        if status.st_mode & 0o222:  # its publisher died between rename and chmod
+            with contextlib.suppress(OSError):
+                path.chmod(DIRECTORY_MODE)
+        return path
+
+    def touch(self, digest: str) -> None:
+        """Make an artifact young again for gc; look whether it is there afterwards."""
+        with contextlib.suppress(FileNotFoundError, PermissionError):
+            os.utime(self._layout.manifest(digest))
+
+    def age_ns(self, digest: str) -> int | None:
+        """When it was last published or touched (Unix ns); None without a manifest."""
+        try:
+            return self._layout.manifest(digest).stat().st_mtime_ns
+        except FileNotFoundError:
+            return None
+
+    def digests(self) -> Iterator[str]:
+        """Every artifact whose files are there, in no order."""
+        for name in os.listdir(self._layout.root / "artifacts"):
+            if len(name) == 64 and _HEX.issuperset(name):
+                yield "sha256:" + name
+
+    def by_prefix(self, text: str) -> str | None:
+        """The one digest that begins with this, or None where `text` is no prefix.
+
+        Raises:
+            NotFound: none. InvalidArgument: several, or too short.
+        """
+        prefix = text.removeprefix("sha256:")
+        if not _HEX.issuperset(prefix) or len(prefix) > 64 or not prefix:
+            return None
+        if len(prefix) < _SHORTEST_PREFIX:
+            if text == prefix:
+                return None
+            raise InvalidArgument.field(
+                "ref", f"{text!r} is too short; expected at least {_SHORTEST_PREFIX} digits"
+            )
+        names = os.listdir(self._layout.root / "manifests")
+        found = sorted(
+            name.removesuffix(".json")
+            for name in names
+            if name.startswith(prefix) and name.endswith(".json")
+        )
+        if not found:
+            raise NotFound(f"no artifact {text} in the store at {self._layout.root}")
+        if len(found) > 1:
+            raise InvalidArgument.field(
+                "ref",
+                f"{text!r} is ambiguous: {', '.join(hex_[:16] for hex_ in found[:5])}; "
+                "write more digits",
+            )
+        return "sha256:" + found[0]
+
+    def verify(self, digest: str) -> None:
+        """Read every byte of an artifact again.
+
+        Raises:
+            NotFound: not there.
+            DataLoss: changed, missing or additional files, all named.
+        """
+        artifact = self.get(digest)
+        wrong = []
+        there = set(tree_files(artifact.path))
+        for entry in artifact.manifest.files:
+            if entry.path not in there:
+                wrong.append(f"{entry.path} is missing")
+                continue
+            there.discard(entry.path)
+            size, sha256 = sha256_file(artifact.path / entry.path)
+            if size != entry.size:
+                wrong.append(f"{entry.path} has {size} bytes, expected {entry.size}")
+            elif sha256 != entry.sha256:
+                wrong.append(f"{entry.path} has sha256 {sha256}, expected {entry.sha256}")
+        wrong += [f"{name} does not belong" for name in sorted(there)]
+        if wrong:
+            raise DataLoss(
+                f"{artifact.manifest.kind} {digest} is damaged: {'; '.join(wrong)}; restore "
+                f"{artifact.path} from a backup, or make the artifact again"
+            )

@@ -1,0 +1,331 @@
+"""The model store: immutable artifacts, and the records that give them meaning.
+
+Responsibility: the one door to a store; composes artifacts, tags, roots,
+waivers, results and gc. Does not know gRPC, nor what is inside of a file.
+"""
+
+from __future__ import annotations
+
+import builtins
+import logging
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from arriero import refs
+from arriero.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
+from arriero.gates import GateResult
+from arriero.refs import Ref
+from arriero.store import disk, gc, lock, publish
+from arriero.store.artifacts import Artifact, Artifacts
+from arriero.store.files import safe_name, tree_size
+from arriero.store.layout import Layout
+from arriero.store.manifest import Manifest, ManifestDraft
+from arriero.store.results import Result, Results
+from arriero.store.roots import Lease, Pin, Roots
+from arriero.store.tags import TagEntry, Tags, parse_tag
+from arriero.store.waivers import Waiver, Waivers
+
+log = logging.getLogger(__name__)
+
+GRACE_SECONDS = 3600.0
+_TAG_LEASE_SECONDS = 60.0
+
+
+class Store:
+    """A store on a filesystem; `root` is its absolute path.
+
+    Safe to use from several threads and processes at once.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.root: Path = layout.root
+        self._layout = layout
+        self._waivers = Waivers(layout)
+        self._artifacts = Artifacts(layout, self._waivers)
+        self._tags = Tags(layout)
+        self._roots = Roots(layout)
+        self._results = Results(layout, self._artifacts)
+
+    @classmethod
+    def open(cls, url: str | Path) -> Store:
+        """Open the store at a path or `file:///path`, or make one there.
+
+        Raises:
+            FailedPrecondition: written by a newer version, or not a directory.
+            InvalidArgument, Unimplemented: a URL that this version can't use.
+            PermissionDenied: not writable. DataLoss: damaged `format.json`.
+        """
+        return cls(Layout.open(url))
+
+    # Artifacts
+
+    def publish(self, source: Path, manifest: ManifestDraft) -> Artifact:
+        """Turn a directory into an artifact, at one instant or not at all.
+
+        Files are checked against the draft's (or hashed), made durable and
+        read-only; then the directory is renamed into place, so `source` is gone
+        afterwards. An equal digest that is there already is returned, and
+        `source` deleted. A draft with `files` and `created` may be published
+        again after a crash, even when its source is gone.
+
+        Args:
+            source: a directory in the store's filesystem, best from `staging`.
+
+        Raises:
+            DataLoss: files are not as announced.
+            InvalidArgument: a wrong draft, no files, links or special files.
+            FailedPrecondition: another filesystem. DiskFull: over the quota.
+            NotFound: no such source.
+        """
+        return publish.publish(self._layout, self._artifacts, self._roots, source, manifest)
+
+    def get(self, ref: str | Ref, *, wait: float = 0) -> Artifact:
+        """An artifact by digest, digest prefix (8 digits or more), or reference.
+
+        Args:
+            wait: seconds to go on looking, for network filesystems, which may
+                remember for a while that something was not there.
+
+        Raises:
+            NotFound: not there, or collected.
+            InvalidArgument: not a reference, or an ambiguous prefix.
+            DataLoss, FailedPrecondition: damaged, or newer.
+        """
+        deadline = time.monotonic() + wait
+        pause = 0.05
+        while True:
+            try:
+                return self._artifacts.get(self.resolve(ref))
+            except NotFound:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, 2.0)
+
+    def resolve(self, ref: str | Ref) -> str:
+        """The digest that a reference means; its files may have been collected.
+
+        Raises:
+            NotFound, InvalidArgument: as `get`.
+        """
+        if isinstance(ref, str):
+            digest = None if refs.is_digest(ref) else self._artifacts.by_prefix(ref)
+            ref = Ref(digest=digest) if digest else refs.parse(ref)
+        if ref.digest is None:
+            return self._tags.get(str(ref)).digest
+        manifest = self._artifacts.manifest(ref.digest)
+        if ref.kind is not None and (ref.kind, ref.name) != (manifest.kind, manifest.name):
+            raise NotFound(f"no artifact {ref}: {ref.digest} is {manifest.kind}/{manifest.name}")
+        return ref.digest
+
+    def manifest(self, digest: str) -> Manifest:
+        """The manifest of an artifact, also of one that was collected.
+
+        Raises:
+            NotFound: the store never had it. DataLoss, FailedPrecondition:
+            damaged, or newer. InvalidArgument: not a digest.
+        """
+        return self._artifacts.manifest(digest)
+
+    def list(self, kind: str | None = None) -> builtins.list[Artifact]:
+        """Every artifact whose files are there (of one kind), newest first.
+
+        What can't be read is left out, with a warning in the log.
+        """
+        found = []
+        for digest in self._artifacts.digests():
+            try:
+                artifact = self._artifacts.get(digest)
+            except NotFound:
+                continue  # collected just now
+            except (DataLoss, FailedPrecondition, InvalidArgument) as error:
+                log.warning("artifact %s is left out: %s", digest, error)
+                continue
+            if kind is None or artifact.manifest.kind == kind:
+                found.append(artifact)
+        found.sort(key=lambda artifact: artifact.digest)
+        return sorted(found, key=lambda artifact: artifact.manifest.created, reverse=True)
+
+    def lineage(self, digest: str) -> builtins.list[Manifest]:
+        """An artifact's manifest and its ancestors', nearest first.
+
+        Collected ancestors are there; those of another store are left out.
+
+        Raises:
+            NotFound: the store never had the artifact itself.
+        """
+        found = [self._artifacts.manifest(digest)]
+        seen = {digest}
+        queue = deque(found[0].parents)
+        while queue:
+            parent = queue.popleft()
+            if parent in seen:
+                continue
+            seen.add(parent)
+            try:
+                manifest = self._artifacts.manifest(parent)
+            except NotFound:
+                continue
+            found.append(manifest)
+            queue.extend(manifest.parents)
+        return found
+
+    def verify(self, digest: str) -> None:
+        """Read every byte of an artifact again.
+
+        Raises:
+            DataLoss: naming each file that is not what it was. NotFound.
+        """
+        self._artifacts.verify(digest)
+
+    def waive(self, digest: str, gate: str, reason: str, who: str) -> None:
+        """Let a failed gate pass, for a reason, on a person's word.
+
+        Raises:
+            FailedPrecondition: that gate did not fail. InvalidArgument: no
+            reason or person. NotFound: no such artifact.
+        """
+        self._waivers.add(self._artifacts.manifest(digest), gate, reason, who)
+
+    def waivers(self, digest: str) -> builtins.list[Waiver]:
+        """The waivers of an artifact, oldest first."""
+        return self._waivers.of(digest)
+
+    # Tags
+
+    def tag(self, tag: str, digest: str, *, expected: str | None = None) -> None:
+        """Point `kind/name:tag` at an artifact.
+
+        Args:
+            expected: what it must point at now: a digest, `none`, or None for any.
+
+        Raises:
+            Aborted: it points elsewhere, or another setter was faster.
+            FailedPrecondition: the artifact is quarantined.
+            InvalidArgument: not a tag, or of another kind than the artifact.
+            NotFound: no such artifact.
+        """
+        ref = parse_tag(tag)
+        # With the lease first, gc either sees it or has removed the files before we look.
+        with self.lease("tag", [digest], _TAG_LEASE_SECONDS):
+            artifact = self._artifacts.get(digest)
+            if artifact.manifest.kind != ref.kind:
+                raise InvalidArgument.field(
+                    "tag", f"{ref} is for a {ref.kind}, but {digest} is a {artifact.manifest.kind}"
+                )
+            if artifact.quarantined:
+                failed = ", ".join(artifact.manifest.failed_gates)
+                raise FailedPrecondition(
+                    f"{artifact.manifest.kind} {digest} is quarantined, it can't be tagged: "
+                    f"failed {failed}; make it again, or waive the gate with a reason",
+                    reason="QUARANTINED",
+                )
+            self._tags.set(str(ref), digest, expected)
+
+    def tags(self, kind: str | None = None) -> builtins.list[TagEntry]:
+        """Every tag (of one kind) and what it points at, by name."""
+        return self._tags.all(kind)
+
+    def tags_of(self, digest: str) -> builtins.list[str]:
+        """Every tag that points at an artifact now."""
+        return [entry.tag for entry in self._tags.all() if entry.digest == digest]
+
+    def tag_history(self, tag: str) -> builtins.list[TagEntry]:
+        """Every value that a tag had, newest first."""
+        return self._tags.history(tag)
+
+    # Roots and garbage
+
+    def lease(self, owner: str, items: Iterable[str | Path], ttl: float = 3600.0) -> Lease:
+        """Keep digests and staging paths from gc for `ttl` seconds; renewable.
+
+        Take the lease first, then look whether the artifact is there.
+        """
+        return self._roots.lease(owner, items, ttl)
+
+    def pin(
+        self, owner: str, name: str, digests: Sequence[str], *, expires: float | None = None
+    ) -> None:
+        """Keep digests from gc until unpinned, or until `expires` (Unix seconds).
+
+        Replaces the pin of that owner (`endpoints`, `runs`) and name. Pin
+        first, then look whether the artifacts are there.
+        """
+        self._roots.pin(owner, name, digests, expires)
+
+    def unpin(self, owner: str, name: str) -> None:
+        """Forget a pin; none is fine."""
+        self._roots.unpin(owner, name)
+
+    def pins(self) -> builtins.list[Pin]:
+        """Every pin, expired ones too until gc removes them."""
+        return self._roots.pins()
+
+    def gc(self, *, dry_run: bool, grace: float = GRACE_SECONDS) -> builtins.list[gc.Removal]:
+        """Remove what no root holds; manifests stay. See `gc.collect`."""
+        return gc.collect(
+            self._layout,
+            self._artifacts,
+            self._tags,
+            self._roots,
+            dry_run=dry_run,
+            grace=grace,
+        )
+
+    # Results
+
+    def put_result(
+        self,
+        service: str,
+        key: str,
+        outputs: Mapping[str, str],
+        gates: Sequence[GateResult] = (),
+    ) -> None:
+        """Record what the work with this key made: digests by output name."""
+        self._results.put(service, key, outputs, gates)
+
+    def get_result(self, service: str, key: str) -> Result | None:
+        """What the work with this key made; None unless all of it can be used."""
+        return self._results.get(service, key)
+
+    # Room and places
+
+    def staging(self, service: str, execution: str) -> Path:
+        """The directory `staging/<service>/<execution>/`, made if missing."""
+        return self._layout.under("staging", service, execution)
+
+    def record_dir(self, service: str) -> Path:
+        """The directory of a service's operation records, made if missing."""
+        return self._layout.under("operations", service, field="service")
+
+    def preflight(self, needed: int) -> None:
+        """Refuse work that would write more bytes than there is room for.
+
+        Raises:
+            DiskFull: with needed and free bytes.
+        """
+        disk.preflight(self.root, needed)
+
+    def usage(self) -> dict[str, int]:
+        """Bytes by artifact kind, and of `staging`."""
+        sizes = dict.fromkeys(refs.KINDS, 0)
+        for artifact in self.list():
+            sizes[artifact.manifest.kind] += artifact.manifest.size
+        sizes["staging"] = tree_size(self.root / "staging")
+        return sizes
+
+    def lock(self, service: str) -> AbstractContextManager[None]:
+        """Be the one writer of a service's records, for as long as the context lasts.
+
+        Raises:
+            FailedPrecondition: another process is; names its pid.
+        """
+        name = safe_name(service, field="service")
+        return lock.hold(self.root / "locks" / f"{name}.lock", f"{service} service")
+
+    def __repr__(self) -> str:
+        return f"Store({str(self.root)!r})"

@@ -1,0 +1,70 @@
+"""Waivers: a person's word that a failed gate may be passed, and why.
+
+Responsibility: the records in `waivers/<hex>/<gate>.json`. Does not know what
+the gate measured, or who may waive.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from arriero.errors import FailedPrecondition, InvalidArgument
+from arriero.store.files import now, read_json, safe_name, to_json, write_atomic
+from arriero.store.layout import Layout
+from arriero.store.manifest import FORMAT, Manifest, check_digest
+
+
+@dataclass(frozen=True, slots=True)
+class Waiver:
+    """Who waived which gate, why and when (RFC 3339)."""
+
+    gate: str
+    reason: str
+    who: str
+    time: str
+
+
+class Waivers:
+    """The waivers of one store."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+
+    def add(self, manifest: Manifest, gate: str, reason: str, who: str) -> None:
+        """Waive a failed gate of an artifact; the newest waiver of a gate is kept.
+
+        Raises:
+            InvalidArgument: no reason, or nobody named.
+            FailedPrecondition: that gate did not fail.
+        """
+        if not reason.strip():
+            raise InvalidArgument.field("reason", "empty; a waiver says why")
+        if not who.strip():
+            raise InvalidArgument.field("who", "empty; a waiver names a person")
+        if gate not in manifest.failed_gates:
+            failed = ", ".join(manifest.failed_gates) or "none"
+            raise FailedPrecondition(
+                f"gate {gate!r} did not fail for {manifest.digest}; failed gates: {failed}"
+            )
+        directory = self._layout.under("waivers", check_digest(manifest.digest))
+        record = {"format": FORMAT, **asdict(Waiver(gate, reason, who, now()))}
+        write_atomic(directory / f"{safe_name(gate, field='gate')}.json", to_json(record))
+
+    def of(self, digest: str) -> list[Waiver]:
+        """The waivers of an artifact, oldest first.
+
+        Raises:
+            DataLoss: a damaged record.
+        """
+        directory: Path = self._layout.root / "waivers" / check_digest(digest)
+        found = []
+        for path in sorted(directory.glob("[!.]*.json")):
+            value = read_json(path, FORMAT, "the waiver")
+            found.append(Waiver(value["gate"], value["reason"], value["who"], value["time"]))
+        return sorted(found, key=lambda waiver: waiver.time)
+
+    def quarantined(self, manifest: Manifest) -> bool:
+        """Whether a gate failed that nobody waived."""
+        failed = set(manifest.failed_gates)
+        return bool(failed and failed - {waiver.gate for waiver in self.of(manifest.digest)})

@@ -1,0 +1,27 @@
+"""Tensors on disk, and the arithmetic of LoRA adapters.
+
+Responsibility: read and write safetensors one tensor at a time, and fold
+adapters into weights. Does not know jobs, artifacts or what a model computes;
+torch is imported only where a tensor is asked for.
+"""
+
+from arriero.weights.arithmetic import delta, fold, spacing
+from arriero.weights.layout import TensorInfo, TensorPlan, dtype_name, read_header
+from arriero.weights.lora import LoraAdapter, LoraPair, LoraSettings
+from arriero.weights.reader import Weights
+from arriero.weights.writer import WeightsWriter
+
+__all__ = [
+    "LoraAdapter",
+    "LoraPair",
+    "LoraSettings",
+    "TensorInfo",
+    "TensorPlan",
+    "Weights",
+    "WeightsWriter",
+    "delta",
+    "dtype_name",
+    "fold",
+    "read_header",
+    "spacing",
+]
