@@ -58,7 +58,7 @@ imports: $(STAMP) ## Check who imports whom
 	@PYTHONPATH=services $(BIN)/lint-imports
 
 proto-lint: $(STAMP) ## Lint the protos
-	@cd protos && $(abspath $(BIN))/buf lint && $(abspath $(BIN))/buf format --diff --exit-code arriero > /dev/null
+	@cd protos && $(abspath $(BIN))/buf lint && $(abspath $(BIN))/buf format --diff --exit-code --path arriero > /dev/null
 
 protos: $(STAMP) ## Generate the code in services/arriero/v1
 	@$(BIN)/python protos/generate.py services
@@ -66,7 +66,7 @@ protos: $(STAMP) ## Generate the code in services/arriero/v1
 format: $(STAMP) ## Rewrite code and protos in the project's style
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
-	@cd protos && $(abspath $(BIN))/buf format -w arriero
+	@cd protos && $(abspath $(BIN))/buf format -w --path arriero
 
 bench: $(STAMP) ## Run one benchmark: make bench BENCH=pipeline
 	@test -n "$(BENCH)" || { echo "Which? make bench BENCH=<name>; there are: $(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))"; exit 2; }

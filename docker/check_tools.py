@@ -22,7 +22,7 @@ def main() -> None:
         chosen = os.environ.get({"a C compiler": "CC", "a C++ compiler": "CXX"}.get(what, ""), "")
         if not any(shutil.which(name) for name in (chosen, *names) if name):
             missing.append(f"{what} (looked for {', '.join(names)})")
-    if sys.version_info >= (3, 11):
+    if sys.version_info >= (3, 11):  # noqa: UP036
         try:
             import ensurepip  # noqa: F401
         except ImportError:

@@ -18,7 +18,9 @@ def generate(target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     protos = sorted(str(path.relative_to(HERE)) for path in HERE.glob("arriero/v1/*.proto"))
     scripts = Path(sys.executable).parent
-    plugins = [f"--plugin={name}={scripts / name}" for name in ("protoc-gen-mypy", "protoc-gen-mypy_grpc")]
+    plugins = [
+        f"--plugin={name}={scripts / name}" for name in ("protoc-gen-mypy", "protoc-gen-mypy_grpc")
+    ]
     outputs = [f"--{kind}_out={target}" for kind in ("python", "grpc_python")]
     outputs += [f"--{kind}_out=quiet:{target}" for kind in ("mypy", "mypy_grpc")]
     subprocess.run(

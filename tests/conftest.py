@@ -1,10 +1,23 @@
 """What every test may use: small real models, and homes of their own."""
 
-import os
-from collections.abc import Iterator
-from pathlib import Path
+from __future__ import annotations
 
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
 import pytest
+import yaml
+
+if TYPE_CHECKING:
+    from arriero.client import Client
 
 # Two cores: a process that takes both slows every other test.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,10 +34,201 @@ def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty `ARRIERO_HOME` of this test's own."""
     place = tmp_path / "home"
     monkeypatch.setenv("ARRIERO_HOME", str(place))
     monkeypatch.delenv("ARRIERO_ADDRESS", raising=False)
     monkeypatch.delenv("ARRIERO_STORE", raising=False)
-    yield place
+    return place
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model as an F16 GGUF file, by llama.cpp's own converter."""
+    source = Path(
+        os.environ.get("ARRIERO_LLAMA_CPP") or Path(sys.prefix) / "share/arriero/llama.cpp"
+    )
+    target = tmp_path_factory.mktemp("gguf") / "tiny.F16.gguf"
+    subprocess.run(
+        [sys.executable, str(source / "convert_hf_to_gguf.py"), str(tiny_llama_dir)]
+        + ["--outfile", str(target), "--outtype", "f16"],
+        check=True,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(source / "gguf-py")},
+    )
+    return target
+
+
+class Platform:
+    """Arriero as `arriero up` runs it, in a home of its own."""
+
+    def __init__(self, home: Path, allowed: list[Path]) -> None:
+        from arriero.cli.supervisor import Home
+
+        self.home = Home(home)
+        self.env = {
+            **{k: v for k, v in os.environ.items() if k != "ARRIERO_ADDRESS"},
+            "ARRIERO_HOME": str(home),
+            "ARRIERO_ALLOWED_PATHS": ":".join(str(path) for path in allowed),
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run one `arriero` command as a person would."""
+        done = subprocess.run(
+            [sys.executable, "-m", "arriero.cli", *arguments],
+            env={**self.env, "COLUMNS": "160"},
+            capture_output=True,
+            text=True,
+            timeout=170,
+        )
+        assert "Traceback" not in done.stderr, done.stderr
+        if check:
+            assert done.returncode == 0, f"{arguments}: {done.stdout}\n{done.stderr}"
+        return done
+
+    def json(self, *arguments: str, check: bool = True) -> Any:
+        """Run one command with `--output json`."""
+        return json.loads(self.cli(*arguments, "--output", "json", check=check).stdout)
+
+    def up(self) -> dict[str, Any]:
+        """Start all services."""
+        state: dict[str, Any] = self.json("up", "--detach")
+        return state
+
+    def down(self) -> None:
+        """Stop them."""
+        self.cli("down")
+
+    def client(self) -> Client:
+        """A client of this platform."""
+        from arriero.client import Client
+
+        state = self.home.running()
+        assert state is not None
+        return Client(state["address"])
+
+    def service(self, name: str) -> psutil.Process:
+        """The process of a service."""
+        state = self.home.running()
+        assert state is not None
+        return psutil.Process(state["services"][name]["pid"])
+
+    def processes(self) -> list[psutil.Process]:
+        """Every process that runs with this home in its environment."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.pid != os.getpid() and (
+                    process.environ().get("ARRIERO_HOME") == str(self.home.root)
+                    and process.status() != psutil.STATUS_ZOMBIE
+                ):
+                    found.append(process)
+        return found
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 60, what: str = "it") -> Any:
+    """The condition's first true value."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"{what} did not happen within {seconds} s"
+        time.sleep(0.03)
+    return value
+
+
+@pytest.fixture(scope="module")
+def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    """All services, shared by a module's tests."""
+    base = tmp_path_factory.getbasetemp()
+    made = Platform(tmp_path_factory.mktemp("platform") / "home", [base, base.parent])
+    made.up()
+    yield made
+    made.down()
+    assert made.processes() == [], "something outlived `arriero down`"
+
+
+@pytest.fixture
+def own_platform(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    """All services, of one test that breaks them."""
+    base = tmp_path_factory.getbasetemp()
+    made = Platform(tmp_path / "home", [base, base.parent])
+    made.up()
+    yield made
+    if made.home.running() is not None:
+        made.down()
+    assert made.processes() == [], "something outlived `arriero down`"
+
+
+@pytest.fixture(name="wait_until", scope="session")
+def wait_until_fixture() -> Callable[..., Any]:
+    """`wait_until`, for test modules."""
+    return wait_until
+
+
+@pytest.fixture(scope="session")
+def write_rows() -> Callable[..., Path]:
+    """Writes Alpaca rows that a tiny model can chew on to a path."""
+    return _write_rows
+
+
+def _write_rows(path: Path, count: int = 24) -> Path:
+    """Alpaca rows that a tiny model can chew on."""
+    lines = [
+        json.dumps(
+            {"instruction": f"Name llama {i}", "input": "", "output": f"llama {i % 5} of the herd"}
+        )
+        for i in range(count)
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(
+    tiny_llama_dir: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    write_rows: Callable[..., Path],
+) -> Callable[..., Path]:
+    """Writes a pipeline file over the tiny model; stages can be replaced by name."""
+
+    def write(directory: Path, *, name: str = "tiny", **replaced: dict[str, Any] | None) -> Path:
+        rows = write_rows(directory / "rows.jsonl")
+        stages: dict[str, dict[str, Any] | None] = {
+            "base": {"import": {"source": str(tiny_llama_dir), "name": "tiny"}},
+            "rows": {
+                "dataset": {
+                    "sources": [str(rows)],
+                    "tokenizer": "base",
+                    "template": "alpaca",
+                    "cutoff_len": 256,
+                    "val_set_size": 4,
+                }
+            },
+            "sft": {
+                "train": {
+                    "model": "base",
+                    "dataset": "rows",
+                    "lora": {"r": 4, "lora_dropout": 0.0, "target_modules": ["all-linear"]},
+                    "max_steps": 4,
+                    "batch_size": 4,
+                    "micro_batch_size": 4,
+                    "learning_rate": 0.01,
+                    "dtype": "float32",
+                }
+            },
+            "tuned": {"merge": {"model": "base", "adapters": ["sft"]}},
+            "quants": {"quantize": {"model": "tuned", "types": ["F16", "Q8_0"]}},
+            "best": {"evaluate": {"models": ["quants"], "choose": {"smallest": {"max_kld": 0.5}}}},
+            "live": {"deploy": {"model": "best", "endpoint": name, "context": 512}},
+        }
+        stages.update(replaced)
+        body = {
+            "name": name,
+            "stages": [{"name": key, **work} for key, work in stages.items() if work is not None],
+        }
+        path = directory / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(body, sort_keys=False))
+        return path
+
+    return write

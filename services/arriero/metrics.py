@@ -100,10 +100,16 @@ _STAGE_GAUGES: tuple[tuple[str, str, Callable[[StageFigures, float], float | Non
     ("training_tokens", "Tokens trained on so far", lambda s, _: s.tokens),
     ("training_tokens_per_second", "Training throughput", lambda s, _: s.tokens_per_second),
     ("training_mfu_ratio", "Model FLOPs utilisation, 0 to 1", lambda s, _: s.mfu),
-    ("stage_eta_seconds", "Seconds left, from the rate since start or resume",
-     lambda s, _: s.eta_seconds),
-    ("stage_last_update_timestamp_seconds", "When the job last reported",
-     lambda s, _: s.update_time),
+    (
+        "stage_eta_seconds",
+        "Seconds left, from the rate since start or resume",
+        lambda s, _: s.eta_seconds,
+    ),
+    (
+        "stage_last_update_timestamp_seconds",
+        "When the job last reported",
+        lambda s, _: s.update_time,
+    ),
     (
         "training_checkpoint_age_seconds",
         "Age of the newest complete checkpoint: what a kill would lose",
@@ -277,14 +283,23 @@ class _LiveCollector(Collector):
 
         memory = psutil.virtual_memory()
         for name, text, value in (
-            ("host_cpu_ratio", "CPU in use on this host since the last reading, 0 to 1",
-             psutil.cpu_percent() / 100),
-            ("host_memory_used_bytes", "Memory in use on this host", memory.total - memory.available),
+            (
+                "host_cpu_ratio",
+                "CPU in use on this host since the last reading, 0 to 1",
+                psutil.cpu_percent() / 100,
+            ),
+            (
+                "host_memory_used_bytes",
+                "Memory in use on this host",
+                memory.total - memory.available,
+            ),
             ("host_memory_total_bytes", "Memory of this host", memory.total),
         ):
             yield GaugeMetricFamily(f"arriero_{name}", text, value=value)
         util = GaugeMetricFamily(
-            "arriero_gpu_utilization_ratio", "Utilisation of this host's GPU, 0 to 1", labels=["gpu"]
+            "arriero_gpu_utilization_ratio",
+            "Utilisation of this host's GPU, 0 to 1",
+            labels=["gpu"],
         )
         used = GaugeMetricFamily(
             "arriero_gpu_memory_used_bytes", "Memory in use on this host's GPU", labels=["gpu"]
@@ -380,11 +395,15 @@ class Metrics:
             "arriero_stage_attempts", "Jobs of ended stages", ["kind"], registry=registry
         )
         self._hits = Counter(
-            "arriero_stage_cache_hits", "Stages whose result the store had", ["kind"],
+            "arriero_stage_cache_hits",
+            "Stages whose result the store had",
+            ["kind"],
             registry=registry,
         )
         self._gates = Counter(
-            "arriero_gate_results", "Gates judged, by gate and verdict", ["gate", "verdict"],
+            "arriero_gate_results",
+            "Gates judged, by gate and verdict",
+            ["gate", "verdict"],
             registry=registry,
         )
 
@@ -448,15 +467,15 @@ def serve(
         server, thread = start_http_server(int(port), addr=host.strip("[]"), registry=registry)
     except OSError as error:
         raise InvalidArgument.field(
-            "ARRIERO_METRICS_LISTEN", f"cannot listen on {text}: {error.strerror}; "
-            "choose another port, or 0 for a free one"
+            "ARRIERO_METRICS_LISTEN",
+            f"cannot listen on {text}: {error.strerror}; choose another port, or 0 for a free one",
         ) from error
     address = f"{host}:{server.server_address[1]}"
     named = os.environ.get("ARRIERO_METRICS_ADDRESS_FILE")
     path = address_file or (Path(named) if named else None)
     if path is not None:
         part = path.with_name(path.name + ".part")
-        part.write_text(address, encoding="utf-8")
+        part.write_text(address + "\n", encoding="utf-8")
         part.replace(path)
 
     def stop() -> None:

@@ -141,7 +141,9 @@ def table(*columns: str, title: str | None = None) -> Table:
 def gate_text(gate: types_pb2.GateResult) -> Text:
     """`merge.logits ✓ 2.1e-05 nats`."""
     word = verdict(gate.verdict)
-    sign = {"PASSED": "✓", "WARNED": "!", "FAILED": "✗", "SKIPPED": "–", "WAIVED": "~"}.get(word, "?")
+    sign = {"PASSED": "✓", "WARNED": "!", "FAILED": "✗", "SKIPPED": "–", "WAIVED": "~"}.get(
+        word, "?"
+    )
     text = Text(f"{gate.gate} {sign}", style=_VERDICT_STYLE.get(word, ""))
     if gate.HasField("figure"):
         text.append(f" {gate.figure:.3g} {gate.unit}".rstrip())
@@ -259,14 +261,8 @@ def summary(run: pb.Run) -> Table:
     return made
 
 
-def fail(error: ArrieroError, *, as_json: bool = False, positions: dict[str, str] | None = None) -> NoReturn:
-    """Say what went wrong and leave: 2 for the caller's mistakes, 1 otherwise.
-
-    Args:
-        error: what happened.
-        as_json: write one JSON object instead of text.
-        positions: `file:line:column` by field path, to point at the pipeline file.
-    """
+def fail(error: ArrieroError, *, as_json: bool = False) -> NoReturn:
+    """Say what went wrong and leave: 2 for the caller's mistakes, 1 otherwise."""
     violations = list(error.violations) if isinstance(error, InvalidArgument) else []
     if as_json:
         body: dict[str, Any] = {
@@ -281,9 +277,8 @@ def fail(error: ArrieroError, *, as_json: bool = False, positions: dict[str, str
         sys.stderr.write(json.dumps(body, ensure_ascii=False) + "\n")
     elif violations:
         for violation in violations:
-            place = (positions or {}).get(violation.field)
-            head = f"{place}: " if place else ""
-            errors.print(Text.assemble(("error ", "bold red"), head, f"{violation.field}: ", violation.description), soft_wrap=True)
+            text = f"{violation.field}: {violation.description}"
+            errors.print(Text.assemble(("error ", "bold red"), text), soft_wrap=True)
     else:
         errors.print(Text.assemble(("error ", "bold red"), error.message), soft_wrap=True)
     raise SystemExit(2 if error.code in ("INVALID_ARGUMENT", "NOT_FOUND", "UNAUTHENTICATED") else 1)

@@ -23,8 +23,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from arriero import settings
 from arriero.cli.replicas import Replicas
 from arriero.errors import FailedPrecondition, Unavailable
+from arriero.rpc import parent
 from arriero.rpc.parent import process_start
 from arriero.store import write_atomic
 
@@ -115,7 +117,7 @@ class Home:
     @classmethod
     def default(cls) -> Home:
         """`$ARRIERO_HOME`, or `~/.arriero`."""
-        return cls(Path(os.environ.get("ARRIERO_HOME") or Path.home() / ".arriero").absolute())
+        return cls(settings.home())
 
     @property
     def state(self) -> Path:
@@ -130,7 +132,7 @@ class Home:
     @property
     def store(self) -> str:
         """The model store's URL; `ARRIERO_STORE` overrides."""
-        return os.environ.get("ARRIERO_STORE") or f"file://{self.root / 'store'}"
+        return os.environ.get("ARRIERO_STORE") or (self.root / "store").as_uri()
 
     @property
     def platform(self) -> Path:
@@ -246,12 +248,8 @@ class Supervisor:
             **os.environ,
             "ARRIERO_STORE": self.home.store,
             "ARRIERO_SERVICE": service,
-            "ARRIERO_PARENT_PID": str(os.getpid()),
-            "ARRIERO_PARENT_START": str(process_start(os.getpid())),
+            **parent.environment(),
             "PYTHONUNBUFFERED": "1",
-            # Models come through `import`; nothing else may reach for a hub.
-            "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0"),
-            "TOKENIZERS_PARALLELISM": os.environ.get("TOKENIZERS_PARALLELISM", "true"),
         }
         env.setdefault("ARRIERO_ALLOWED_PATHS", _default_paths())
         return env
@@ -259,7 +257,9 @@ class Supervisor:
     def _start(self, ports: dict[str, int]) -> None:
         for room in ROOMS:
             self._add(room, {"ARRIERO_LISTEN": f"127.0.0.1:{ports[room]}"})
-        addresses = {f"ARRIERO_{room.upper()}_ADDRESS": f"127.0.0.1:{ports[room]}" for room in ROOMS}
+        addresses = {
+            f"ARRIERO_{room.upper()}_ADDRESS": f"127.0.0.1:{ports[room]}" for room in ROOMS
+        }
         self._add(
             "orchestrator",
             {
@@ -281,7 +281,9 @@ class Supervisor:
                         f"its log {child.log} ends with:\n{child.tail()}"
                     )
                 if time.monotonic() > deadline:
-                    raise Unavailable(f"the {name} service is not ready after 120 s; see {child.log}")
+                    raise Unavailable(
+                        f"the {name} service is not ready after 120 s; see {child.log}"
+                    )
                 time.sleep(0.05)
 
     def _add(self, name: str, extra: dict[str, str]) -> None:
@@ -325,7 +327,9 @@ class Supervisor:
                 child.deaths = 0 if now - child.started > STEADY_SECONDS else child.deaths + 1
                 delay = BACKOFF[min(child.deaths, len(BACKOFF) - 1)]
                 child.not_before = now + delay
-                logger.warning("%s ended (%s); starting it again in %.1f s", child.name, code, delay)
+                logger.warning(
+                    "%s ended (%s); starting it again in %.1f s", child.name, code, delay
+                )
                 if delay:
                     continue
             child.start()

@@ -13,10 +13,13 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
+from pathlib import Path
 
+from arriero import prompts
 from arriero.dataset.alpaca import Example
-from arriero.dataset.vocabulary import Vocabulary
+from arriero.dataset.vocabulary import Vocabulary, chat_template
 from arriero.errors import InvalidArgument
 from arriero.prompts import Template
 
@@ -44,13 +47,9 @@ class EncodedRow:
     straddles: bool
 
     @property
-    def masked(self) -> bool:
-        """Whether nothing of the row is trained on."""
-        return self.trained(1) == 0
-
-    def trained(self, first: int = 1) -> int:
-        """Tokens with a label; the first token of a row is never predicted."""
-        return max(0, len(self.ids) - max(self.trained_from, first))
+    def trained(self) -> int:
+        """Labels that count in a loss; the first token of a row is never predicted."""
+        return max(0, len(self.ids) - max(self.trained_from, 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +85,11 @@ class Encoder:
             InvalidArgument: the template fails, or does not render the prompt
                 as the beginning of the whole.
         """
-        tokens = {"bos_token": self.vocabulary.bos, "eos_token": self.vocabulary.eos}
-        text = self.template.render(example.messages, **tokens)
-        prompt = self.template.render(example.prompt, add_generation_prompt=True, **tokens)
+        render = partial(
+            self.template.render, bos_token=self.vocabulary.bos, eos_token=self.vocabulary.eos
+        )
+        text = render(example.messages)
+        prompt = render(example.prompt, add_generation_prompt=True)
         if not text.startswith(prompt):
             raise InvalidArgument.field(
                 "template",
@@ -118,8 +119,7 @@ class Encoder:
         # BOS goes in as an id: written out in the text it would change how some
         # SentencePiece tokenizers read the word after it.
         written = [
-            len(bos) if self.template.writes_bos and row.text.startswith(bos) else 0
-            for row in rows
+            len(bos) if self.template.writes_bos and row.text.startswith(bos) else 0 for row in rows
         ]
         texts = [row.text[cut:] for row, cut in zip(rows, written, strict=True)]
         encoded = self.vocabulary.encode(texts)
@@ -148,3 +148,21 @@ class Encoder:
             ends_turn=end_id is not None and ids[-1:] == [end_id] and trained_from < len(ids),
             straddles=straddles,
         )
+
+
+def template_of(name: str, directory: Path) -> Template:
+    """The template that a spec names; `model` is the one that came with the tokenizer.
+
+    Raises:
+        InvalidArgument: unknown, or the tokenizer brings none.
+    """
+    if name == prompts.MODEL:
+        # A model that was tuned here remembers with what.
+        stored = Template.read(directory)
+        return stored or prompts.load(name, chat_template(directory))
+    if prompts.is_path(name):
+        raise InvalidArgument.field(
+            "template",
+            f"{name!r} is a path; expected {', '.join(prompts.known())} or {prompts.MODEL}",
+        )
+    return prompts.load(name)

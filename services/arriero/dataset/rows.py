@@ -20,6 +20,7 @@ MAX_ROW = 16 * 1024 * 1024
 _CHUNK = 1024 * 1024
 # A decoding error this far from what was read so far is an error, not a cut.
 _CERTAIN = 64
+_NUMBER_TAIL = len("e+")
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -127,7 +128,8 @@ class _Scanner:
         while True:
             try:
                 value, end = self._decoder.raw_decode(self._buffer, self._at)
-                if end < len(self._buffer) or self._ended:
+                # A number may be cut before `.5` or `e+5` and still decode.
+                if len(self._buffer) - end > _NUMBER_TAIL or self._ended:
                     self._at = end
                     return value
             except json.JSONDecodeError as error:

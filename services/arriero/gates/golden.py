@@ -87,11 +87,13 @@ def probe_sequences(
     left = tokens
     for row in rows:
         ids = list(row[: min(longest, left)])
+        if left - len(ids) == 1:  # one id alone is no sequence: leave two
+            ids.pop()
         if len(ids) < 2:
             continue
         sequences.append(ids)
         left -= len(ids)
-        if left < 2:
+        if left == 0:
             break
     return sequences
 
@@ -99,9 +101,7 @@ def probe_sequences(
 def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Log-probabilities in nats along the last axis."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
-    result: npt.NDArray[np.float32] = shifted - np.log(
-        np.exp(shifted).sum(axis=-1, keepdims=True)
-    )
+    result: npt.NDArray[np.float32] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return result
 
 

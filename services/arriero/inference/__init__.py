@@ -1,0 +1,5 @@
+"""One replica: serves one GGUF file.
+
+Responsibility: the engine process, its front end and the gRPC face. Does not
+know endpoints or runs.
+"""

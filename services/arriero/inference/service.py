@@ -140,7 +140,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 def _sampling(params: pb.SamplingParams) -> dict[str, Any]:
     """Checked values for the engine; what is not set keeps llama.cpp's default."""
     given: dict[str, Any] = {
-        name: getattr(params, name) for name in _KNOBS if params.HasField(name)
+        known.name: value for known, value in params.ListFields() if known.name in _KNOBS
     }
     Sampling(**given).check()
     if params.HasField("max_tokens"):

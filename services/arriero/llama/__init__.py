@@ -21,7 +21,7 @@ from arriero.llama.cores import threads
 from arriero.llama.header import Header, TensorInfo, insert_metadata, read_header
 from arriero.llama.library import available, initialize
 from arriero.llama.model import Model
-from arriero.llama.quantizer import QUANT_TYPES, expected_size, quantize, resolve_type
+from arriero.llama.quantizer import QUANT_TYPES, QuantType, expected_size, quantize, resolve_type
 
 __all__ = [
     "QUANT_TYPES",
@@ -29,6 +29,7 @@ __all__ = [
     "Context",
     "Header",
     "Model",
+    "QuantType",
     "Rope",
     "TensorInfo",
     "available",

@@ -49,7 +49,7 @@ class Batch:
         # Pointers to the cells of `sequences`: llama.cpp wants a list of sequences per token.
         self._pointers = np.array([first + 4 * i for i in range(capacity)], dtype=np.uintp)
         self._struct = self._c.llama_batch()
-        fields = {
+        fields: dict[str, npt.NDArray[Any]] = {
             "token": self.tokens,
             "pos": self.positions,
             "n_seq_id": self._counts,
@@ -264,7 +264,7 @@ class Context:
             raise ResourceExhausted(
                 f"no room for {batch.size} tokens in a context of {self.n_ctx} tokens"
             )
-        if result == 2:  # noqa: PLR2004 - llama.h: aborted, what was evaluated stays
+        if result == 2:  # llama.h: aborted; what was evaluated stays
             raise Cancelled("llama.cpp's decode was aborted")
         why = library.take_errors() or "no reason given"
         if result == -1:

@@ -22,10 +22,14 @@ from arriero.errors import DataLoss, InvalidArgument
 MAGIC = b"GGUF"
 # Version 1 had 32-bit lengths and is refused by llama.cpp too.
 VERSIONS = (2, 3)
+_SMALLEST = 24  # magic, version and two counts
 _ALIGNMENT = 32
 _MAX_DIMENSIONS = 4
 _MAX_TENSORS = 1 << 20
 _MAX_NAME = 63
+# Far above any vocabulary or template: a hostile header must not cost minutes or memory.
+_MAX_STRINGS = 1 << 24
+_MAX_STRING = 1 << 26
 
 _STRING, _ARRAY = 8, 9
 _SCALARS: Mapping[int, struct.Struct] = {
@@ -113,6 +117,7 @@ class Header:
         tensors: in the order of the file.
         data_offset: where the data section starts.
         size: of the file, in bytes.
+        alignment: of the data section and of each tensor in it, in bytes.
     """
 
     version: int
@@ -150,6 +155,7 @@ class _Cursor:
         )
 
     def skip(self, length: int) -> int:
+        """Move on; returns where the skipped bytes start."""
         start = self.position
         if length < 0 or length > len(self._data) - start:
             raise self.fail(f"the header needs {length} more bytes")
@@ -163,7 +169,9 @@ class _Cursor:
         return form.unpack_from(self._data, self.skip(form.size))[0]
 
     def string(self) -> str:
-        length = self.scalar(10)
+        length: int = self.scalar(10)
+        if length > _MAX_STRING:
+            raise self.fail(f"a string of {length} bytes")
         start = self.skip(length)
         return bytes(self._data[start : start + length]).decode("utf-8", "replace")
 
@@ -173,10 +181,13 @@ class _Cursor:
 
     def array(self) -> int:
         """Walk over an array; returns its length."""
-        element, count = self.scalar(4), self.scalar(10)
+        element: int = self.scalar(4)
+        count: int = self.scalar(10)
         if element == _STRING:
             unpack = _SCALARS[10].unpack_from
-            for _ in range(count):  # ends at the file's end at the latest
+            if count > _MAX_STRINGS:
+                raise self.fail(f"an array of {count} strings")
+            for _ in range(count):
                 self.skip(unpack(self._data, self.skip(8))[0])
         elif element in _SCALARS:
             self.skip(count * _SCALARS[element].size)
@@ -192,7 +203,7 @@ def read_header(path: Path) -> Header:
         DataLoss: not a GGUF file, another version, or cut off.
     """
     size = path.stat().st_size
-    if size < 24:  # noqa: PLR2004 - magic, version and two counts
+    if size < _SMALLEST:
         raise DataLoss(f"{path.name} is not a GGUF file: it has only {size} bytes")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         return _parse(_Cursor(data, path.name), data[:4], size)
@@ -230,9 +241,7 @@ def _parse(cursor: _Cursor, magic: bytes, size: int) -> Header:
             raise cursor.fail(
                 f"tensor {tensor.name} ends at byte {end}: the file is cut off or damaged"
             )
-    return Header(
-        version, metadata, arrays, tensors, data_offset, size, alignment, metadata_end
-    )
+    return Header(version, metadata, arrays, tensors, data_offset, size, alignment, metadata_end)
 
 
 def _tensor(cursor: _Cursor) -> TensorInfo:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -77,6 +78,10 @@ class _Log:
         self._tell(line)
         _logger.log(_LEVELS.get(level, logging.DEBUG), "%s", line)
 
+    def abort(self, message: bytes | None) -> None:
+        _logger.critical("llama.cpp aborts: %s", (message or b"").decode("utf-8", "replace"))
+        logging.shutdown()
+
     def _tell(self, line: str) -> None:
         for listener in tuple(self._listeners):
             listener(line)
@@ -97,7 +102,8 @@ class _Log:
 
 
 _log = _Log()
-_callback: Any = None
+# ctypes frees a callback that nobody holds.
+_callbacks: list[Any] = []
 _lock = threading.Lock()
 
 
@@ -133,14 +139,30 @@ def initialize() -> Any:
     Raises:
         FailedPrecondition: llama.cpp cannot be loaded.
     """
-    global _callback  # noqa: PLW0603 - ctypes frees a callback that nobody holds
     module = binding()
     with _lock:
-        if _callback is None:
-            _callback = module.llama_log_callback(_log.write)
-            module.llama_log_set(_callback, ctypes.c_void_p(0))
+        if not _callbacks:
+            # An abort would otherwise start a debugger on this process to print a trace.
+            os.environ.setdefault("GGML_NO_BACKTRACE", "1")
+            log = module.llama_log_callback(_log.write)
+            _callbacks.append(log)
+            module.llama_log_set(log, ctypes.c_void_p(0))
+            _say_why_on_abort(module._lib)
             module.llama_backend_init()
     return module
+
+
+def _say_why_on_abort(loaded: ctypes.CDLL) -> None:
+    """Log a failed assertion of ggml before it ends the process."""
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+    try:
+        function = loaded["ggml_set_abort_callback"]
+    except AttributeError:  # an older ggml prints it to stderr
+        return
+    function.restype, function.argtypes = ctypes.c_void_p, [kind]
+    callback = kind(_log.abort)
+    _callbacks.append(callback)
+    function(callback)
 
 
 def listening(listener: Callable[[str], None]) -> AbstractContextManager[None]:

@@ -121,24 +121,22 @@ class Model:
 
     @property
     def n_ctx_train(self) -> int:
-        """Tokens of context that it was trained with."""
-        return int(self._c.llama_model_n_ctx_train(self._model))
+        """Tokens of context that it was trained with; 0 where the file does not say."""
+        return int(self._of_architecture("context_length", 0))
 
     @property
     def n_params(self) -> int:
         """Weights."""
-        return int(self._c.llama_model_n_params(self._model))
-
-    @property
-    def size(self) -> int:
-        """Bytes of all tensors."""
-        return int(self._c.llama_model_size(self._model))
+        return self.header.parameters
 
     @property
     def rope_freq_base(self) -> float:
         """The rope base frequency of the file; 10,000 where it names none, as in llama.cpp."""
+        return float(self._of_architecture("rope.freq_base", 10000.0))
+
+    def _of_architecture(self, key: str, default: Any) -> Any:
         architecture = self.header.metadata.get("general.architecture", "")
-        return float(self.header.metadata.get(f"{architecture}.rope.freq_base", 10000.0))
+        return self.header.metadata.get(f"{architecture}.{key}", default)
 
     # -- vocabulary ----------------------------------------------------------
 

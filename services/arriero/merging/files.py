@@ -53,9 +53,7 @@ def matching(files: Iterable[Path], patterns: Iterable[str]) -> list[Path]:
     """The files whose name fits one of the patterns (case matters)."""
     wanted = tuple(patterns)
     return [
-        path
-        for path in files
-        if any(fnmatch.fnmatchcase(path.name, pattern) for pattern in wanted)
+        path for path in files if any(fnmatch.fnmatchcase(path.name, pattern) for pattern in wanted)
     ]
 
 

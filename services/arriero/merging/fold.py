@@ -132,7 +132,7 @@ def write_merged(
     """
     extras = matching(sorted(base.iterdir()), MODEL_EXTRAS)
     copy_files(extras, target, lambda *_: None)
-    done = 0
+    done, total = 0, plan.nbytes
     with WeightsWriter(
         target, list(plan.tensors.values()), max_shard_size=max_shard_size
     ) as writer:
@@ -146,7 +146,7 @@ def write_merged(
             else:
                 writer.write(name, plan.base.tensor(name).to(plan.dtype(name)))
             done += item.nbytes
-            tick(done, plan.nbytes)
+            tick(done, total)
     _state_dtype(plan, target)
 
 

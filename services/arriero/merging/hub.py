@@ -6,6 +6,7 @@ not know what is in it. `HF_ENDPOINT` (a mirror) is honoured by the library.
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -26,6 +27,8 @@ _PATTERNS = (
     "NOTICE*",
     "USE_POLICY*",
 )
+# The library's HTTP client has changed its package twice (requests, httpx, httpx2).
+_NETWORK = {"HTTPError", "TransportError", "RequestException"}
 
 
 def download_repository(
@@ -52,7 +55,6 @@ def download_repository(
             raise FailedPrecondition(
                 f"the secret {secret} is not set in this service's environment; set it there"
             )
-    import httpx
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -86,6 +88,10 @@ def download_repository(
         if error.response is not None and error.response.status_code in (401, 403):
             raise PermissionDenied(f"the hub refuses {name}: {error}") from error
         raise Unavailable(f"the hub failed for {name}: {error}") from error
-    except (httpx.HTTPError, OSError) as error:
-        raise Unavailable(f"the hub cannot be reached for {name}: {error}") from error
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        if isinstance(error, OSError) or _NETWORK & {cls.__name__ for cls in type(error).__mro__}:
+            raise Unavailable(f"the hub cannot be reached for {name}: {error}") from error
+        raise
     return commit

@@ -127,19 +127,17 @@ def _load(path: Path) -> Mapping[str, object]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise NotFound(f"{path.name} does not exist") from error
+    except MemoryError:
+        raise
     except pickle.UnpicklingError as error:
-        first = str(error).strip().splitlines()[0]
-        if "Weights only load failed" not in str(error):
-            raise DataLoss(f"{path.name} is not a PyTorch checkpoint: {first}") from error
-        raise FailedPrecondition(
-            f"{path.name} wants to run code when it is opened, and was not opened: "
-            f"{_blamed(str(error))}; expected tensors alone. Save it as safetensors where you "
-            "trust it"
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise DataLoss(
-            f"{path.name} is damaged: {str(error).strip().splitlines()[0]}; fetch it again"
-        ) from error
+        if blamed := _blamed(str(error)):
+            raise FailedPrecondition(
+                f"{path.name} wants to run code when it is opened, and was not opened: {blamed}; "
+                "expected tensors alone. Save it as safetensors where you trust it"
+            ) from error
+        raise _damaged(path, error) from error
+    except Exception as error:  # bytes from outside: the unpickler stumbles in many ways
+        raise _damaged(path, error) from error
     if not isinstance(state, Mapping):
         raise FailedPrecondition(
             f"{path.name} holds {type(state).__name__}; expected a state dict of tensors"
@@ -148,8 +146,16 @@ def _load(path: Path) -> Mapping[str, object]:
 
 
 def _blamed(text: str) -> str:
-    """The one line of torch's message that names what is not allowed."""
+    """What torch's restricted unpickler refused to call, if that is what it says."""
     for line in text.splitlines():
-        if "GLOBAL" in line or "Unsupported" in line:
-            return line.strip().removeprefix("WeightsUnpickler error:").strip()[:200]
-    return "it holds objects that are not tensors"
+        if "GLOBAL" in line or "class" in line.lower().split():
+            said = line.strip().removeprefix("WeightsUnpickler error:").strip()
+            # The rest of torch's line is advice to let the code run.
+            return said.partition(" was not an allowed")[0][:200]
+    return ""
+
+
+def _damaged(path: Path, error: Exception) -> DataLoss:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    said = f"{type(error).__name__}: {lines[0].strip()[:200]}" if lines else type(error).__name__
+    return DataLoss(f"{path.name} is damaged, or no PyTorch checkpoint ({said}); fetch it again")

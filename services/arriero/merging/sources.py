@@ -32,9 +32,7 @@ __all__ = [
     "secret_variable",
 ]
 
-FORMS = (
-    "expected an absolute path, pypi://package==version/path/in/wheel or hf://org/name@revision"
-)
+FORMS = "expected an absolute path, pypi://package==version/path/in/wheel or hf://org/name@revision"
 _PACKAGE = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
 # Exact versions of PEP 440, epochs and local parts included; no wildcards, no ranges.
 _VERSION = re.compile(r"[0-9][A-Za-z0-9.!+_-]*")

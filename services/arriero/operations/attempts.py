@@ -10,16 +10,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import secrets
 import shutil
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from arriero.errors import ArrieroError, Cancelled, Internal
+from arriero.errors import ArrieroError, Cancelled, Internal, Unavailable
 from arriero.operations import logs
+from arriero.operations.delivery import failure
 from arriero.operations.endings import Ending, Next, ending_of
-from arriero.operations.handoff import Assignment, Outcome, to_json, type_name
+from arriero.operations.handoff import EXIT_FAILED, Assignment, Outcome, to_json, type_name
 from arriero.operations.kinds import WorkKind
 from arriero.operations.publishing import publish
 from arriero.operations.records import ExecutionRecord, JobRecord, Records, Result, State, now
@@ -27,7 +29,7 @@ from arriero.operations.runner import Handle, Launch, Runner
 from arriero.rpc.parent import ProcessId
 from arriero.rpc.status import to_status
 from arriero.store import Store
-from arriero.store.files import remove_tree
+from arriero.store.files import os_errors, remove_tree
 
 _log = logging.getLogger(__name__)
 # A job of an earlier service sees its death within two seconds.
@@ -78,7 +80,6 @@ class Attempts:
     runner: Runner
     slots: asyncio.Semaphore
     ended: Callable[[Execution], None]
-    changed: Callable[[Execution], None]
     backoff: Callable[[int], float] = default_backoff
     job_grace: float = 15.0
     report_address: str = ""
@@ -103,6 +104,8 @@ class Attempts:
         except Exception as error:
             _log.exception("execution %s failed in the service", record.id)
             self._end(execution, State.FAILED, Internal(f"{type(error).__name__}: {error}"))
+        if record.state.ended:
+            await asyncio.to_thread(self._clean, record)
 
     # One attempt
 
@@ -138,22 +141,26 @@ class Attempts:
             stage=record.stage,
             report_address=self.report_address,
             report_token=execution.token,
-            service_process=ProcessId.of(_pid()),
+            service_process=ProcessId.of(os.getpid()),
         )
         log = self.records.log_path(record.id)
-        logs.mark(
-            log, f"attempt {record.attempt} starts", attempt=record.attempt, stage=record.stage
-        )
-        launch = Launch(kind.job_module, assignment.write(), record.id, log)
+        with os_errors(assignment.directory):
+            launch = Launch(kind.job_module, assignment.write(), record.id, log)
+        self._mark(record, f"attempt {record.attempt} starts", "INFO")
         job = JobRecord(record.attempt, now())
         record.jobs.append(job)
         record.state = State.RUNNING
         record.start_time = record.start_time or job.start_time
         # On disk before there is a job: a restart must know that there may be one.
-        self._save(execution)
-        handle = await self.runner.start(launch)
+        self.records.save(record)
+        try:
+            handle = await self.runner.start(launch)
+        except Unavailable as error:
+            failure(record.attempt, error, _log).write(assignment.directory)
+            job.end_time = now()
+            return EXIT_FAILED
         job.process = handle.process
-        self._save(execution)
+        self.records.save(record)
         code = await self._watch(execution, handle)
         job.end_time = now()
         return code
@@ -198,7 +205,7 @@ class Attempts:
         job.status, job.counted = ending.status, ending.counted
         if ending.next is Next.PUBLISH:
             assert outcome is not None
-            self._save(execution)
+            self.records.save(record)
             await self._publish(execution, outcome)
             return True
         self._mark(record, f"attempt {record.attempt} ended: {ending.message}", "WARNING")
@@ -206,8 +213,8 @@ class Attempts:
         if ending.next is Next.FAIL or record.counted >= attempts:
             self._fail(execution, ending)
             return True
-        self._forget_attempt(record)
-        self._save(execution)
+        await asyncio.to_thread(self._forget_attempt, record)
+        self.records.save(record)
         pause = self.backoff(max(1, record.counted))
         await self._unless_stopped(execution, asyncio.sleep(pause))
         return False
@@ -246,7 +253,6 @@ class Attempts:
         except ArrieroError:  # a full disk: memory knows, and a restart judges again
             _log.exception("the end of %s could not be recorded", record.id)
         self.ended(execution)
-        self._clean(record)
 
     # Pieces
 
@@ -278,10 +284,6 @@ class Attempts:
 
     def _staging(self, record: ExecutionRecord) -> Path:
         return self.store.staging(self.service, record.id)
-
-    def _save(self, execution: Execution) -> None:
-        self.records.save(execution.record)
-        self.changed(execution)
 
     def _mark(self, record: ExecutionRecord, message: str, level: str) -> None:
         log = self.records.log_path(record.id)

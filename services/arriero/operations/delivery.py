@@ -53,7 +53,6 @@ class Output:
     existing: str | None = None
 
 
-
 def describe(outputs: Sequence[Output], job: Job) -> Outcome:
     """The outcome of work that was done; every file is hashed here.
 
@@ -101,9 +100,7 @@ def _files(output: Output, pool: ThreadPoolExecutor) -> tuple[tuple[str, int, st
     if not names:
         raise Internal(f"output {output.name!r} has no files in {output.path.name}")
     hashed = pool.map(sha256_file, (output.path / name for name in names))
-    return tuple(
-        (name, size, digest) for name, (size, digest) in zip(names, hashed, strict=True)
-    )
+    return tuple((name, size, digest) for name, (size, digest) in zip(names, hashed, strict=True))
 
 
 def _relative(output: Output, directory: Path) -> str:

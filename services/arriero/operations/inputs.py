@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
-from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from arriero import refs
@@ -21,7 +21,7 @@ from arriero.store import Artifact, Store
 from arriero.v1 import types_pb2
 
 
-def input_fields(spec: Message) -> Iterator[tuple[FieldDescriptor, types_pb2.InputRule]]:
+def input_fields(spec: Message) -> Iterator[tuple[Any, types_pb2.InputRule]]:
     """The top-level fields of a spec that name artifacts, with their rules."""
     for field in spec.DESCRIPTOR.fields:
         options = field.GetOptions()
@@ -52,7 +52,7 @@ def check_inputs(spec: Message, store: Store, *, wait: float = 0) -> dict[str, l
     return found
 
 
-def _values(spec: Message, field: FieldDescriptor) -> Iterator[tuple[str, str]]:
+def _values(spec: Message, field: Any) -> Iterator[tuple[str, str]]:
     value = getattr(spec, field.name)
     if field.is_repeated:
         for i, item in enumerate(value):
@@ -63,9 +63,7 @@ def _values(spec: Message, field: FieldDescriptor) -> Iterator[tuple[str, str]]:
         yield field.name, value
 
 
-def _check(
-    path: str, value: str, rule: types_pb2.InputRule, store: Store, wait: float
-) -> Artifact:
+def _check(path: str, value: str, rule: types_pb2.InputRule, store: Store, wait: float) -> Artifact:
     kinds = " or ".join(rule.kinds)
     if not value:
         raise InvalidArgument.field(path, f"is not set; expected the digest of a {kinds}")

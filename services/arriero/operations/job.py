@@ -46,7 +46,8 @@ class Job:
         checkpoints: directory that survives attempts (and a retry of the same work).
         scratch: directory of this attempt alone, empty at its start.
         gates: the collector of verdicts, with the spec's modes.
-        preempted: set when the job is told to leave: save, then raise `Preempted`.
+        preempted: set when the job is told to leave: save, then raise `Preempted`. A
+            handler that never looked at it has nothing to save, and is ended at once.
         log: goes to the operation's kept log.
     """
 
@@ -61,6 +62,7 @@ class Job:
         attempt: int = 1,
         run: str = "",
         stage: str = "",
+        preempted: threading.Event | None = None,
         nudge: Callable[[], None] | None = None,
     ) -> None:
         self.spec: Any = spec
@@ -74,13 +76,20 @@ class Job:
         self.checkpoints = staging / "checkpoints"
         self.scratch = self.directory / "scratch"
         self.gates = Gates(gate_modes(spec))
-        self.preempted = threading.Event()
+        self.watches_preemption = False
+        self._preempted = preempted or threading.Event()
         self.meter = ProgressMeter()
         self.log = logging.getLogger(f"arriero.job.{kind}")
         self._nudge = nudge
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self.scratch, ignore_errors=True)
         self.scratch.mkdir(parents=True)
+
+    @property
+    def preempted(self) -> threading.Event:
+        """Set when the job is told to leave."""
+        self.watches_preemption = True
+        return self._preempted
 
     def input(self, name: str) -> Artifact:
         """The one artifact of an input field.
@@ -148,10 +157,12 @@ class Job:
     def check_preempted(self) -> None:
         """Raise if the job was told to leave; for handlers that have nothing to save.
 
+        Does not count as looking: in a job process, such a handler is ended at once.
+
         Raises:
             Preempted: it was.
         """
-        if self.preempted.is_set():
+        if self._preempted.is_set():
             raise Preempted("the job was told to stop; it will start again where it can")
 
 
@@ -206,9 +217,16 @@ def watch_service(assignment: Assignment) -> None:
 
 
 def _run(assignment: Assignment, handlers: Mapping[str, Handler]) -> int:
+    job: Job | None = None
     sender: ProgressSender | None = None
     preempted = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: preempted.set())
+
+    def on_sigterm() -> None:
+        preempted.set()
+        if job is None or not job.watches_preemption:
+            end_self(EXIT_TRY_AGAIN)
+
+    _listen(on_sigterm)
     log = logging.getLogger("arriero.job")
     outcome: Outcome
     try:
@@ -231,13 +249,12 @@ def _run(assignment: Assignment, handlers: Mapping[str, Handler]) -> int:
             attempt=assignment.attempt,
             run=assignment.run,
             stage=assignment.stage,
+            preempted=preempted,
             nudge=lambda: sender.nudge() if sender is not None else None,
         )
-        job.preempted = preempted
         sender = ProgressSender(assignment, job.meter)
         sender.start()
-        outputs = handler(job)
-        outcome = describe(outputs, job)
+        outcome = describe(handler(job), job)
     except BaseException as error:  # whatever it was, the service must hear of it
         outcome = failure(assignment.attempt, error, log)
     if sender is not None:
@@ -246,3 +263,22 @@ def _run(assignment: Assignment, handlers: Mapping[str, Handler]) -> int:
     if outcome.ok:
         return 0
     return EXIT_TRY_AGAIN if outcome.preempted else EXIT_FAILED
+
+
+def _listen(on_sigterm: Callable[[], None]) -> None:
+    """Call back from a thread when SIGTERM comes.
+
+    A signal handler would run only when the main thread is back in Python, and
+    a quantizer may be away for minutes.
+    """
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+
+    def run() -> None:
+        while data := os.read(read, 64):
+            if signal.SIGTERM in data:
+                on_sigterm()
+
+    threading.Thread(target=run, name="sigterm", daemon=True).start()
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, lambda *_: None)

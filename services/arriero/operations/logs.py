@@ -74,12 +74,9 @@ class LogReader:
         line = job_pb2.LogLine()
         line.CopyFrom(self._last)
         line.number = self._number
-        # A progress bar rewrites its line: what stood there last counts.
-        text = data[: 4 * _LONGEST].decode(errors="replace").rstrip("\r\n")
-        text = text.rpartition("\r")[2]
         fields = _fields(data)
         if fields is None:
-            line.level, line.message = "INFO", text[:_LONGEST]
+            line.level, line.message = "INFO", _shown(data[: 4 * _LONGEST])[:_LONGEST]
             return line
         _set_time(line.time, fields.get("time"))
         level = str(fields.get("level", "INFO")).replace("CRITICAL", "ERROR")
@@ -123,5 +120,10 @@ def tail(path: Path, lines: int = 3, size: int = 8192) -> list[str]:
             data = file.read()
     except FileNotFoundError:
         return []
-    raw = [line for line in data.splitlines() if line.strip() and _fields(line) is None]
-    return [line.decode(errors="replace")[:300] for line in raw[-lines:]]
+    raw = [line for line in data.split(b"\n") if line.strip() and _fields(line) is None]
+    return [_shown(line)[:300] for line in raw[-lines:]]
+
+
+def _shown(data: bytes) -> str:
+    """A raw line as a terminal leaves it: a progress bar rewrites what it wrote."""
+    return data.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2]

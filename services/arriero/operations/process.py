@@ -5,6 +5,7 @@ Responsibility: groups, sessions and markers. Does not know what the processes d
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -52,27 +53,21 @@ def end_job(execution: str, leader: ProcessId | None, *, timeout: float = 5.0) -
 
 
 def _kill_group(pid: int) -> None:
-    try:
+    with contextlib.suppress(OSError):
         if os.getpgid(pid) == pid:
             os.killpg(pid, signal.SIGKILL)
         else:
             os.kill(pid, signal.SIGKILL)
-    except OSError:
-        pass
 
 
 def _kill(pid: int) -> None:
-    try:
+    with contextlib.suppress(OSError):
         os.kill(pid, signal.SIGKILL)
-    except OSError:
-        pass
 
 
 def end_self(code: int) -> None:
     """End this process and everything below it at once; nothing is cleaned up."""
-    try:
+    with contextlib.suppress(psutil.Error):
         for child in psutil.Process().children(recursive=True):
             _kill(child.pid)
-    except psutil.Error:
-        pass
     os._exit(code)

@@ -15,9 +15,9 @@ from pathlib import Path
 from arriero import refs
 from arriero.errors import GateFailed, Internal
 from arriero.gates import GateResult, Verdict
-from arriero.operations.handoff import Outcome, OutputFiles, to_json
+from arriero.operations.handoff import Outcome, OutputFiles
 from arriero.operations.records import ExecutionRecord, Result
-from arriero.operations.views import gate_message, output_message
+from arriero.operations.views import result_of
 from arriero.store import Artifact, FileEntry, ManifestDraft, Store
 
 # In `Output.golden` and `Output.parents`: another output of the same job.
@@ -50,10 +50,7 @@ class Published:
 
     def result(self) -> Result:
         """As records have it; without an error."""
-        return Result(
-            outputs=[to_json(output_message(n, a)) for n, a in self.artifacts.items()],
-            gates=[to_json(gate_message(gate)) for gate in self.gates],
-        )
+        return result_of(self.artifacts, self.gates)
 
     def error(self) -> GateFailed | None:
         """Why the work is refused although it was done."""

@@ -133,27 +133,28 @@ class ProgressSender:
         host, gpus = HostUsage(), GpuMeter()
         with connect_sync(self._assignment.report_address, ClientSettings.from_env()) as channel:
             stub = job_pb2_grpc.JobServiceStub(channel)
-            sent, sent_at = -1, 0.0
-            while True:
-                stopping = self._stop.is_set()
+            host.sample()  # from here on cores are counted
+            sent, sent_at, stopping = 0, 0.0, False
+            while not stopping:
+                self._wake.wait(INTERVAL)
                 self._wake.clear()
+                self._stop.wait(max(0.0, sent_at + INTERVAL - time.monotonic()))
+                stopping = self._stop.is_set()
                 version = self._meter.version
-                # A second without news still tells the usage.
-                if version and (version != sent or time.monotonic() - sent_at > 2 * INTERVAL):
-                    progress = self._meter.read()
-                    cores, memory = host.sample()
-                    if cores is not None:
-                        progress.cpu_cores = cores
-                    if memory is not None:
-                        progress.memory_bytes = memory
-                    progress.gpus.extend(gpus.sample())
-                    self._send(stub, progress)
+                # Without news the usage is still told, now and then.
+                if version != sent or (sent and time.monotonic() - sent_at > 4 * INTERVAL):
+                    self._send(stub, self._progress(host, gpus))
                     sent, sent_at = version, time.monotonic()
-                if stopping:
-                    return
-                self._stop.wait(INTERVAL)
-                if not self._stop.is_set():
-                    self._wake.wait(INTERVAL)
+
+    def _progress(self, host: HostUsage, gpus: GpuMeter) -> types_pb2.Progress:
+        progress = self._meter.read()
+        cores, memory = host.sample()
+        if cores is not None:
+            progress.cpu_cores = cores
+        if memory is not None:
+            progress.memory_bytes = memory
+        progress.gpus.extend(gpus.sample())
+        return progress
 
     def _send(self, stub: job_pb2_grpc.JobServiceStub, progress: types_pb2.Progress) -> None:
         import grpc

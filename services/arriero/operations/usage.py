@@ -50,9 +50,7 @@ class HostUsage:
                 continue
             # A reaped child's time moves into its parent's children_*: the sum only grows.
             seconds += times.user + times.system
-            seconds += getattr(times, "children_user", 0.0) + getattr(
-                times, "children_system", 0.0
-            )
+            seconds += getattr(times, "children_user", 0.0) + getattr(times, "children_system", 0.0)
         now = time.monotonic()
         cores = None
         if self._seconds is not None and now > self._time:
@@ -85,9 +83,7 @@ class GpuMeter:
 
     def _visible(self) -> list[Any]:
         nvml = self._nvml
-        handles = [
-            nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())
-        ]
+        handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
         wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
         if wanted is None:
             return handles

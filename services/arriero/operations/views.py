@@ -6,7 +6,7 @@ know how records change.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from google.longrunning import operations_pb2
@@ -15,14 +15,10 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import status_pb2
 
 from arriero.gates import GateResult
+from arriero.operations.handoff import to_json
 from arriero.operations.records import ExecutionRecord, OperationRecord, Result, State
 from arriero.store import Artifact
 from arriero.v1 import types_pb2
-
-
-def state_number(state: State) -> types_pb2.OperationState:
-    """The proto's value of a state."""
-    return types_pb2.OperationState.Value(f"OPERATION_STATE_{state}")
 
 
 def status_of(data: Mapping[str, Any]) -> status_pb2.Status:
@@ -65,18 +61,16 @@ def operation_message(
     """An operation as it is now; `execution` is None when the store had the result."""
     metadata = types_pb2.OperationMetadata(
         kind=record.kind,
-        state=state_number(record.state),
+        state=types_pb2.OperationState.Value(f"OPERATION_STATE_{_state(record, execution)}"),
         result_key=record.result_key,
         cached=record.cached,
         run=record.run,
         stage=record.stage,
-        estimate=types_pb2.Estimate(
-            disk_bytes=record.disk_bytes, memory_bytes=record.memory_bytes
-        ),
+        estimate=types_pb2.Estimate(disk_bytes=record.disk_bytes, memory_bytes=record.memory_bytes),
     )
     _time(metadata.create_time, record.create_time)
     _time(metadata.end_time, record.end_time)
-    _fill(metadata, record.result)
+    fill_result(metadata, record.result)
     if execution is not None:
         _time(metadata.start_time, execution.start_time)
         metadata.attempt = execution.attempt
@@ -94,20 +88,36 @@ def operation_message(
         operation.error.CopyFrom(status_of(record.result.error))
     elif record.state is State.SUCCEEDED:
         response = types_pb2.OperationResult(cached=record.cached)
-        _fill(response, record.result)
+        fill_result(response, record.result)
         operation.response.Pack(response)
     return operation
 
 
-def _fill(
+def fill_result(
     message: types_pb2.OperationMetadata | types_pb2.OperationResult, result: Result
 ) -> None:
+    """Put a result's outputs and gates into metadata or a response."""
     for output in result.outputs:
         json_format.ParseDict(output, message.outputs.add())
     for gate in result.gates:
         json_format.ParseDict(gate, message.gates.add())
 
 
+def _state(record: OperationRecord, execution: ExecutionRecord | None) -> State:
+    """Until an operation ends it stands where its execution stands."""
+    if record.state.ended or execution is None or execution.state.ended:
+        return record.state
+    return execution.state
+
+
 def _time(target: Timestamp, text: str) -> None:
     if text:
         target.FromJsonString(text)
+
+
+def result_of(artifacts: Mapping[str, Artifact], gates: Sequence[GateResult]) -> Result:
+    """Artifacts by output name, and gates, as records have them."""
+    return Result(
+        outputs=[to_json(output_message(name, item)) for name, item in artifacts.items()],
+        gates=[to_json(gate_message(gate)) for gate in gates],
+    )

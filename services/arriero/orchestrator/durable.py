@@ -10,6 +10,7 @@ order that follows from its argument and from recorded results alone.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
@@ -41,6 +42,7 @@ class Workflows:
         self._bodies = dict(bodies)
         self._functions: dict[str, Any] = {}
         self._launched = False
+        self._running: set[asyncio.Task[Any]] = set()
 
     async def launch(self) -> None:
         """Open the database and recover what an earlier process left behind.
@@ -62,11 +64,13 @@ class Workflows:
             "log_level": "ERROR",
             # LISTEN/NOTIFY exists on PostgreSQL alone; nothing here waits for it.
             "use_listen_notify": False,
+            # Bounds how long `close` takes; the thread has nothing else to do.
+            "notification_listener_polling_interval_sec": 0.1,
         }
         try:
             DBOS(config=config)
             for name, body in self._bodies.items():
-                self._functions[name] = _register(name, body)
+                self._functions[name] = self._register(name, body)
             DBOS.launch()
         except Exception as error:
             DBOS.destroy(destroy_registry=True)
@@ -80,7 +84,11 @@ class Workflows:
         """Stop; workflows that run are recovered by the next `launch`."""
         if self._launched:
             self._launched = False
-            DBOS.destroy(destroy_registry=True)
+            # DBOS records nothing for a task that is cancelled like this.
+            for task in self._running:
+                task.cancel()
+            await asyncio.gather(*self._running, return_exceptions=True)
+            await asyncio.to_thread(DBOS.destroy, destroy_registry=True)
 
     async def start(self, name: str, workflow_id: str, argument: dict[str, Any]) -> None:
         """Start a workflow, unless one with this ID exists."""
@@ -109,14 +117,19 @@ class Workflows:
         if ids:
             await DBOS.cancel_workflows_async(ids)
 
+    def _register(self, name: str, body: Body) -> Any:
+        async def workflow(argument: dict[str, Any]) -> Any:
+            task = asyncio.current_task()
+            assert task is not None
+            self._running.add(task)
+            try:
+                return await body(argument)
+            finally:
+                self._running.discard(task)
 
-def _register(name: str, body: Body) -> Any:
-    async def workflow(argument: dict[str, Any]) -> Any:
-        return await body(argument)
-
-    workflow.__qualname__ = workflow.__name__ = name
-    # None: however often the orchestrator dies, its runs go on.
-    return DBOS.workflow(name=name, max_recovery_attempts=None)(workflow)
+        workflow.__qualname__ = workflow.__name__ = name
+        # None: however often the orchestrator dies, its runs go on.
+        return DBOS.workflow(name=name, max_recovery_attempts=None)(workflow)
 
 
 def _quiet() -> None:

@@ -11,44 +11,28 @@ import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
-from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from arriero import refs
-from arriero.errors import FailedPrecondition, FieldViolation, InvalidArgument
+from arriero.errors import FieldViolation, InvalidArgument
+from arriero.orchestrator import inputs as _inputs
+from arriero.orchestrator.inputs import (
+    EXPECTED,
+    Published,
+    Slot,
+    Source,
+    one_of,
+    parse_input,
+    slots,
+)
 from arriero.orchestrator.outputs import STAGE_KINDS, Output, kind_of, outputs_of
-from arriero.v1 import pipeline_pb2, types_pb2
+from arriero.v1 import pipeline_pb2
 
 _PIPELINE_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 _STAGE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 MAX_STAGES = 500
-_EXPECTED = "expected a stage, stage.output, or a store reference such as model/name:tag"
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where one input comes from: a stage (with the output that is meant) or a reference.
-
-    `output` None means the stage's default output; `every` all outputs that the
-    field accepts; `optional` that it is fine when the stage did not publish it.
-    """
-
-    stage: str | None = None
-    output: str | None = None
-    ref: str | None = None
-    every: bool = False
-    optional: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Published:
-    """An artifact that a stage handed on."""
-
-    name: str
-    digest: str
-    kind: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,9 +156,9 @@ class _Builder:
     def _node(self, index: int, stage: pipeline_pb2.Stage, kind: str) -> Node:
         work = cast(Message, getattr(stage, kind))
         inputs: list[Input] = []
-        for slot in _slots(work, f"stages[{index}].{kind}"):
+        for slot in slots(work, f"stages[{index}].{kind}"):
             if slot.required and not slot.values:
-                self.wrong(slot.path, f"is missing; {_EXPECTED}")
+                self.wrong(slot.path, f"is missing; {EXPECTED}")
             for path, source in self._sources(slot):
                 kinds = tuple(slot.rule.kinds)
                 self._check_kind(path, source, kinds)
@@ -182,7 +166,7 @@ class _Builder:
         depends = dict.fromkeys(i.source.stage for i in inputs if i.source.stage is not None)
         return Node(index, stage.name, kind, stage, tuple(inputs), tuple(depends))
 
-    def _sources(self, slot: _Slot) -> Iterator[tuple[str, Source]]:
+    def _sources(self, slot: Slot) -> Iterator[tuple[str, Source]]:
         for path, text in slot.entries():
             try:
                 source = parse_input(text, every=slot.every, field=path)
@@ -233,13 +217,13 @@ class _Builder:
         if source.ref is not None:
             kind = refs.parse(source.ref).kind
             if kind is not None and kind not in kinds:
-                self.wrong(path, f"{source.ref!r} is of kind {kind}; expected {_or(kinds)}")
+                self.wrong(path, f"{source.ref!r} is of kind {kind}; expected {one_of(kinds)}")
             return
         possible = self._possible(source)
         if possible and not {o.kind for o in possible}.intersection(kinds):
             what = source.stage if source.output is None else f"{source.stage}.{source.output}"
-            got = _or(sorted({o.kind for o in possible}))
-            self.wrong(path, f"{what!r} is of kind {got}; expected {_or(kinds)}")
+            got = one_of(sorted({o.kind for o in possible}))
+            self.wrong(path, f"{what!r} is of kind {got}; expected {one_of(kinds)}")
 
     def _possible(self, source: Source) -> list[Output]:
         """The outputs that a stage source may turn out to be."""
@@ -311,170 +295,16 @@ class _Builder:
             self._check_kind(path, source, (ref.kind,))
 
 
-@dataclass(frozen=True, slots=True)
-class _Slot:
-    """One input field of one message, wherever it is nested."""
-
-    message: Message
-    field: FieldDescriptor
-    path: str
-    rule: types_pb2.InputRule
-
-    @property
-    def repeated(self) -> bool:
-        return self.field.is_repeated
-
-    @property
-    def every(self) -> bool:
-        return self.repeated and self.rule.all_outputs
-
-    @property
-    def required(self) -> bool:
-        return not self.repeated and not self.field.has_presence
-
-    @property
-    def values(self) -> list[str]:
-        value = getattr(self.message, self.field.name)
-        if self.repeated:
-            return list(value)
-        return [value] if value else []
-
-    def entries(self) -> Iterator[tuple[str, str]]:
-        for i, text in enumerate(self.values):
-            yield (f"{self.path}[{i}]" if self.repeated else self.path), text
-
-    def default(self) -> Source | None:
-        """What `default_from` means here: the named output of the sibling's stage."""
-        if self.values or not self.rule.default_from:
-            return None
-        sibling, _, output = self.rule.default_from.partition(".")
-        text = getattr(self.message, sibling)
-        if not text or refs.looks_like_ref(text):
-            return None
-        return Source(stage=text.partition(".")[0], output=output, optional=True)
-
-    def set(self, digests: Sequence[str]) -> None:
-        self.message.ClearField(self.field.name)
-        if self.repeated:
-            getattr(self.message, self.field.name).extend(digests)
-        elif digests:
-            setattr(self.message, self.field.name, digests[0])
-
-
-def _slots(message: Message, path: str) -> Iterator[_Slot]:
-    """Every input field of a spec, nested and repeated messages included."""
-    for field in message.DESCRIPTOR.fields:
-        options: Any = field.GetOptions()
-        where = f"{path}.{field.name}"
-        if options.HasExtension(types_pb2.input):
-            yield _Slot(message, field, where, options.Extensions[types_pb2.input])
-        elif field.message_type is not None and not field.message_type.GetOptions().map_entry:
-            if field.is_repeated:
-                for i, item in enumerate(getattr(message, field.name)):
-                    yield from _slots(item, f"{where}[{i}]")
-            elif message.HasField(field.name):
-                yield from _slots(getattr(message, field.name), where)
-
-
-def parse_input(text: str, *, every: bool, field: str) -> Source:
-    """Read what an input field says.
-
-    Raises:
-        InvalidArgument: neither a stage, nor stage.output, nor a reference.
-    """
-    if not text:
-        raise InvalidArgument.field(field, f"is empty; {_EXPECTED}")
-    if refs.looks_like_ref(text):
-        refs.parse(text, field=field)
-        return Source(ref=text)
-    stage, dot, output = text.partition(".")
-    if not stage or (dot and not output) or "." in output:
-        raise InvalidArgument.field(field, f"{text!r} is not an input; {_EXPECTED}")
-    return Source(stage=stage, output=output or None, every=every and not dot)
-
-
 def substitute(
     node: Node,
     references: Mapping[str, str],
     published: Mapping[str, Sequence[Published]],
 ) -> Message:
-    """A copy of the stage's spec with every input as a digest.
-
-    Args:
-        node: the stage.
-        references: digest of every reference in the pipeline, by its text.
-        published: what the stages that it depends on handed on, the default first.
-
-    Raises:
-        FailedPrecondition: a stage did not publish the output that is named.
-        InvalidArgument: what it published is of another kind than the field accepts.
-    """
-    work = type(node.work)()
-    work.CopyFrom(node.work)
-    # Sources first: `default_from` reads its sibling before that becomes a digest.
-    slots = [(slot, list(_slot_sources(slot))) for slot in _slots(work, node.path)]
-    for slot, sources in slots:
-        digests: list[str] = []
-        for path, source in sources:
-            digests += _digests(path, source, slot.rule.kinds, references, published)
-        slot.set(digests)
-    return work
+    """A copy of a stage's spec with every input as a digest; see `inputs.substitute`."""
+    return _inputs.substitute(node.work, node.path, references, published)
 
 
-def _slot_sources(slot: _Slot) -> Iterator[tuple[str, Source]]:
-    for path, text in slot.entries():
-        yield path, parse_input(text, every=slot.every, field=path)
-    default = slot.default()
-    if default is not None:
-        yield slot.path, default
-
-
-def _digests(
-    path: str,
-    source: Source,
-    kinds: Sequence[str],
-    references: Mapping[str, str],
-    published: Mapping[str, Sequence[Published]],
-) -> list[str]:
-    if source.ref is not None:
-        return [references[source.ref]]
-    outputs = published.get(cast(str, source.stage), ())
-    if source.every:
-        found = [o for o in outputs if o.kind in kinds]
-        if not found:
-            raise FailedPrecondition(
-                f"{path}: stage {source.stage!r} published no {_or(kinds)}; "
-                f"it published: {_listed(outputs)}"
-            )
-        return [o.digest for o in found]
-    chosen = pick(outputs, source.output)
-    if chosen is None:
-        if source.optional:
-            return []
-        wanted = repr(source.output) if source.output else "nothing"
-        raise FailedPrecondition(
-            f"{path}: stage {source.stage!r} did not publish {wanted}; "
-            f"it published: {_listed(outputs)}"
-            if source.output
-            else f"{path}: stage {source.stage!r} published nothing"
-        )
-    if kinds and chosen.kind not in kinds:
-        raise InvalidArgument.field(
-            path, f"stage {source.stage!r} published a {chosen.kind}; expected {_or(kinds)}"
-        )
-    return [chosen.digest]
-
-
-def pick(outputs: Sequence[Published], name: str | None) -> Published | None:
-    """The output of that name (in any case), or the default one."""
-    if name is None:
-        return outputs[0] if outputs else None
-    return next((o for o in outputs if o.name.casefold() == name.casefold()), None)
-
-
-def resolve(
-    graph: Graph, look_up: Callable[[str], tuple[str, str]]
-) -> dict[str, str]:
+def resolve(graph: Graph, look_up: Callable[[str], tuple[str, str]]) -> dict[str, str]:
     """Digest of every reference in the pipeline, by its text.
 
     Args:
@@ -490,7 +320,7 @@ def resolve(
         digest, kind = look_up(ref)
         if item.kinds and kind not in item.kinds:
             raise InvalidArgument.field(
-                item.path, f"{ref!r} is of kind {kind}; expected {_or(item.kinds)}"
+                item.path, f"{ref!r} is of kind {kind}; expected {one_of(item.kinds)}"
             )
         digests[ref] = digest
     return digests
@@ -513,11 +343,3 @@ def violations_error(violations: Sequence[FieldViolation]) -> InvalidArgument:
 
 def _find(outputs: Sequence[Output], name: str) -> Output | None:
     return next((o for o in outputs if o.name.casefold() == name.casefold()), None)
-
-
-def _or(kinds: Sequence[str]) -> str:
-    return " or ".join(kinds)
-
-
-def _listed(outputs: Sequence[Published]) -> str:
-    return ", ".join(o.name for o in outputs) or "nothing"

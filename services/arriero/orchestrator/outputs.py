@@ -6,10 +6,11 @@ which of the uncertain ones a run will really have.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from arriero.errors import InvalidArgument
-from arriero.v1 import pipeline_pb2
+from arriero.v1 import pipeline_pb2, types_pb2
 
 STAGE_KINDS = tuple(
     field.name for field in pipeline_pb2.Stage.DESCRIPTOR.oneofs_by_name["work"].fields
@@ -69,3 +70,11 @@ def _import_outputs(stage: pipeline_pb2.Stage) -> tuple[Output, ...]:
             "as", f"{wanted!r} is not known; expected auto, {', '.join(_IMPORT_KINDS)}"
         )
     return (Output(wanted, wanted),)
+
+
+def in_order(
+    stage: pipeline_pb2.Stage, outputs: Iterable[types_pb2.StageOutput]
+) -> list[types_pb2.StageOutput]:
+    """What a stage published, the default output first, as the table has it."""
+    places = {output.name.casefold(): i for i, output in enumerate(outputs_of(stage))}
+    return sorted(outputs, key=lambda o: places.get(o.name.casefold(), len(places)))

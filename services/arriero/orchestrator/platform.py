@@ -59,6 +59,15 @@ class Observed:
         """The replicas that serve this artifact now."""
         return [r for r in self.replicas if r.state == "READY" and r.digest == digest]
 
+    def complete(self, digest: str, count: int) -> bool:
+        """Whether just `count` replicas are there, all serving this artifact.
+
+        Those that drain are gone already. Others must be: with another context
+        the same artifact may be served by old replicas for a while.
+        """
+        staying = [r for r in self.replicas if r.state != "DRAINING"]
+        return len(staying) == count == len(self.ready(digest))
+
     def failed(self, digest: str) -> list[ObservedReplica]:
         """The replicas of this artifact that gave up."""
         return [r for r in self.replicas if r.state == "FAILED" and r.digest == digest]

@@ -118,9 +118,7 @@ def _filtered(node: Any, name: str, line: int) -> jinja2.nodes.Filter:
 class _Cage(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
-    def _parse(
-        self, source: str, name: str | None, filename: str | None
-    ) -> jinja2.nodes.Template:
+    def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
         tree = super()._parse(source, name, filename)
         caged = _Bars().visit(tree)
         assert isinstance(caged, jinja2.nodes.Template)
@@ -130,10 +128,10 @@ class _Cage(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "*":
             for text, times in ((left, right), (right, left)):
-                if isinstance(text, str | list | tuple) and isinstance(times, int):
-                    if len(text) * times > MAX_TEXT:
-                        raise _LimitExceeded(f"a value longer than {MAX_TEXT} characters")
-        elif operator == "**" and (abs(left) > 2**31 or abs(right) > 64):  # noqa: PLR2004
+                repeats = isinstance(text, str | list | tuple) and isinstance(times, int)
+                if repeats and len(text) * times > MAX_TEXT:
+                    raise _LimitExceeded(f"a value longer than {MAX_TEXT} characters")
+        elif operator == "**" and (abs(left) > 2**31 or abs(right) > 64):
             raise _LimitExceeded("a power that large")
         elif operator == "%" and isinstance(left, str):
             raise _LimitExceeded("string formatting by %")
@@ -156,11 +154,17 @@ def _raise_exception(message: str) -> None:
     raise _RaisedByTemplate(message)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None,
-            separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     # As transformers has it: Jinja's own escapes HTML, which would change prompts.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-                      sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 @functools.lru_cache(maxsize=1)
@@ -227,8 +231,15 @@ def render(source: str, variables: Mapping[str, Any]) -> str:
         raise InvalidArgument.field(
             "template", f"it does what the sandbox forbids: {str(error)[:500]}"
         ) from error
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError,
-            ArithmeticError, RecursionError) as error:
+    except (
+        jinja2.TemplateError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         raise InvalidArgument.field(
             "template", f"rendering failed: {type(error).__name__}: {str(error)[:500]}"
         ) from error

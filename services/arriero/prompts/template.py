@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -27,6 +28,8 @@ EOS = "eos"
 
 _ROLES = ("system", "user", "assistant", "tool")
 _PROBE = "arriero probe"
+# A template that reads Alpaca's second field itself.
+_READS_INPUT = re.compile(r"""\.\s*input\b|\[\s*['"]input['"]\s*\]""")
 
 Message = Mapping[str, Any]
 
@@ -39,7 +42,8 @@ class Template:
         name: such as `alpaca`; `model` when it came with the model.
         chat_template: Jinja over `messages`, `bos_token`, `eos_token` and
             `add_generation_prompt`, as the HF convention has it. A user message
-            may carry `input`, Alpaca's second field.
+            may carry `input`, Alpaca's second field; a template that does not
+            read it gets it as a further line of `content`.
         stop: strings that end an answer besides the end of turn.
         end_of_turn: `eos`, or the literal token that ends an answer.
         writes_bos: whether rendered text begins with BOS, so that tokenizing it
@@ -69,6 +73,10 @@ class Template:
                 that fails on them or passes the sandbox's limits.
         """
         checked = _check_messages(messages)
+        if not _READS_INPUT.search(self.chat_template):
+            for message in checked:
+                if extra := message.pop("input", None):
+                    message["content"] += f"\n{extra}"
         if self.system is not None and checked[0]["role"] != "system":
             checked.insert(0, {"role": "system", "content": self.system})
         return sandbox.render(
@@ -93,8 +101,7 @@ class Template:
         """
         user = {"role": "user", "content": _PROBE}
         answer = {"role": "assistant", "content": _PROBE + " answer"}
-        tokens = {"bos_token": bos_token, "eos_token": eos_token}
-        text = self.render([user, answer], **tokens)
+        text = self.render([user, answer], bos_token=bos_token, eos_token=eos_token)
         bound = replace(self, writes_bos=bool(bos_token) and text.startswith(str(bos_token)))
         if self.name != MODEL:
             return bound
@@ -220,6 +227,11 @@ def _check_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
         if not isinstance(content, str):
             raise InvalidArgument.field(
                 f"messages[{i}].content", f"expected text, found {type(content).__name__}"
+            )
+        extra = message.get("input")
+        if not isinstance(extra, str | None):
+            raise InvalidArgument.field(
+                f"messages[{i}].input", f"expected text, found {type(extra).__name__}"
             )
         checked.append(dict(message))
     return checked

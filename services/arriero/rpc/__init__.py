@@ -12,6 +12,12 @@ processes. Does not know any service's work, and no store.
     logs, parent, trace       JSON logs; life tied to a supervisor; trace ids
 """
 
+import os
+
+# gRPC's core writes lines of its own to stderr, which are no JSON, and reads this
+# once, when it is imported.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
 from arriero.rpc import logs, parent, trace
 from arriero.rpc.auth import bearer_token, caller
 from arriero.rpc.channel import connect, connect_sync

@@ -42,11 +42,14 @@ _OPTIONS: list[tuple[str, Any]] = [
 ]
 
 
-def connect(address: str, settings: ClientSettings | None = None) -> grpc.aio.Channel:
+def connect(
+    address: str, settings: ClientSettings | None = None, *, retries: bool = True
+) -> grpc.aio.Channel:
     """An asyncio channel; opening is lazy, so an absent server shows at the first call.
 
     Idempotent methods are sent again after UNAVAILABLE (about three seconds in
-    all); unary calls without a deadline get the settings'.
+    all) unless `retries` is off, for callers that have another address to try;
+    unary calls without a deadline get the settings'.
 
     Raises:
         InvalidArgument: the address or a certificate is wrong.
@@ -54,6 +57,8 @@ def connect(address: str, settings: ClientSettings | None = None) -> grpc.aio.Ch
     """
     settings = settings or ClientSettings()
     credentials, options = _prepare(address, settings)
+    if not retries:
+        options.append(("grpc.enable_retries", 0))
     interceptors = _aio_interceptors(settings)
     if credentials is None:
         return grpc.aio.insecure_channel(address, options=options, interceptors=interceptors)

@@ -16,10 +16,13 @@ from arriero.errors import DataLoss, InvalidArgument, NotFound
 from arriero.store.files import DIRECTORY_MODE, safe_relative, sha256_file, tree_files
 from arriero.store.layout import Layout
 from arriero.store.manifest import Manifest
+from arriero.store.trash import Trash
 from arriero.store.waivers import Waivers
 
 _HEX = frozenset("0123456789abcdef")
+_HEX_DIGITS = 64
 _SHORTEST_PREFIX = 8
+_NAMES_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Artifact:
         wanted = str(safe_relative(relative))
         if all(entry.path != wanted for entry in self.manifest.files):
             names = [entry.path for entry in self.manifest.files]
-            shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+            shown = ", ".join(names[:_NAMES_SHOWN]) + (", ..." if names[_NAMES_SHOWN:] else "")
             raise NotFound(
                 f"{self.manifest.kind} {self.digest} has no file {wanted!r}; it has: {shown}"
             )
@@ -57,8 +60,9 @@ class Artifact:
 class Artifacts:
     """The artifacts of one store."""
 
-    def __init__(self, layout: Layout, waivers: Waivers) -> None:
+    def __init__(self, layout: Layout, waivers: Waivers, trash: Trash) -> None:
         self._layout = layout
+        self._trash = trash
         self._waivers = waivers
         self._cache: dict[str, Manifest] = {}  # manifests never change
 
@@ -80,48 +84,38 @@ class Artifacts:
         manifest = self._cache[digest] = Manifest.from_bytes(data, digest)
         return manifest
 
-    def get(self, digest: str) -> Artifact:
+    def get(self, digest: str, *, claim: bool = True) -> Artifact:
         """A complete artifact.
+
+        Args:
+            claim: take it from a gc that is about to remove it.
 
         Raises:
             NotFound: not there, or its files were collected.
             DataLoss: damaged manifest. FailedPrecondition: newer format.
         """
-        path = self.directory(digest)
+        path = self._layout.artifact(digest)
+        there = self._trash.claim(path) if claim else path.is_dir()
         manifest = self.manifest(digest)
-        if path is None:
+        if not there:
             raise NotFound(
                 f"the files of {manifest.kind} {manifest.name} ({digest}) are not in the store: "
                 "collected as garbage, or never completely published; its manifest is kept: run "
                 "again what made it",
                 reason="ARTIFACT_COLLECTED",
             )
+        with contextlib.suppress(OSError):
+            if path.stat().st_mode & 0o222:  # its publisher died between rename and chmod
+                path.chmod(DIRECTORY_MODE)
         return Artifact(digest, manifest, path, self._waivers.quarantined(manifest))
 
-    def directory(self, digest: str) -> Path | None:
-        """The directory of a complete artifact, or None.
-
-        Takes it back from a gc that has not yet made up its mind.
-        """
-        path = self._layout.artifact(digest)
-        try:
-            status = path.stat()
-        except FileNotFoundError:
-            try:
-                self._layout.doubtful(digest).rename(path)
-                status = path.stat()
-            except OSError:  # gone, or somebody else took it back
-                if not path.is_dir():
-                    return None
-                status = path.stat()
-        if status.st_mode & 0o222:  # its publisher died between rename and chmod
-            with contextlib.suppress(OSError):
-                path.chmod(DIRECTORY_MODE)
-        return path
+    def claim(self, digest: str) -> bool:
+        """Whether an artifact is there, and will stay if a root was written before."""
+        return self._trash.claim(self._layout.artifact(digest))
 
     def touch(self, digest: str) -> None:
         """Make an artifact young again for gc; look whether it is there afterwards."""
-        with contextlib.suppress(FileNotFoundError, PermissionError):
+        with contextlib.suppress(OSError):  # not there, not ours, or read-only
             os.utime(self._layout.manifest(digest))
 
     def age_ns(self, digest: str) -> int | None:
@@ -134,7 +128,7 @@ class Artifacts:
     def digests(self) -> Iterator[str]:
         """Every artifact whose files are there, in no order."""
         for name in os.listdir(self._layout.root / "artifacts"):
-            if len(name) == 64 and _HEX.issuperset(name):
+            if len(name) == _HEX_DIGITS and _HEX.issuperset(name):
                 yield "sha256:" + name
 
     def by_prefix(self, text: str) -> str | None:
@@ -144,7 +138,7 @@ class Artifacts:
             NotFound: none. InvalidArgument: several, or too short.
         """
         prefix = text.removeprefix("sha256:")
-        if not _HEX.issuperset(prefix) or len(prefix) > 64 or not prefix:
+        if not _HEX.issuperset(prefix) or len(prefix) > _HEX_DIGITS or not prefix:
             return None
         if len(prefix) < _SHORTEST_PREFIX:
             if text == prefix:

@@ -301,5 +301,8 @@ def remove_tree(directory: Path) -> None:
             if os.path.islink(path):
                 os.unlink(path)
     for base, _, _ in os.walk(directory, topdown=False):
-        with contextlib.suppress(FileNotFoundError):
+        try:
             os.rmdir(base)
+        except OSError as error:  # NFS keeps open files, renamed; the next gc finds them
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+                raise

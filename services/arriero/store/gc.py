@@ -4,48 +4,44 @@ Responsibility: find what is held, plan, and remove in an order that loses
 nothing that somebody comes to need meanwhile. Does not know why anything is
 held.
 
-Nothing is stopped while it runs. What is to go is first renamed, whole, into
-`trash/`; then every root is read again, and what is held by now goes back; the
-rest is renamed once more, so that nobody takes half of it for the whole, and
-deleted. A reader that misses an artifact takes it back from `trash/` itself.
-So whoever first writes a root (tag, pin, lease, operation record) and then
-looks whether the artifact is there can rely on what it sees.
+Nothing is stopped while it runs. What is to go is marked (see `trash`), then
+every root is read again, and what is held by now is spared. So whoever first
+writes a root (tag, pin, lease, operation record) and then gets the artifact can
+rely on what it gets.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import re
-import secrets
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from arriero.errors import DataLoss, NotFound
-from arriero.store import lock
 from arriero.store.artifacts import Artifacts
 from arriero.store.files import (
-    fsync_directory,
     is_temporary,
-    os_errors,
-    remove_tree,
     tree_newest,
     tree_size,
 )
 from arriero.store.layout import Layout
 from arriero.store.roots import Roots
 from arriero.store.tags import Tags
+from arriero.store.trash import Trash
 
 log = logging.getLogger(__name__)
 
 _DIGEST = re.compile(rb"sha256:[0-9a-f]{64}")
+_WORD = re.compile(r"[A-Za-z0-9._-]+")
+# No writer of a small file takes so long between its first byte and its rename.
+_WRITING_SECONDS = 600.0
 _ENDED = ("SUCCEEDED", "FAILED", "CANCELLED")
-_DEAD = ".dead-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +83,7 @@ def collect(
     artifacts: Artifacts,
     tags: Tags,
     roots: Roots,
+    trash: Trash,
     *,
     dry_run: bool,
     grace: float,
@@ -107,18 +104,21 @@ def collect(
         DataLoss, FailedPrecondition: a root that can't be read, or was written
             by a newer version: nothing is removed; or another gc is at work.
     """
-    with lock.hold(layout.root / "locks" / "gc.lock", "garbage collector"):
+    with trash.remover():
         if not dry_run:
-            _settle(layout)
+            trash.settle()
         now = time.time()
+        ages = {digest: artifacts.age_ns(digest) for digest in artifacts.digests()}
         held = _held(layout, artifacts, tags, roots, now, grace)
-        plans = [*_staging(layout, held, now, grace), *_artifacts(layout, artifacts, held)]
-        small = list(_small(layout, artifacts, roots, plans, now, grace))
+        plans = [*_staging(layout, held, now, grace), *_artifacts(layout, ages, held)]
         if dry_run:
-            return [plan.removal for plan in plans] + [removal for _, removal in small]
-        removed = _remove(layout, artifacts, tags, roots, plans, grace)
-        for path, removal in small:
-            path.unlink(missing_ok=True)
+            removed = [plan.removal for plan in plans]
+        else:
+            removed = _remove(layout, artifacts, tags, roots, trash, plans, grace)
+        going = {plan.digest for plan in plans if dry_run}
+        for path, removal in list(_small(layout, artifacts, roots, going, now, grace)):
+            if not dry_run:
+                path.unlink(missing_ok=True)
             removed.append(removal)
         return removed
 
@@ -163,7 +163,9 @@ def _add_golden(artifacts: Artifacts, held: _Held) -> None:
 
 def _operations(layout: Layout, held: _Held) -> None:
     """Whatever a record of unended work names is held, by digest or by directory name."""
-    staged = {path.name: layout.relative(path) for path in (layout.root / "staging").glob("*/*")}
+    staged: dict[str, set[str]] = defaultdict(set)
+    for path in (layout.root / "staging").glob("*/*"):
+        staged[path.name].add(layout.relative(path))
     succeeded: set[str] = set()
     records = layout.root / "operations"
     for pattern in ("*/*/operation.json", "*/executions/*/execution.json"):
@@ -171,16 +173,14 @@ def _operations(layout: Layout, held: _Held) -> None:
             with contextlib.suppress(FileNotFoundError):
                 text = path.read_bytes()
                 state, value = _state(text)
-                own = staged.get(path.parent.name) if path.name == "execution.json" else None
                 if state == "SUCCEEDED":
-                    succeeded.update(filter(None, (own, _text(value, "staging"))))
+                    succeeded.update(_own(layout, path, value))
                 if state in _ENDED:
                     continue
                 held.digests.update(match.decode() for match in _DIGEST.findall(text))
-                if own is not None:
-                    held.paths.add(own)
-                words = set(re.findall(r"[A-Za-z0-9._-]+", text.decode(errors="replace")))
-                held.paths.update(staged[word] for word in words & staged.keys())
+                words = {path.parent.name, *_WORD.findall(text.decode(errors="replace"))}
+                for word in words & staged.keys():
+                    held.paths.update(staged[word])
     held.succeeded = {path for path in succeeded if not held.holds(path)}
 
 
@@ -193,13 +193,18 @@ def _state(text: bytes) -> tuple[str, dict[str, Any]]:
         return "", {}
 
 
-def _text(value: dict[str, Any], key: str) -> str:
-    found = value.get(key)
-    return found if isinstance(found, str) else ""
+def _own(layout: Layout, record: Path, value: dict[str, Any]) -> Iterator[str]:
+    """The staging directories that a record calls its own, relative to the root."""
+    named = value.get("staging")
+    if isinstance(named, str) and named:
+        yield named
+    service = record.relative_to(layout.root / "operations").parts[0]
+    yield f"staging/{service}/{record.parent.name}"
 
 
 def _staging(layout: Layout, held: _Held, now: float, grace: float) -> list[_Plan]:
-    done, stale = [], []
+    done: list[_Plan] = []
+    stale: list[_Plan] = []
     for path in sorted((layout.root / "staging").glob("*/*")):
         relative = layout.relative(path)
         if held.holds(relative):
@@ -215,9 +220,9 @@ def _staging(layout: Layout, held: _Held, now: float, grace: float) -> list[_Pla
     return done + stale
 
 
-def _artifacts(layout: Layout, artifacts: Artifacts, held: _Held) -> list[_Plan]:
+def _artifacts(layout: Layout, ages: Mapping[str, int | None], held: _Held) -> list[_Plan]:
     plans = []
-    for digest in sorted(artifacts.digests()):
+    for digest in sorted(ages):
         if digest in held.digests:
             continue
         path = layout.artifact(digest)
@@ -226,7 +231,7 @@ def _artifacts(layout: Layout, artifacts: Artifacts, held: _Held) -> list[_Plan]
             tree_size(path),
             "no tag, endpoint, run, operation or lease holds it",
         )
-        plans.append(_Plan(removal, path, digest, artifacts.age_ns(digest)))
+        plans.append(_Plan(removal, path, digest, ages[digest]))
     return plans
 
 
@@ -234,19 +239,23 @@ def _small(
     layout: Layout,
     artifacts: Artifacts,
     roots: Roots,
-    plans: list[_Plan],
+    going: set[str | None],
     now: float,
     grace: float,
 ) -> Iterator[tuple[Path, Removal]]:
-    """Records that have lost their meaning: files of some hundred bytes each."""
+    """Records that have lost their meaning: files of some hundred bytes each.
+
+    What expired has no effect from then on; its file gets the grace as well, since
+    its owner may be renewing it just now.
+    """
     for path, lease in roots.leases():
-        if lease.expires <= now:
+        if lease.expires <= now - grace:
             yield _file(layout, path, "lease that expired")
     for pin in roots.pins():
-        if pin.expires is not None and pin.expires <= now:
+        if pin.expires is not None and pin.expires <= now - grace:
             path = layout.root / "roots" / pin.owner / f"{pin.name}.json"
             yield _file(layout, path, "pin that expired")
-    there = set(artifacts.digests()) - {plan.digest for plan in plans}
+    there = set(artifacts.digests()) - going
     for path in sorted((layout.root / "results").glob("*/[!.]*.json")):
         with contextlib.suppress(FileNotFoundError):
             text = path.read_bytes()
@@ -255,7 +264,8 @@ def _small(
     for name in ("manifests", "results", "roots", "leases", "waivers", "operations"):
         for path in (layout.root / name).rglob(".*.tmp"):
             with contextlib.suppress(FileNotFoundError):
-                if is_temporary(path.name) and path.lstat().st_mtime <= now - grace:
+                age = now - path.lstat().st_mtime
+                if is_temporary(path.name) and age >= max(grace, _WRITING_SECONDS):
                     yield _file(layout, path, "left by a writer that was killed")
 
 
@@ -271,65 +281,23 @@ def _remove(
     artifacts: Artifacts,
     tags: Tags,
     roots: Roots,
+    trash: Trash,
     plans: list[_Plan],
     grace: float,
 ) -> list[Removal]:
-    doubtful: list[tuple[_Plan, Path]] = []
     for plan in plans:
-        trash = (
-            layout.root / "trash" / plan.removal.path.removeprefix("artifacts/").replace("/", "+")
-        )
-        if _move(plan.path, trash):
-            doubtful.append((plan, trash))
+        trash.doom(plan.path)
     held = _held(layout, artifacts, tags, roots, time.time(), grace)
+    for plan in plans:
+        if plan.digest is not None and artifacts.age_ns(plan.digest) != plan.seen_ns:
+            held.digests.add(plan.digest)  # published again, or used from the cache
+    _add_golden(artifacts, held)
     removed = []
-    for plan, trash in doubtful:
-        if plan.digest is None:
-            wanted = held.holds(plan.removal.path)
-        else:
-            touched = artifacts.age_ns(plan.digest) != plan.seen_ns
-            wanted = touched or plan.digest in held.digests
-        if wanted and _move(trash, plan.path):
-            log.info("gc put %s back: it came to be needed", plan.removal.path)
-        elif _delete(trash):
+    for plan in plans:
+        if plan.digest in held.digests or held.holds(plan.removal.path):
+            trash.spare(plan.path)
+        elif trash.take(plan.path):
             removed.append(plan.removal)
-    return removed
-
-
-def _settle(layout: Layout) -> None:
-    """Finish what a gc that was killed had begun: put whole things back, delete the rest."""
-    for path in (layout.root / "trash").iterdir():
-        if _DEAD in path.name:
-            remove_tree(path)
             continue
-        home = "artifacts" if "+" not in path.name else ""
-        if not _move(path, layout.root / home / path.name.replace("+", "/")):
-            _delete(path)
-
-
-def _delete(path: Path) -> bool:
-    """Delete a tree that is whole; False when somebody has taken it back."""
-    dead = path.with_name(f"{path.name}{_DEAD}{secrets.token_hex(6)}")
-    if not _move(path, dead):
-        return False
-    remove_tree(dead)
-    return True
-
-
-def _move(source: Path, target: Path) -> bool:
-    """Rename a directory; False when it is gone, or something else is there."""
-    with os_errors(source):
-        try:
-            _writable(source)
-            source.rename(target)
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
-                return False
-            raise
-    fsync_directory(target.parent)
-    return True
-
-
-def _writable(directory: Path) -> None:
-    """Moving a directory to another rewrites its `..`, which its mode must allow."""
-    directory.chmod(0o755)
+        log.info("gc leaves %s: it came to be needed", plan.removal.path)
+    return removed

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from arriero.errors import FailedPrecondition, InvalidArgument, PermissionDenied, Unimplemented
+from arriero.errors import FailedPrecondition, InvalidArgument, Unimplemented
 from arriero.store.files import (
     make_directories,
     now,
@@ -34,7 +34,7 @@ DIRECTORIES = (
     "leases",  # <id>.json: the same, for a while
     "waivers",  # <hex>/<gate>.json
     "locks",  # <service>.lock
-    "trash",  # what gc is about to delete
+    "trash",  # marks of what gc means to delete, and what it deletes
 )
 
 
@@ -55,7 +55,8 @@ class Layout:
             InvalidArgument: not such a URL.
             Unimplemented: another backend.
             FailedPrecondition: a newer format, or something that is no directory.
-            PermissionDenied: a directory that can't be written.
+            PermissionDenied: no store there, and none can be made. (One that is
+                mounted read-only can be opened, and read.)
         """
         root = _path_of(url)
         if root.exists() and not root.is_dir():
@@ -70,17 +71,11 @@ class Layout:
             write_atomic(version, to_json({"format": FORMAT, "created": now()}))
         for name in DIRECTORIES:
             make_directories(root / name, below=root)
-        if not os.access(root / "artifacts", os.W_OK):
-            raise PermissionDenied(f"the store at {root} can't be written by this user")
         return layout
 
     def artifact(self, digest: str) -> Path:
         """Directory of an artifact's files."""
         return self.root / "artifacts" / check_digest(digest)
-
-    def doubtful(self, digest: str) -> Path:
-        """Where gc puts an artifact, whole, until it has looked again."""
-        return self.root / "trash" / check_digest(digest)
 
     def manifest(self, digest: str) -> Path:
         """File of an artifact's manifest."""

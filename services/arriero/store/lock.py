@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from arriero.errors import FailedPrecondition
+from arriero.store.files import os_errors
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,8 @@ def hold(path: Path, what: str) -> Iterator[None]:
     Raises:
         FailedPrecondition: another process (or this one, elsewhere) holds it.
     """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    with os_errors(path):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -45,8 +47,9 @@ def hold(path: Path, what: str) -> Iterator[None]:
                 ) from error
             else:
                 raise
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        with contextlib.suppress(OSError):  # a full disk: gc must get its lock all the same
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
         yield
     finally:
         os.close(fd)  # and with it the lock; the file stays, so that no two are ever made

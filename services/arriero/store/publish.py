@@ -40,8 +40,8 @@ from arriero.store.manifest import (
 )
 from arriero.store.roots import Roots
 
-# Hashing a large model takes minutes; this is how long gc waits for a dead publisher.
-LEASE_SECONDS = 6 * 3600.0
+# Hashing a large model takes minutes; a dead publisher's files wait for so long.
+LEASE_SECONDS = 3600.0
 
 
 def publish(
@@ -64,15 +64,15 @@ def publish(
         manifest = resolve_draft(draft, entries, inherited)
         disk.check_quota(layout.root, manifest.size, inside=inside)
         with roots.lease("publish", [manifest.digest], LEASE_SECONDS):
-            _place(layout, source, manifest)
+            _place(layout, artifacts, source, manifest)
             return artifacts.get(manifest.digest)
 
 
 def _existing(artifacts: Artifacts, roots: Roots, manifest: Manifest) -> Artifact | None:
     with roots.lease("publish", [manifest.digest], LEASE_SECONDS):
-        if artifacts.directory(manifest.digest) is None:
-            return None
         artifacts.touch(manifest.digest)
+        if not artifacts.claim(manifest.digest):
+            return None
         return artifacts.get(manifest.digest)
 
 
@@ -162,26 +162,33 @@ def _compare(found: Sequence[FileEntry], expected: Sequence[FileEntry]) -> None:
         raise DataLoss(f"not published, the files are not what was announced: {'; '.join(wrong)}")
 
 
-def _place(layout: Layout, source: Path, manifest: Manifest) -> None:
+def _place(layout: Layout, artifacts: Artifacts, source: Path, manifest: Manifest) -> None:
     """The manifest first, so that an artifact that is there can always be read."""
     final = layout.artifact(manifest.digest)
     write_atomic(layout.manifest(manifest.digest), manifest.to_bytes())
-    parent = source.parent
     mode = stat.S_IMODE(source.stat().st_mode)
-    try:
-        if not mode & stat.S_IWUSR:  # moving a directory rewrites its `..`
-            source.chmod(mode | stat.S_IRWXU)
-        source.rename(final)
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # somebody was faster
+    if not mode & stat.S_IWUSR:  # moving a directory rewrites its `..`
+        source.chmod(mode | stat.S_IRWXU)
+    while not _rename(source, final):
+        if artifacts.claim(manifest.digest):  # somebody was faster
             remove_tree(source)
             return
-        if error.errno == errno.EXDEV:
-            raise FailedPrecondition(
-                f"{source} is on another filesystem than the store at {layout.root}; fill a "
-                "directory that Store.staging made"
-            ) from error
-        raise
     final.chmod(DIRECTORY_MODE)
     fsync_directory(final.parent)
-    fsync_directory(parent)
+    fsync_directory(source.parent)
+
+
+def _rename(source: Path, final: Path) -> bool:
+    """Whether the source is in place; False when something is there already."""
+    try:
+        source.rename(final)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return False
+        if error.errno == errno.EXDEV:
+            raise FailedPrecondition(
+                f"{source} is on another filesystem than the store that it is published to "
+                f"({final.parent.parent}); fill a directory that Store.staging made"
+            ) from error
+        raise
+    return True

@@ -65,7 +65,7 @@ class Results:
         try:
             value = read_json(path, FORMAT, "the result")
             result = Result(
-                {name: digest for name, digest in value["outputs"]},
+                dict(value["outputs"]),
                 gates_from_json(value["gates"]),
                 value["time"],
             )
@@ -75,7 +75,7 @@ class Results:
                     return None
         except (FileNotFoundError, NotFound):
             return None
-        except (DataLoss, KeyError, ValueError) as error:
+        except (DataLoss, KeyError, TypeError, ValueError) as error:
             # Nothing is lost but time: the work is done again and the record replaced.
             log.warning("result %s of %s is not usable: %s", key, service, error)
             return None

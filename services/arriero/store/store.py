@@ -26,6 +26,7 @@ from arriero.store.manifest import Manifest, ManifestDraft
 from arriero.store.results import Result, Results
 from arriero.store.roots import Lease, Pin, Roots
 from arriero.store.tags import TagEntry, Tags, parse_tag
+from arriero.store.trash import Trash
 from arriero.store.waivers import Waiver, Waivers
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,8 @@ class Store:
         self.root: Path = layout.root
         self._layout = layout
         self._waivers = Waivers(layout)
-        self._artifacts = Artifacts(layout, self._waivers)
+        self._trash = Trash(layout)
+        self._artifacts = Artifacts(layout, self._waivers, self._trash)
         self._tags = Tags(layout)
         self._roots = Roots(layout)
         self._results = Results(layout, self._artifacts)
@@ -56,7 +58,7 @@ class Store:
         Raises:
             FailedPrecondition: written by a newer version, or not a directory.
             InvalidArgument, Unimplemented: a URL that this version can't use.
-            PermissionDenied: not writable. DataLoss: damaged `format.json`.
+            PermissionDenied: none there, and none can be made. DataLoss: damaged `format.json`.
         """
         return cls(Layout.open(url))
 
@@ -139,7 +141,7 @@ class Store:
         found = []
         for digest in self._artifacts.digests():
             try:
-                artifact = self._artifacts.get(digest)
+                artifact = self._artifacts.get(digest, claim=False)
             except NotFound:
                 continue  # collected just now
             except (DataLoss, FailedPrecondition, InvalidArgument) as error:
@@ -272,6 +274,7 @@ class Store:
             self._artifacts,
             self._tags,
             self._roots,
+            self._trash,
             dry_run=dry_run,
             grace=grace,
         )
@@ -295,8 +298,14 @@ class Store:
     # Room and places
 
     def staging(self, service: str, execution: str) -> Path:
-        """The directory `staging/<service>/<execution>/`, made if missing."""
-        return self._layout.under("staging", service, execution)
+        """The directory `staging/<service>/<execution>/`, made if missing.
+
+        gc removes it when nothing was written there for a while: hold a lease, or
+        write an operation record that names it, before asking for it.
+        """
+        parent = self._layout.under("staging", service, field="service")
+        self._trash.claim(parent / safe_name(execution, field="execution"))
+        return self._layout.under("staging", service, execution, field="execution")
 
     def record_dir(self, service: str) -> Path:
         """The directory of a service's operation records, made if missing."""

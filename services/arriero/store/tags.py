@@ -14,6 +14,7 @@ same value never both succeed.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ from arriero.errors import Aborted, InvalidArgument, NotFound
 from arriero.store.files import fsync_directory, now, os_errors, refuse_newer, to_json
 from arriero.store.layout import Layout
 from arriero.store.manifest import FORMAT
+
+log = logging.getLogger(__name__)
 
 # How long a setter that has taken its number may need to write some 120 bytes.
 UNWRITTEN_SECONDS = 1.0
@@ -212,10 +215,14 @@ def _numbered(directory: Path) -> Iterator[Path]:
 
 def _read(path: Path) -> _Entry | None:
     """An entry, or None while (or since) its setter has not written it."""
+    data = b""
     try:
-        value = json.loads(path.read_bytes())
+        data = path.read_bytes()
+        value = json.loads(data)
         version = int(value["format"])
         refuse_newer(version, FORMAT, f"the tag {path}")
         return _Entry(value["digest"], value["time"], value["passed"])
     except (FileNotFoundError, ValueError, TypeError, KeyError):
+        if data:  # a kill leaves nothing written; this is a loss of power, or damage
+            log.warning("tag entry %s is damaged; the one before it counts", path)
         return None

@@ -28,7 +28,7 @@ class ReportProgressRequest(_message.Message):
     ATTEMPT_FIELD_NUMBER: _builtins.int
     PROGRESS_FIELD_NUMBER: _builtins.int
     execution: _builtins.str
-    """`operations/<id>` of the execution that the job belongs to."""
+    """Id of the execution that the job belongs to, as its assignment has it."""
     attempt: _builtins.int
     @_builtins.property
     def progress(self) -> _types_pb2.Progress: ...

@@ -1,8 +1,8 @@
 """Is this LoRA adapter whole? Judged from its files alone.
 
-Responsibility: read safetensors headers, and list what is wrong with a PEFT
-LoRA directory. numpy only; does not know how an adapter is trained or merged,
-nor what becomes of one that is refused.
+Responsibility: list what is wrong with a PEFT LoRA directory, and say which
+layers of a base a `target_modules` means. numpy only; does not know how an
+adapter is trained or merged, nor what becomes of one that is refused.
 """
 
 from __future__ import annotations
@@ -10,94 +10,44 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from arriero.errors import DataLoss
+from arriero.errors import DataLoss, FailedPrecondition
+from arriero.weights.layout import TensorInfo, read_header
+from arriero.weights.lora import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-# What PEFT puts before the base model's own module names.
-PREFIX = "base_model.model."
-# The format caps its header (safetensors' MAX_HEADER_SIZE).
-_MAX_HEADER = 100_000_000
+__all__ = ["ALL_LINEAR", "check_adapter", "linear_modules", "matches"]
+
+# PEFT's word for every linear layer but the output.
+ALL_LINEAR = "all-linear"
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
-_PAIR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.weight)?")
+# The adapter's name (`default`) is in the middle only where PEFT did not save it itself.
+_PAIR = re.compile(
+    r"(?P<module>.+)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.[^.]+)?(?:\.weight)?"
+)
+_EMBEDDINGS = ("embed_tokens", "lm_head")
+_NOT_LINEAR = (*_EMBEDDINGS, "wte", "wpe", "embed_in", "embed_out", "embeddings")
 _SHOWN = 4
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """A tensor as a safetensors header has it; `start` and `end` are file offsets."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Names, types, shapes and places of the tensors of one safetensors file.
-
-    Raises:
-        DataLoss: not a safetensors file, or cut off.
-    """
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, _MAX_HEADER):
-                raise ValueError(f"a header of {length} bytes does not fit {size} bytes")
-            header = json.loads(file.read(length))
-        tensors: dict[str, TensorInfo] = {}
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            start, end = entry["data_offsets"]
-            info = TensorInfo(
-                entry["dtype"], tuple(entry["shape"]), 8 + length + start, 8 + length + end
-            )
-            if not 8 + length <= info.start <= info.end <= size:
-                raise ValueError(f"{name} ends at byte {info.end} of {size}")
-            tensors[name] = info
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataLoss(
-            f"{path.name} is not a whole safetensors file ({error}); fetch or make it again"
-        ) from error
-    return tensors
-
-
-def tensor_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors of a model directory (`*.safetensors`), by name.
-
-    Raises:
-        DataLoss: no safetensors file, or a damaged one.
-    """
-    paths = sorted(directory.glob("*.safetensors"))
-    if not paths:
-        raise DataLoss(f"{directory.name} holds no *.safetensors file; expected a model's weights")
-    return {name: info.shape for path in paths for name, info in read_header(path).items()}
-
-
-def linear_modules(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:
+def linear_modules(tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[int, int]]:
     """Names of what LoRA can be put on: linear layers but the output layer.
 
     Returns:
         Module name -> (out_features, in_features). Told from the weights alone:
-        two-dimensional `*.weight`, but the token embeddings, the output layer
-        (what `all-linear` leaves out too) and routers of experts.
+        two-dimensional `*.weight`, without the token embeddings and the output
+        layer (which `all-linear` leaves out too).
     """
-    left_out = ("embed_tokens", "lm_head", "wte", "wpe", "embed_in", "embed_out", "embeddings")
     found: dict[str, tuple[int, int]] = {}
-    for name, shape in shapes.items():
+    for name, info in tensors.items():
         module = name.removesuffix(".weight")
-        if module == name or len(shape) != 2 or module.rsplit(".", 1)[-1] in left_out:
+        if module == name or len(info.shape) != 2 or module.rsplit(".", 1)[-1] in _NOT_LINEAR:
             continue
-        found[module] = (shape[0], shape[1])
+        found[module] = (info.shape[0], info.shape[1])
     return found
 
 
@@ -110,27 +60,27 @@ def matches(module: str, target: str | list[str] | None) -> bool:
     if target is None:
         return False
     if isinstance(target, str):
-        return target == "all-linear" or re.fullmatch(target, module) is not None
+        return target == ALL_LINEAR or re.fullmatch(target, module) is not None
     return any(module == t or module.endswith("." + t) for t in target)
 
 
 def check_adapter(
     directory: Path,
     *,
-    base_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    base: Mapping[str, TensorInfo] | None = None,
 ) -> list[str]:
     """List what is wrong with a PEFT LoRA directory; empty when healthy.
 
     Checks: both files are there and readable; it holds LoRA tensors at all (an
-    adapter saved wrongly is a 443-byte file without any); every A has its B and
+    adapter saved wrongly is a file of 443 bytes without any); every A has its B and
     the reverse; ranks are the configuration's; every value is finite; B is not
-    all zero (an untrained adapter changes nothing); and with `base_shapes`, that
+    all zero (an untrained adapter changes nothing); and with `base`, that
     every module which the configuration targets has its pair, in its shape.
 
     Args:
         directory: holds `adapter_config.json` and `adapter_model.safetensors`.
-        base_shapes: the base model's tensors (`tensor_shapes`), to check the
-            targets and shapes against.
+        base: the base model's tensors (a `Weights`), to check targets and shapes
+            against.
     """
     missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (directory / name).is_file()]
     if missing:
@@ -143,7 +93,7 @@ def check_adapter(
     path = directory / WEIGHTS_FILE
     try:
         tensors = read_header(path)
-    except DataLoss as error:
+    except (DataLoss, FailedPrecondition) as error:
         return [error.message]
     pairs, unknown = _pair_up(tensors, config)
     if not pairs:
@@ -154,8 +104,8 @@ def check_adapter(
     problems = list(_several("tensors that no LoRA layer explains", unknown))
     problems += _check_pairs(pairs, tensors, config, rank)
     problems += _check_values(path, tensors)
-    if base_shapes is not None:
-        problems += _check_targets(pairs, tensors, config, base_shapes)
+    if base is not None:
+        problems += _check_targets(pairs, tensors, config, base)
     return problems
 
 
@@ -182,9 +132,6 @@ def _pair_up(
         if not allowed:
             unknown.append(name)
     return pairs, unknown
-
-
-_EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
 def _rank_of(module: str, config: Mapping[str, Any], rank: int) -> int:
@@ -226,7 +173,7 @@ def _check_values(path: Path, tensors: Mapping[str, TensorInfo]) -> list[str]:
         values = _values(data, info)
         if not np.isfinite(values).all():
             infinite.append(name)
-        if name.endswith((".lora_B.weight", ".lora_embedding_B")):
+        if (found := _PAIR.fullmatch(name)) and found["side"] == "B":
             b_seen += 1
             b_zero += not values.any()
     problems = [
@@ -242,7 +189,7 @@ def _check_values(path: Path, tensors: Mapping[str, TensorInfo]) -> list[str]:
 
 
 def _values(data: npt.NDArray[np.uint8], info: TensorInfo) -> npt.NDArray[Any]:
-    raw = data[info.start : info.end].view(_DTYPES[info.dtype])
+    raw = data[info.start : info.start + info.nbytes].view(_DTYPES[info.dtype])
     if info.dtype == "BF16":  # numpy has no such type: its bits are a float32's upper half
         return (raw.astype(np.uint32) << 16).view(np.float32)
     return raw
@@ -252,9 +199,9 @@ def _check_targets(
     pairs: Mapping[str, Mapping[str, str]],
     tensors: Mapping[str, TensorInfo],
     config: Mapping[str, Any],
-    base_shapes: Mapping[str, tuple[int, ...]],
+    base: Mapping[str, TensorInfo],
 ) -> list[str]:
-    linear = linear_modules(base_shapes)
+    linear = linear_modules(base)
     missing = [
         module
         for module in linear
@@ -265,10 +212,12 @@ def _check_targets(
     absent: list[str] = []
     misshapen: list[str] = []
     for module, sides in pairs.items():
-        shape = base_shapes.get(module + ".weight")
-        if shape is None:
+        weight = base.get(module + ".weight")
+        if weight is None:
             absent.append(module)
-        elif len(sides) == 2 and len(shape) == 2 and "embedding" not in sides["A"]:
+            continue
+        shape = weight.shape
+        if len(sides) == 2 and len(shape) == 2 and "embedding" not in sides["A"]:
             a, b = tensors[sides["A"]].shape, tensors[sides["B"]].shape
             if not config.get("fan_in_fan_out") and (b[0], a[-1]) != shape:
                 misshapen.append(f"{module}: B·A is {(b[0], a[-1])}, the base's weight {shape}")

@@ -163,9 +163,7 @@ def _entry(path: Path, name: str, entry: Any, data: int, size: int) -> TensorInf
     if not 0 <= begin <= end or min(shape, default=0) < 0:
         raise _damaged(path, f"{name} has shape {shape} at bytes {begin} to {end}")
     if data + end > size:
-        raise _damaged(
-            path, f"it is cut off: {name} ends at byte {data + end}, the file at {size}"
-        )
+        raise _damaged(path, f"it is cut off: {name} ends at byte {data + end}, the file at {size}")
     expected = math.prod(shape) * DTYPES[dtype]
     if end - begin != expected:
         raise _damaged(path, f"{name} has {end - begin} bytes, its shape {shape} needs {expected}")

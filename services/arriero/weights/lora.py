@@ -307,17 +307,14 @@ def _unexplained(name: str) -> str:
 
 
 def _pair(module: str, sides: Mapping[str, TensorInfo], settings: LoraSettings) -> LoraPair:
-    if len(sides) != len("AB"):
+    if len(sides) != 2:
         raise FailedPrecondition(
             f"{module} has only lora_{next(iter(sides))}; expected A and B: the adapter is "
             "incomplete, save it again"
         )
     a, b = sides["A"], sides["B"]
     rank = settings.rank_of(module)
-    if len(a.shape) != len("AB") or len(b.shape) != len("AB") or (a.shape[0], b.shape[1]) != (
-        rank,
-        rank,
-    ):
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != rank or b.shape[1] != rank:
         raise FailedPrecondition(
             f"{module}: A has shape {a.shape} and B {b.shape}, the configuration says rank "
             f"{rank}; configuration and weights belong to different adapters"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import urllib.request
 
 import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
 from arriero import metrics
 from arriero.errors import InvalidArgument
 from arriero.metrics import EndpointFigures, GpuFigures, Metrics, StageFigures
-from prometheus_client import CollectorRegistry, generate_latest
 
 
 class Clock:
@@ -84,7 +85,12 @@ def test_the_number_of_runs_is_capped_and_ended_ones_go_first(registry, clock):
 def test_ended_stages_are_counted(registry, clock):
     made = Metrics(registry, clock=clock)
     made.stage_ended(
-        "merge", "SUCCEEDED", seconds=3, wait_seconds=0.2, attempts=2, cached=True,
+        "merge",
+        "SUCCEEDED",
+        seconds=3,
+        wait_seconds=0.2,
+        attempts=2,
+        cached=True,
         gates=[("merge.logits", "passed")],
     )
     text = page(registry)
@@ -132,7 +138,7 @@ def test_the_page_is_served_and_its_address_is_written(registry, clock, tmp_path
     file = tmp_path / "address"
     address, stop = metrics.serve(registry, listen="127.0.0.1:0", address_file=file)
     try:
-        assert file.read_text() == address
+        assert file.read_text().strip() == address
         with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
             assert b"arriero_host_cpu_ratio" in answer.read()
     finally:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from google.protobuf import json_format
+
 from arriero.errors import FailedPrecondition, InvalidArgument, NotFound
 from arriero.orchestrator import graph
-from arriero.orchestrator.graph import Published
+from arriero.orchestrator.inputs import Published
 from arriero.v1 import pipeline_pb2
-from google.protobuf import json_format
 
 A = "sha256:" + "a" * 64
 B = "sha256:" + "b" * 64

@@ -1,0 +1,37 @@
+"""The `arriero` command: its parts put together.
+
+Responsibility: names of commands. Does not know what they do.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from arriero.cli import artifacts, endpoints, runs, services
+
+app = typer.Typer(
+    name="arriero",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+    help="From raw data to a served, fine-tuned, quantized model, as one verified, durable run.",
+)
+app.command()(services.up)
+app.command()(services.down)
+app.command()(services.status)
+app.command()(runs.run)
+app.add_typer(runs.app, name="runs")
+app.add_typer(artifacts.app, name="artifacts")
+app.add_typer(endpoints.app, name="endpoints")
+app.command()(endpoints.chat)
+app.command()(endpoints.generate)
+app.command("import")(artifacts.import_)
+
+
+def main() -> None:
+    """Run the command that the arguments name."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

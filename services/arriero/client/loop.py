@@ -1,0 +1,89 @@
+"""An event loop in a thread, for blocking callers.
+
+Responsibility: run coroutines and async generators from other threads, and pass
+interruptions on. Does not know gRPC or what is run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncGenerator, Coroutine, Iterator
+from typing import Any, TypeVar
+
+from arriero.errors import FailedPrecondition
+
+__all__ = ["LoopThread"]
+
+_T = TypeVar("_T")
+
+
+class LoopThread:
+    """An event loop in a daemon thread, started by the first use."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def run(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """The result of a coroutine; Ctrl-C cancels it."""
+        future = asyncio.run_coroutine_threadsafe(work, self._started(work))
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def each(self, items: AsyncGenerator[_T, None]) -> Iterator[_T]:
+        """The items of an async generator; closed with the iterator."""
+        try:
+            while True:
+                try:
+                    item = self.run(_next(items))
+                except StopAsyncIteration:
+                    return
+                yield item
+        finally:
+            if not self._closed:
+                self.run(_close(items))
+
+    def stop(self) -> None:
+        """End the loop and its thread."""
+        with self._lock:
+            self._closed = True
+            loop, thread = self._loop, self._thread
+            self._loop = self._thread = None
+        if loop is not None and thread is not None:
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+            loop.close()
+
+    @property
+    def used(self) -> bool:
+        """Whether the loop runs."""
+        return self._loop is not None
+
+    def _started(self, work: Coroutine[Any, Any, Any]) -> asyncio.AbstractEventLoop:
+        with self._lock:
+            if self._closed:
+                work.close()
+                raise FailedPrecondition("the client is closed; make a new one")
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                self._thread = threading.Thread(
+                    target=self._loop.run_forever, name="arriero-client", daemon=True
+                )
+                self._thread.start()
+            return self._loop
+
+
+async def _next(items: AsyncGenerator[_T, None]) -> _T:
+    return await anext(items)
+
+
+async def _close(items: AsyncGenerator[Any, None]) -> None:
+    with contextlib.suppress(RuntimeError):  # still running: it was cancelled and ends itself
+        await items.aclose()

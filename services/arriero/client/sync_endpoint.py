@@ -1,0 +1,178 @@
+"""Text from a served model, for blocking code.
+
+Responsibility: a sync face for `AsyncEndpoint` and its streams, no logic. Does
+not know gRPC.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Unpack
+
+from arriero.client.endpoint import (
+    GENERATE_SECONDS,
+    AsyncEndpoint,
+    AsyncStream,
+    Messages,
+    Sampling,
+)
+from arriero.client.loop import LoopThread
+from arriero.errors import FailedPrecondition
+from arriero.v1 import inference_pb2
+
+__all__ = ["Endpoint", "Stream"]
+
+
+class Endpoint:
+    """A served model by name; from `Client.endpoint`.
+
+    Examples:
+        >>> with Client() as client:
+        ...     faq = client.endpoint("faq")
+        ...     faq.generate("An arriero is ", temperature=0).text()
+        ...     answer = faq.chat([{"role": "user", "content": "Who drives llamas?"}])
+        ...     for delta in answer:
+        ...         print(delta, end="|")
+        ...     print(answer.finish_reason, answer.usage.completion_tokens)
+        ...     faq.tokenize("llama")
+        'A driver of pack llamas.'
+        A |driver |of |pack |llamas.|stop 5
+        [1, 5]
+    """
+
+    def __init__(self, endpoint: AsyncEndpoint, thread: LoopThread) -> None:
+        self._endpoint = endpoint
+        self._thread = thread
+
+    @property
+    def name(self) -> str:
+        """The endpoint's name."""
+        return self._endpoint.name
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        timeout: float = GENERATE_SECONDS,
+        **sampling: Unpack[Sampling],
+    ) -> Stream:
+        """The continuation of a prompt.
+
+        Args:
+            prompt: as the model sees it, special tokens written out.
+            timeout: seconds for the whole answer.
+            **sampling: see `Sampling`.
+
+        Raises:
+            InvalidArgument: while iterating: the prompt does not fit, a parameter
+                is out of range.
+            Unavailable: while iterating: no replica answers, or one broke off.
+        """
+        return Stream(self._endpoint.generate(prompt, timeout=timeout, **sampling), self._thread)
+
+    def chat(
+        self,
+        messages: Messages,
+        *,
+        timeout: float = GENERATE_SECONDS,
+        **sampling: Unpack[Sampling],
+    ) -> Stream:
+        """The answer to messages, rendered with the model's own template.
+
+        Args:
+            messages: `{"role": …, "content": …}` each, or one user message as text.
+            timeout: seconds for the whole answer.
+            **sampling: see `Sampling`.
+
+        Raises:
+            InvalidArgument: a message without role or content; otherwise as `generate`.
+            Unavailable: as `generate`.
+        """
+        return Stream(self._endpoint.chat(messages, timeout=timeout, **sampling), self._thread)
+
+    def score(self, golden: str = "") -> inference_pb2.ScoreResponse:
+        """How far one live replica is from golden logits.
+
+        Args:
+            golden: digest of the report; default: the one that the endpoint's
+                spec names, else the one that its model carries.
+
+        Raises:
+            FailedPrecondition: the model carries none.
+        """
+        return self._thread.run(self._endpoint.score(golden))
+
+    def tokenize(
+        self, text: str, *, add_special: bool = True, parse_special: bool = False
+    ) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            text: any.
+            add_special: add BOS where the model asks for it.
+            parse_special: read special tokens that are written out.
+        """
+        return self._thread.run(
+            self._endpoint.tokenize(text, add_special=add_special, parse_special=parse_special)
+        )
+
+    def model(self) -> inference_pb2.GetModelResponse:
+        """What a replica serves: digest, quant type, context, template."""
+        return self._thread.run(self._endpoint.model())
+
+
+class Stream(Iterator[str]):
+    """Text as it is made: iterate over the deltas, or take `text()`.
+
+    Leaving a `with` block, or `close()`, stops the generation.
+    """
+
+    def __init__(self, stream: AsyncStream, thread: LoopThread) -> None:
+        self._stream = stream
+        self._thread = thread
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> str:
+        try:
+            return self._thread.run(self._stream.__anext__())
+        except StopAsyncIteration:
+            raise StopIteration from None
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def finish_reason(self) -> str | None:
+        """`stop` or `length` once the stream has ended."""
+        return self._stream.finish_reason
+
+    @property
+    def usage(self) -> inference_pb2.Usage | None:
+        """Tokens and seconds once the stream has ended."""
+        return self._stream.usage
+
+    @property
+    def replica(self) -> str | None:
+        """Address of the replica that answers, once it does."""
+        return self._stream.replica
+
+    def text(self) -> str:
+        """All that is left, in one piece."""
+        return "".join(self)
+
+    def close(self) -> None:
+        """Stop; the replica's slot is free within one decode step."""
+        with contextlib.suppress(FailedPrecondition):  # the client is closed, so the stream is
+            self._thread.run(self._stream.aclose())

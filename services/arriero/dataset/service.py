@@ -1,0 +1,41 @@
+"""The dataset service's face: proto in, operation out.
+
+Responsibility: hand requests to the engine. Does not know what preparing is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc.aio
+from google.longrunning import operations_pb2
+
+from arriero.dataset.spec import SEMANTICS, resolve
+from arriero.operations.engine import Engine
+from arriero.operations.kinds import WorkKind
+from arriero.v1 import dataset_pb2, dataset_pb2_grpc
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+DATASET = WorkKind(
+    name="dataset",
+    job_module="arriero.dataset.job",
+    spec_type=dataset_pb2.DatasetSpec,
+    semantics=SEMANTICS,
+    resolve=resolve,
+)
+
+
+class DatasetServicer(dataset_pb2_grpc.DatasetServiceServicer):
+    """Serves `arriero.v1.DatasetService`."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    async def PrepareDataset(
+        self,
+        request: dataset_pb2.PrepareDatasetRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> operations_pb2.Operation:
+        """Start preparing a dataset."""
+        return await self._engine.start(DATASET.name, request.spec, request.context)

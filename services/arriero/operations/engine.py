@@ -1,0 +1,458 @@
+"""Operations of one service: started once, shared, waited for, cancelled.
+
+Responsibility: who asked for what, and which execution answers it. Does not
+know how an execution is brought to its end (`attempts`), nor any kind of work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import secrets
+import time
+import uuid
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from google.longrunning import operations_pb2
+from google.protobuf.message import Message
+
+from arriero.errors import (
+    AlreadyExists,
+    ArrieroError,
+    Cancelled,
+    DataLoss,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    Unauthenticated,
+    Unavailable,
+)
+from arriero.operations import intake
+from arriero.operations.attempts import Attempts, Execution, default_backoff, inherit_checkpoints
+from arriero.operations.handoff import to_json
+from arriero.operations.intake import Work
+from arriero.operations.kinds import WorkKind
+from arriero.operations.records import (
+    ExecutionRecord,
+    OperationRecord,
+    Records,
+    Result,
+    State,
+    now,
+)
+from arriero.operations.runner import LocalProcess, Runner
+from arriero.operations.views import fill_result, operation_message, result_of
+from arriero.rpc.auth import caller
+from arriero.rpc.status import to_status
+from arriero.settings import SourceSettings
+from arriero.store import Store
+from arriero.v1 import types_pb2
+
+_log = logging.getLogger(__name__)
+_PROGRESS_SECONDS = 2.0
+
+
+class Engine:
+    """The operations of one service; its records' only writer.
+
+    Args:
+        service: name, for the store's directories.
+        store: where inputs are, and outputs go.
+        kinds: of work that the service does.
+        sources: files that rooms may read.
+        runner: where jobs run; default: on this machine.
+        max_jobs: jobs at once; more wait as PENDING.
+        backoff: seconds to wait after the n-th failed attempt.
+        job_grace: seconds that a job gets to save when the service ends.
+
+    Raises:
+        FailedPrecondition, DataLoss: records of a newer version, or damaged.
+    """
+
+    def __init__(
+        self,
+        *,
+        service: str,
+        store: Store,
+        kinds: Sequence[WorkKind],
+        sources: SourceSettings,
+        runner: Runner | None = None,
+        max_jobs: int = 2,
+        backoff: Callable[[int], float] = default_backoff,
+        job_grace: float = 15.0,
+    ) -> None:
+        self._service = service
+        self._store = store
+        self._kinds = {kind.name: kind for kind in kinds}
+        self._sources = sources
+        self._records = Records(store.record_dir(service))
+        self._attempts = Attempts(
+            service=service,
+            store=store,
+            records=self._records,
+            kinds=self._kinds,
+            runner=runner or LocalProcess(),
+            slots=asyncio.Semaphore(max_jobs),
+            ended=self._on_end,
+            backoff=backoff,
+            job_grace=job_grace,
+        )
+        self._closing = False
+        self._starting: weakref.WeakValueDictionary[str, asyncio.Lock] = (
+            weakref.WeakValueDictionary()
+        )
+        self._done: dict[str, asyncio.Event] = {}
+        self._saved: dict[str, float] = {}
+        self._executions = {r.id: Execution(r) for r in self._records.executions()}
+        self._operations = {r.id: r for r in self._records.operations()}
+        self._reconcile()
+
+    # The service's life
+
+    async def recover(self, report_address: str = "") -> None:
+        """Take up every execution that has not ended; returns at once.
+
+        `report_address` is where this service's jobs report their progress.
+        """
+        self._attempts.report_address = report_address
+        for execution in self._executions.values():
+            if not execution.record.state.ended and execution.task is None:
+                self._launch(execution)
+
+    async def close(self) -> None:
+        """Tell running jobs to save and leave; their operations go on at the next start."""
+        self._closing = True
+        tasks = [e.task for e in self._executions.values() if e.task is not None]
+        for execution in self._executions.values():
+            execution.stop.set()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _reconcile(self) -> None:
+        """Bring operations and executions together again after a crash between two writes."""
+        for operation in self._operations.values():
+            if operation.state.ended:
+                continue
+            execution = self._executions.get(operation.execution)
+            if execution is None:
+                error = DataLoss(f"the record of {operation.execution} is gone; run it again")
+                self._finish(operation, State.FAILED, Result(error=to_json(to_status(error))))
+            elif execution.record.state.ended:
+                self._adopt_end(operation, execution.record)
+        for execution in self._executions.values():
+            record = execution.record
+            if not record.state.ended and record.kind not in self._kinds:
+                error = DataLoss(f"this build does not do {record.kind!r}; use the one that began")
+                record.state, record.end_time = State.FAILED, now()
+                record.result = Result(error=to_json(to_status(error)))
+                self._records.save(record)
+                self._on_end(execution)
+            elif not record.state.ended and not self._waiting(record.id):
+                record.cancelled = True  # nobody waits: only its job is to be cleared away
+
+    # Starting
+
+    async def start(
+        self, kind: str, spec: Message, context: types_pb2.StageContext
+    ) -> operations_pb2.Operation:
+        """Start work, or find the operation that the same request started before.
+
+        With `context.validate_only` the answer has no name: its metadata hold
+        the key, the estimate, and the outputs when the store has them.
+
+        Raises:
+            InvalidArgument, NotFound, FailedPrecondition: the request is wrong.
+            AlreadyExists: the request id was used for other work.
+            DiskFull: the work needs more space than there is.
+            Unavailable: the service is stopping.
+        """
+        intake.check_context(context)
+        known_kind = self._kinds.get(kind)
+        if known_kind is None:
+            raise InvalidArgument.field("kind", f"{kind!r} is none of {', '.join(self._kinds)}")
+        if context.validate_only:
+            return await self._validate(known_kind, spec, context)
+        request_id = context.request_id or str(uuid.uuid4())
+        operation_id = intake.operation_id(self._service, request_id)
+        digest = intake.request_digest(kind, spec, context)
+        lock = self._starting.setdefault(operation_id, asyncio.Lock())
+        async with lock:
+            record = self._operations.get(operation_id)
+            if record is None:
+                template = OperationRecord(
+                    id=operation_id,
+                    service=self._service,
+                    kind=kind,
+                    request_id=request_id,
+                    request_digest=digest,
+                    result_key="",
+                    execution="",
+                    inputs={},
+                    run=context.run,
+                    stage=context.stage,
+                    owner=context.owner or caller(),
+                    create_time=now(),
+                )
+                # gc must see the inputs held before it is looked whether they are there.
+                with self._store.lease("operations", intake.named_digests(spec)):
+                    record = await self._accept(template, known_kind, spec, force=context.force)
+            elif record.request_digest != digest:
+                raise AlreadyExists(
+                    f"request_id {request_id!r} was used for other work ({record.name}, "
+                    f"{record.kind}); use a new id for a new request",
+                    reason="REQUEST_ID_REUSED",
+                    metadata={"operation": record.name},
+                )
+            return self._view(record)
+
+    async def _validate(
+        self, kind: WorkKind, spec: Message, context: types_pb2.StageContext
+    ) -> operations_pb2.Operation:
+        work = await asyncio.to_thread(intake.resolve, kind, spec, self._store, self._sources)
+        known = intake.known_result(self._store, self._service, work, force=context.force)
+        metadata = types_pb2.OperationMetadata(
+            kind=kind.name,
+            result_key=work.key,
+            cached=known is not None,
+            run=context.run,
+            stage=context.stage,
+            estimate=types_pb2.Estimate(
+                disk_bytes=work.resolved.disk_bytes, memory_bytes=work.resolved.memory_bytes
+            ),
+        )
+        if known is not None:
+            fill_result(metadata, result_of(known.artifacts, known.gates))
+        operation = operations_pb2.Operation()
+        operation.metadata.Pack(metadata)
+        return operation
+
+    async def _accept(
+        self, record: OperationRecord, kind: WorkKind, spec: Message, *, force: bool
+    ) -> OperationRecord:
+        work = await asyncio.to_thread(intake.resolve, kind, spec, self._store, self._sources)
+        record.result_key = work.key
+        record.inputs = work.inputs
+        record.disk_bytes = work.resolved.disk_bytes
+        record.memory_bytes = work.resolved.memory_bytes
+        if not self._answer(record, work, force=force):
+            await asyncio.to_thread(self._store.preflight, work.resolved.disk_bytes)
+            # Meanwhile somebody may have begun, or ended, the same work.
+            if not self._answer(record, work, force=force):
+                self._execute(record, work, force=force)
+        return record
+
+    def _answer(self, record: OperationRecord, work: Work, *, force: bool) -> bool:
+        """Answer from the store, or join the same work in flight, where that is possible."""
+        if self._closing:
+            raise Unavailable("the service is stopping; ask again", reason="DRAINING")
+        known = intake.known_result(self._store, self._service, work, force=force)
+        if known is not None:
+            record.cached = True
+            result = result_of(known.artifacts, known.gates)
+            self._operations[record.id] = record
+            self._finish(record, State.SUCCEEDED, result)
+            return True
+        for execution in self._executions.values():
+            other = execution.record
+            joinable = not other.state.ended and not other.cancelled and other.cacheable
+            if joinable and work.resolved.cacheable and other.result_key == work.key:
+                self._join(record, other)
+                return True
+        return False
+
+    def _execute(self, record: OperationRecord, work: Work, *, force: bool) -> None:
+        execution = Execution(
+            ExecutionRecord(
+                id=secrets.token_hex(10),
+                kind=work.kind.name,
+                result_key=work.key,
+                spec=to_json(work.resolved.spec),
+                inputs=work.inputs,
+                run=record.run,
+                stage=record.stage,
+                owner=record.owner,
+                cacheable=work.resolved.cacheable,
+                disk_bytes=work.resolved.disk_bytes,
+                memory_bytes=work.resolved.memory_bytes,
+                create_time=now(),
+            )
+        )
+        self._records.save(execution.record)
+        self._join(record, execution.record)
+        self._executions[execution.record.id] = execution
+        if not force and work.resolved.cacheable:
+            self._inherit(execution.record)
+        self._launch(execution)
+
+    def _join(self, record: OperationRecord, execution: ExecutionRecord) -> None:
+        record.execution = execution.id
+        record.staging = f"staging/{self._service}/{execution.id}"
+        self._records.save(record)
+        self._operations[record.id] = record
+
+    def _inherit(self, record: ExecutionRecord) -> None:
+        """Go on from the checkpoints of the same work that failed or was cancelled."""
+        for other in reversed(self._executions.values()):
+            old = other.record
+            if old.id != record.id and old.result_key == record.result_key and old.state.ended:
+                source = self._store.root / "staging" / self._service / old.id
+                if inherit_checkpoints(source, self._store.staging(self._service, record.id)):
+                    _log.info("%s goes on from the checkpoints of %s", record.id, old.id)
+                    return
+
+    def _launch(self, execution: Execution) -> None:
+        execution.task = asyncio.create_task(self._attempts.run(execution))
+
+    # Ending
+
+    def _on_end(self, execution: Execution) -> None:
+        for operation in self._operations.values():
+            if operation.execution == execution.record.id and not operation.state.ended:
+                self._adopt_end(operation, execution.record)
+        self._saved.pop(execution.record.id, None)
+
+    def _adopt_end(self, operation: OperationRecord, record: ExecutionRecord) -> None:
+        if operation.cancel_requested and record.state is not State.CANCELLED:
+            self._finish_cancelled(operation)
+        else:
+            self._finish(operation, record.state, record.result)
+
+    def _finish_cancelled(self, operation: OperationRecord) -> None:
+        error = Cancelled("cancelled")
+        self._finish(operation, State.CANCELLED, Result(error=to_json(to_status(error))))
+
+    def _finish(self, operation: OperationRecord, state: State, result: Result) -> None:
+        operation.state, operation.result, operation.end_time = state, result, now()
+        try:
+            self._records.save(operation)
+        except ArrieroError:  # a full disk: memory knows, and a restart adopts it again
+            _log.exception("the end of %s could not be recorded", operation.name)
+        event = self._done.pop(operation.id, None)
+        if event is not None:
+            event.set()
+
+    async def cancel(self, name: str) -> None:
+        """Detach whoever started an operation; the last one's leaving stops the work.
+
+        The operation is CANCELLED when nothing of its work runs any more. Does
+        nothing to an operation that has ended, or whose results are being
+        published already.
+
+        Raises:
+            NotFound: no such operation.
+        """
+        operation = self._find(name)
+        if operation.state.ended:
+            return
+        execution = self._executions[operation.execution]
+        if execution.publishing:
+            return
+        operation.cancel_requested = True
+        if self._waiting(execution.record.id):
+            self._finish_cancelled(operation)
+            return
+        self._records.save(operation)
+        execution.record.cancelled = True
+        self._records.save(execution.record)
+        execution.stop.set()
+
+    def _waiting(self, execution: str) -> list[OperationRecord]:
+        return [
+            operation
+            for operation in self._operations.values()
+            if operation.execution == execution
+            and not operation.state.ended
+            and not operation.cancel_requested
+        ]
+
+    # Looking
+
+    def get(self, name: str) -> operations_pb2.Operation:
+        """An operation as it is now.
+
+        Raises:
+            NotFound: no such operation.
+        """
+        return self._view(self._find(name))
+
+    async def wait(self, name: str, timeout: float | None = None) -> operations_pb2.Operation:
+        """An operation when it has ended, or as it is after `timeout` seconds.
+
+        Raises:
+            NotFound: no such operation.
+        """
+        operation = self._find(name)
+        if not operation.state.ended:
+            event = self._done.setdefault(operation.id, asyncio.Event())
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(event.wait(), timeout)
+        return self._view(operation)
+
+    def list(
+        self, page_size: int = 0, page_token: str = ""
+    ) -> tuple[list[operations_pb2.Operation], str]:
+        """A page of operations, newest first, and the token of the next (empty: none).
+
+        Raises:
+            InvalidArgument: a token that no page gave.
+        """
+        records: list[OperationRecord] = list(reversed(self._operations.values()))
+        first = 0
+        if page_token:
+            ids = [record.id for record in records]
+            if page_token not in ids:
+                raise InvalidArgument.field("page_token", "was not given by an earlier page")
+            first = ids.index(page_token) + 1
+        size = min(page_size, 1000) if page_size > 0 else 100
+        page = records[first : first + size]
+        more = page[-1].id if len(records) > first + size else ""
+        return [self._view(record) for record in page], more
+
+    def log_path(self, name: str) -> Path | None:
+        """The kept log of an operation; None when the store had its result.
+
+        Raises:
+            NotFound: no such operation.
+        """
+        operation = self._find(name)
+        return self._records.log_path(operation.execution) if operation.execution else None
+
+    def _find(self, name: str) -> OperationRecord:
+        record = self._operations.get(name.removeprefix("operations/"))
+        if record is None or not name.startswith("operations/"):
+            raise NotFound(f"no operation {name!r} at the {self._service} service")
+        return record
+
+    def _view(self, record: OperationRecord) -> operations_pb2.Operation:
+        execution = self._executions.get(record.execution)
+        return operation_message(record, execution.record if execution else None)
+
+    # Progress
+
+    def report(
+        self, execution_id: str, attempt: int, token: str, progress: types_pb2.Progress
+    ) -> None:
+        """Take a job's progress; kept in memory, and on disk every two seconds.
+
+        Raises:
+            Unauthenticated: not the token of the current attempt.
+            FailedPrecondition: the attempt is not the current one.
+        """
+        execution = self._executions.get(execution_id)
+        if execution is None or execution.record.state.ended:
+            raise FailedPrecondition(f"execution {execution_id!r} does not run here")
+        record = execution.record
+        if attempt != record.attempt:
+            raise FailedPrecondition(
+                f"attempt {attempt} is over, the current one is {record.attempt}"
+            )
+        if not execution.token or not hmac.compare_digest(token.encode(), execution.token.encode()):
+            raise Unauthenticated("not the token of this attempt")
+        record.progress = to_json(progress)
+        if time.monotonic() - self._saved.get(record.id, 0.0) >= _PROGRESS_SECONDS:
+            self._saved[record.id] = time.monotonic()
+            with contextlib.suppress(ArrieroError):
+                self._records.save(record, durable=False)

@@ -1,0 +1,449 @@
+"""Endpoints: artifacts served by name, and their roll-outs.
+
+Responsibility: what an endpoint is to serve, whether it does, and whether that
+is proved (`serve.smoke`); a roll-out that fails gives the endpoint back what it
+served before. Does not know how replicas are run, nor stages and runs beyond
+their names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from dataclasses import replace
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from arriero.errors import (
+    Aborted,
+    AlreadyExists,
+    ArrieroError,
+    Cancelled,
+    DeadlineExceeded,
+    FailedPrecondition,
+    GateFailed,
+    NotFound,
+    Unavailable,
+)
+from arriero.gates import GateResult, Gates, Mode, Verdict
+from arriero.metrics import EndpointFigures
+from arriero.operations.job import gate_modes
+from arriero.operations.views import gate_message
+from arriero.orchestrator import smoke
+from arriero.orchestrator.clients import Scorer
+from arriero.orchestrator.deployments import Deployments, check_replicas, check_spec
+from arriero.orchestrator.platform import Desired, Observed, Platform
+from arriero.orchestrator.records import EndpointRecord, Records
+from arriero.orchestrator.replicas import endpoint_figures, endpoint_message, shortage
+from arriero.store import Store
+from arriero.v1 import orchestrator_pb2 as pb
+from arriero.v1 import pipeline_pb2, types_pb2
+
+_SCORE_SECONDS = 300.0
+_SCORE_TRIES = 3
+# A supervisor may try a replica again; FAILED for this long means that it gave up.
+_FAILED_SECONDS = 2.0
+_log = logging.getLogger(__name__)
+
+
+class Endpoints:
+    """The endpoints of one orchestrator; used from its event loop alone."""
+
+    def __init__(self, records: Records, store: Store, platform: Platform, scorer: Scorer) -> None:
+        self._records = records
+        self._store = store
+        self._platform = platform
+        self._scorer = scorer
+        self._deployments = Deployments(store)
+        self._known: dict[str, EndpointRecord] = {}
+        self._rollouts: dict[str, asyncio.Task[None]] = {}
+
+    def load(self) -> None:
+        """Take up what an earlier process left: desires, and unsettled roll-outs."""
+        for record in self._records.endpoints():
+            self._known[record.endpoint.name] = record
+            self._want(record)
+            if not record.settled:
+                self._roll(record)
+
+    async def close(self) -> None:
+        """Stop watching roll-outs; the next `load` goes on with them."""
+        for task in self._rollouts.values():
+            task.cancel()
+        await asyncio.gather(*self._rollouts.values(), return_exceptions=True)
+
+    # What callers see
+
+    def get(self, name: str) -> pb.Endpoint:
+        """An endpoint with its replicas as they are now.
+
+        Raises:
+            NotFound: no such endpoint.
+        """
+        return self._seen(self._record(name))
+
+    def all(self) -> list[pb.Endpoint]:
+        """Every endpoint, by name."""
+        return [self._seen(self._known[name]) for name in sorted(self._known)]
+
+    async def score(self, name: str) -> pb.Endpoint:
+        """As `get`, with every live replica compared with golden logits now.
+
+        Raises:
+            NotFound: no such endpoint.
+            FailedPrecondition: it has no golden logits.
+        """
+        record = self._record(name)
+        if not record.endpoint.spec.golden:
+            raise FailedPrecondition(
+                f"endpoint {name} has no golden logits to compare with; deploy it with `golden`"
+            )
+        await self._score(record, self._platform.observe(name))
+        return self._seen(record)
+
+    def figures(self) -> list[EndpointFigures]:
+        """What metrics show; safe to call from another thread."""
+        return [endpoint_figures(self._seen(record)) for record in [*self._known.values()]]
+
+    def check(self, spec: pipeline_pb2.DeploySpec) -> None:
+        """Refuse what `deploy` would refuse at once; reads the store.
+
+        Raises:
+            InvalidArgument, NotFound, FailedPrecondition: as `deploy`.
+        """
+        check_spec(spec)
+        self._deployments.resolve(spec)
+
+    # Changes
+
+    async def create(
+        self, spec: pipeline_pb2.DeploySpec, *, run: str = "", owner: str = ""
+    ) -> pb.Endpoint:
+        """Serve an artifact under a new name; returns before replicas are ready.
+
+        Raises:
+            AlreadyExists: the name is in use.
+            InvalidArgument, NotFound, FailedPrecondition: as `deploy`.
+        """
+        check_spec(spec)
+        if spec.endpoint in self._known:
+            raise AlreadyExists(f"endpoint {spec.endpoint} exists; update it, or take another name")
+        return self._seen(await self._apply(spec, run, owner, secrets.token_hex(8)))
+
+    async def update(
+        self, spec: pipeline_pb2.DeploySpec, *, run: str = "", owner: str = ""
+    ) -> pb.Endpoint:
+        """Replace what an endpoint serves; returns before replicas are ready.
+
+        Raises:
+            NotFound: no such endpoint, or no such artifact.
+            InvalidArgument, FailedPrecondition: as `deploy`.
+        """
+        check_spec(spec)
+        self._record(spec.endpoint)
+        return self._seen(await self._apply(spec, run, owner, secrets.token_hex(8)))
+
+    async def deploy(
+        self,
+        rollout: str,
+        spec: pipeline_pb2.DeploySpec,
+        *,
+        run: str,
+        owner: str,
+        cancelled: asyncio.Event,
+    ) -> list[types_pb2.GateResult]:
+        """Roll an artifact out and wait until it is served and proved.
+
+        Args:
+            rollout: names this roll-out: asked again (after a crash), the same
+                one is followed, not a second one started.
+            spec: model and golden as digests or references.
+            run: that deploys.
+            owner: of the endpoint.
+            cancelled: set when the caller no longer wants it; the endpoint then
+                serves what it served before, or is removed.
+
+        Returns:
+            The gates that were judged.
+
+        Raises:
+            InvalidArgument, NotFound: the model is none, or no GGUF file.
+            FailedPrecondition: the model is quarantined, or not every replica
+                became ready in time.
+            GateFailed: a live replica is not the model that was trained.
+            Aborted: another roll-out or a deletion came in between.
+            Cancelled: `cancelled` was set.
+        """
+        check_spec(spec)
+        record = self._known.get(spec.endpoint)
+        if record is None or record.rollout != rollout:
+            record = await self._apply(spec, run, owner, rollout)
+        await self._follow(record, rollout, cancelled)
+        if record.error:
+            failed = any(g.verdict == types_pb2.GATE_VERDICT_FAILED for g in record.endpoint.gates)
+            raise (GateFailed if failed else FailedPrecondition)(record.error)
+        return list(record.endpoint.gates)
+
+    def scale(self, name: str, replicas: int) -> pb.Endpoint:
+        """Set the number of replicas.
+
+        Raises:
+            NotFound: no such endpoint. InvalidArgument: not a number of replicas.
+        """
+        record = self._record(name)
+        check_replicas(replicas)
+        record.endpoint.desired_replicas = record.endpoint.spec.replicas = replicas
+        self._save(record)
+        self._want(record)
+        return self._seen(record)
+
+    def delete(self, name: str, *, allow_missing: bool = False) -> None:
+        """Drain and remove.
+
+        Raises:
+            NotFound: no such endpoint, unless `allow_missing`.
+        """
+        if name not in self._known:
+            if allow_missing:
+                return
+            self._record(name)
+        self._stop(name)
+        self._platform.remove(name)
+        self._records.delete_endpoint(name)
+        del self._known[name]
+        self._store.unpin("endpoints", name)
+
+    # Roll-outs
+
+    async def _apply(
+        self, spec: pipeline_pb2.DeploySpec, run: str, owner: str, rollout: str
+    ) -> EndpointRecord:
+        resolved = await asyncio.to_thread(self._deployments.resolve, spec)
+        name = spec.endpoint
+        now = Timestamp()
+        now.GetCurrentTime()
+        old = self._known.get(name)
+        endpoint = pb.Endpoint(
+            name=name,
+            spec=resolved,
+            desired_replicas=resolved.replicas,
+            run=run,
+            owner=owner,
+            create_time=old.endpoint.create_time if old else now,
+            update_time=now,
+        )
+        previous: pb.Endpoint | None = None
+        if old is not None:
+            # What never was proved is nothing to go back to.
+            previous = (None if old.error else old.endpoint) if old.settled else old.previous
+            if old.restored:
+                previous = old.endpoint
+        record = EndpointRecord(
+            endpoint,
+            generation=old.generation if old else 0,
+            rollout=rollout,
+            settled=False,
+            previous=previous,
+        )
+        self._stop(name)
+        self._known[name] = record
+        self._save(record)
+        self._want(record)
+        self._roll(record)
+        return record
+
+    def _roll(self, record: EndpointRecord) -> None:
+        name = record.endpoint.name
+        self._rollouts[name] = asyncio.get_running_loop().create_task(self._settle(record))
+
+    def _stop(self, name: str) -> None:
+        task = self._rollouts.pop(name, None)
+        if task is not None:
+            task.cancel()
+
+    async def _follow(self, record: EndpointRecord, rollout: str, cancelled: asyncio.Event) -> None:
+        """Until the roll-out is settled, superseded, or no longer wanted."""
+        name = record.endpoint.name
+        wish = asyncio.ensure_future(cancelled.wait())
+        try:
+            task = self._rollouts.get(name)
+            if task is not None and not record.settled:
+                await asyncio.wait({task, wish}, return_when=asyncio.FIRST_COMPLETED)
+            if self._known.get(name) is not record:
+                raise Aborted(f"endpoint {name} was deployed or deleted by somebody else meanwhile")
+            if record.settled:
+                return
+            if cancelled.is_set():
+                self._stop(name)
+                if record.previous is None:
+                    self.delete(name)
+                else:
+                    self._restore(record, "")
+                raise Cancelled(f"the deployment of endpoint {name} was cancelled")
+            raise Unavailable("the orchestrator is stopping")
+        finally:
+            wish.cancel()
+
+    async def _settle(self, record: EndpointRecord) -> None:
+        """Wait, prove, and either keep what is served now or go back."""
+        error = ""
+        gates: list[GateResult] = []
+        try:
+            gates = [await self._judged(record)]
+            error = "; ".join(
+                f"{g.gate} failed: {g.detail}" for g in gates if g.verdict is Verdict.FAILED
+            )
+        except ArrieroError as problem:
+            error = problem.message
+        except Exception:
+            _log.exception("the roll-out of endpoint %s failed", record.endpoint.name)
+            error = "the roll-out failed by a defect; the orchestrator's log has the details"
+        if error and record.previous is not None:
+            refused = record.endpoint.spec.model
+            gates = [replace(g, detail=f"{refused} was refused: {g.detail}") for g in gates]
+            self._restore(record, f"{error}; the endpoint serves what it served before", gates)
+            return
+        record.settled = True
+        record.previous = None
+        record.error = error
+        del record.endpoint.gates[:]
+        record.endpoint.gates.extend(gate_message(g) for g in gates)
+        self._save(record)
+
+    async def _judged(self, record: EndpointRecord) -> GateResult:
+        """The gate's result; replicas that die while they are asked are waited for again."""
+        for _ in range(_SCORE_TRIES - 1):
+            observed = await self._ready(record)
+            try:
+                return await self._prove(record, observed)
+            except Unavailable as error:
+                _log.warning("endpoint %s: %s", record.endpoint.name, error.message)
+                await asyncio.sleep(1)
+        return await self._prove(record, await self._ready(record))
+
+    def _restore(
+        self, record: EndpointRecord, error: str, gates: list[GateResult] | None = None
+    ) -> None:
+        assert record.previous is not None
+        record.endpoint.CopyFrom(record.previous)
+        for gate in gates or ():
+            record.endpoint.gates.append(gate_message(gate))
+        record.settled = record.restored = True
+        record.previous = None
+        record.error = error
+        self._save(record)
+        self._want(record)
+
+    async def _ready(self, record: EndpointRecord) -> Observed:
+        """Wait until every wanted replica is ready; fail early when they gave up."""
+        name, spec = record.endpoint.name, record.endpoint.spec
+        loop = asyncio.get_running_loop()
+        failed_since: float | None = None
+
+        def until(observed: Observed) -> bool:
+            nonlocal failed_since
+            if observed.generation < record.generation:
+                return False
+            if observed.complete(spec.model, record.endpoint.desired_replicas):
+                return True
+            if not observed.failed(spec.model):
+                failed_since = None
+                return False
+            failed_since = failed_since or loop.time()
+            return loop.time() - failed_since >= _FAILED_SECONDS
+
+        try:
+            observed = await self._platform.wait(name, until, timeout=spec.timeout_seconds)
+        except DeadlineExceeded as error:
+            observed = self._platform.observe(name)
+            raise DeadlineExceeded(
+                f"endpoint {name}: {shortage(record, observed)} after {spec.timeout_seconds} s; "
+                "raise timeout_seconds, or look at the replicas' logs"
+            ) from error
+        if not observed.complete(spec.model, record.endpoint.desired_replicas):
+            raise FailedPrecondition(
+                f"endpoint {name}: {shortage(record, observed)}; look at the replicas' logs"
+            )
+        return observed
+
+    async def _prove(self, record: EndpointRecord, observed: Observed) -> GateResult:
+        spec = record.endpoint.spec
+        modes = gate_modes(spec)
+        gates = Gates(modes)
+        if gates.mode(smoke.GATE) is Mode.SKIP:
+            return GateResult(smoke.GATE, Mode.SKIP, Verdict.SKIPPED)
+        reason = ""
+        if not spec.golden:
+            reason = "the file carries no golden logits, and none are given"
+        elif not observed.ready(spec.model):
+            reason = "no replicas"
+        if reason:
+            gates.skip(smoke.GATE, reason)
+            return gates.results[0]
+        return smoke.judge(await self._score(record, observed), modes)
+
+    async def _score(self, record: EndpointRecord, observed: Observed) -> list[smoke.Score]:
+        """Ask every ready replica, and remember what they said."""
+        spec = record.endpoint.spec
+
+        async def ask(replica: str, address: str) -> smoke.Score:
+            answer = await self._scorer.score(address, spec.golden, timeout=_SCORE_SECONDS)
+            return smoke.Score(
+                replica,
+                answer.kl_divergence,
+                answer.top1_agreement,
+                answer.confident_disagreements,
+                answer.tokens,
+                answer.seconds,
+            )
+
+        ready = observed.ready(spec.model)
+        scores = list(await asyncio.gather(*(ask(r.name, r.address) for r in ready)))
+        del record.endpoint.replicas[:]
+        for replica, score in zip(ready, scores, strict=True):
+            record.endpoint.replicas.add(
+                name=replica.name,
+                digest=replica.digest,
+                kl_divergence=score.kl_divergence,
+                top1_agreement=score.top1_agreement,
+            )
+        if self._known.get(record.endpoint.name) is record:
+            self._save(record)
+        return scores
+
+    # Bookkeeping
+
+    def _record(self, name: str) -> EndpointRecord:
+        record = self._known.get(name)
+        if record is None:
+            known = ", ".join(sorted(self._known)) or "none"
+            raise NotFound(f"no endpoint named {name!r}; endpoints: {known}")
+        return record
+
+    def _save(self, record: EndpointRecord) -> None:
+        held = [record.endpoint.spec.model, record.endpoint.spec.golden]
+        if record.previous is not None:
+            held += [record.previous.spec.model, record.previous.spec.golden]
+        name = record.endpoint.name
+        self._store.pin("endpoints", name, [d for d in dict.fromkeys(held) if d])
+        self._records.save_endpoint(record)
+
+    def _want(self, record: EndpointRecord) -> None:
+        """Tell the platform; each time under a new generation."""
+        record.generation += 1
+        self._records.save_endpoint(record)
+        spec = record.endpoint.spec
+        self._platform.apply(
+            Desired(
+                record.endpoint.name,
+                spec.model,
+                record.endpoint.desired_replicas,
+                spec.context,
+                spec.threads,
+                record.generation,
+            )
+        )
+
+    def _seen(self, record: EndpointRecord) -> pb.Endpoint:
+        return endpoint_message(record, self._platform.observe(record.endpoint.name))

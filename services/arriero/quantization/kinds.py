@@ -1,0 +1,123 @@
+"""The room's kinds of work: checking specs and filling in their defaults.
+
+Responsibility: from a spec as somebody wrote it to one with nothing left open.
+Does not know how the work is done.
+"""
+
+from __future__ import annotations
+
+import math
+
+from arriero.errors import FailedPrecondition, InvalidArgument, NotFound
+from arriero.llama import expected_size, resolve_type
+from arriero.operations.kinds import ResolveContext, Resolved, WorkKind
+from arriero.quantization import converter
+from arriero.quantization.checkpoint import read_checkpoint
+from arriero.v1 import quantization_pb2 as pb
+
+DEFAULT_MAX_KLD = 0.05
+_JOB_MODULE = "arriero.quantization.job"
+
+
+def resolve_quantize(spec: pb.QuantizeSpec, context: ResolveContext) -> Resolved:
+    """Check a `quantize` spec; types come out as llama.cpp writes them.
+
+    Raises:
+        InvalidArgument: no types, unknown or repeated ones, negative threads.
+        FailedPrecondition: the converter is missing, or the model has no weights.
+    """
+    resolved = pb.QuantizeSpec()
+    resolved.CopyFrom(spec)
+    if not spec.types:
+        raise InvalidArgument.field("types", "empty; expected at least one type, such as Q4_K_M")
+    kinds = []
+    seen: dict[str, int] = {}
+    for i, text in enumerate(spec.types):
+        kind = resolve_type(text, field=f"types[{i}]")
+        if kind.name in seen:
+            raise InvalidArgument.field(
+                f"types[{i}]", f"{kind.name} is already there as types[{seen[kind.name]}]"
+            )
+        seen[kind.name] = i
+        kinds.append(kind)
+    resolved.types[:] = [kind.name for kind in kinds]
+    if spec.threads < 0:
+        raise InvalidArgument.field("threads", f"is {spec.threads}; expected 0 (all) or more")
+    resolved.threads = spec.threads
+    converter.locate()
+    model = context.inputs["model"][0]
+    if not spec.HasField("golden") and model.manifest.golden:
+        try:
+            resolved.golden = context.store.get(model.manifest.golden).digest
+        except NotFound:
+            resolved.ClearField("golden")
+    checkpoint = read_checkpoint(model.path)
+    files = sum(expected_size(checkpoint.parameters, kind) for kind in kinds)
+    return Resolved(
+        spec=resolved,
+        disk_bytes=checkpoint.size + files,
+        # The quantizer holds its largest tensor in fp32 beside the source's and its
+        # own pages; the converter's libraries take the rest.
+        memory_bytes=(1 << 30) + 8 * checkpoint.largest,
+        unkeyed=("threads",),
+    )
+
+
+def resolve_evaluate(spec: pb.EvaluateSpec, context: ResolveContext) -> Resolved:
+    """Check an `evaluate` spec; the golden report comes out named.
+
+    Raises:
+        InvalidArgument: no files, repeated ones, a limit that is no limit.
+        FailedPrecondition: nobody made golden logits for these files.
+    """
+    resolved = pb.EvaluateSpec()
+    resolved.CopyFrom(spec)
+    if not spec.models:
+        raise InvalidArgument.field("models", "empty; expected at least one gguf")
+    seen: dict[str, int] = {}
+    for i, digest in enumerate(spec.models):
+        if digest in seen:
+            raise InvalidArgument.field(
+                f"models[{i}]", f"is the same artifact as models[{seen[digest]}]"
+            )
+        seen[digest] = i
+    if spec.HasField("choose"):
+        if not spec.choose.HasField("smallest"):
+            raise InvalidArgument.field("choose", "names no rule; expected smallest")
+        rule = spec.choose.smallest
+        max_kld = rule.max_kld if rule.HasField("max_kld") else DEFAULT_MAX_KLD
+        if not (math.isfinite(max_kld) and max_kld > 0):
+            raise InvalidArgument.field(
+                "choose.smallest.max_kld", f"is {max_kld}; expected a positive number of nats"
+            )
+        resolved.choose.smallest.max_kld = max_kld
+    files = context.inputs["models"]
+    if not spec.HasField("golden"):
+        carried = files[0].manifest.golden
+        if not carried:
+            raise FailedPrecondition(
+                f"gguf {files[0].manifest.name or files[0].digest} carries no golden logits; name "
+                "the report of the training or merge that made the model in the field golden, "
+                "such as golden: train.golden"
+            )
+        resolved.golden = carried
+    largest = max(artifact.manifest.size for artifact in files)
+    return Resolved(spec=resolved, disk_bytes=1 << 20, memory_bytes=(1 << 30) + 2 * largest)
+
+
+WORK_KINDS = (
+    WorkKind(
+        name="quantize",
+        job_module=_JOB_MODULE,
+        spec_type=pb.QuantizeSpec,
+        semantics=1,
+        resolve=resolve_quantize,
+    ),
+    WorkKind(
+        name="evaluate",
+        job_module=_JOB_MODULE,
+        spec_type=pb.EvaluateSpec,
+        semantics=1,
+        resolve=resolve_evaluate,
+    ),
+)

@@ -1,0 +1,448 @@
+"""The platform's services in memory, behind real gRPC.
+
+Responsibility: enough of each service that a client can be tested, and
+documented, against it. Does not know how the real ones work: it keeps their
+promises alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from arriero import rpc
+from arriero.errors import (
+    Aborted,
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    Unavailable,
+)
+from arriero.settings import ServerSettings
+from arriero.testing.replica import FakeInference
+from arriero.v1 import inference_pb2_grpc, pipeline_pb2
+from arriero.v1 import orchestrator_pb2 as pb
+from arriero.v1 import orchestrator_pb2_grpc as stubs
+
+__all__ = [
+    "FakeArtifacts",
+    "FakeEndpoints",
+    "FakePlatform",
+    "FakeRuns",
+    "running_platform",
+]
+
+_CHUNK = 1024 * 1024
+
+
+class FakeRuns(stubs.RunServiceServicer):
+    """Runs that succeed as soon as somebody watches.
+
+    Attributes:
+        runs: by id, oldest first.
+        breaks: how many watches break off with UNAVAILABLE after their first message.
+        hold: set it (to an unset event) to keep runs RUNNING.
+    """
+
+    def __init__(self) -> None:
+        self.runs: dict[str, pb.Run] = {}
+        self.breaks = 0
+        self.hold: asyncio.Event | None = None
+        self._requests: dict[str, str] = {}
+
+    async def CreateRun(self, request: pb.CreateRunRequest, context: Any) -> pb.CreateRunResponse:
+        """Checks little: a name, stages, ranks from 1."""
+        run = _planned(request.pipeline)
+        if request.validate_only:
+            return pb.CreateRunResponse(run=run)
+        if request.request_id in self._requests:
+            return pb.CreateRunResponse(run=self.runs[self._requests[request.request_id]])
+        run.id = f"{request.pipeline.name}-{len(self.runs) + 1:08d}"
+        run.state, run.etag = pb.RUN_STATE_RUNNING, "1"
+        self.runs[run.id] = run
+        self._requests[request.request_id] = run.id
+        return pb.CreateRunResponse(run=run)
+
+    async def GetRun(self, request: pb.GetRunRequest, context: Any) -> pb.GetRunResponse:
+        """By id."""
+        return pb.GetRunResponse(run=self._get(request.id))
+
+    async def ListRuns(self, request: pb.ListRunsRequest, context: Any) -> pb.ListRunsResponse:
+        """Newest first, in pages."""
+        items, token = _page([*self.runs.values()][::-1], request.page_size, request.page_token)
+        return pb.ListRunsResponse(runs=items, next_page_token=token)
+
+    async def CancelRun(self, request: pb.CancelRunRequest, context: Any) -> pb.CancelRunResponse:
+        """At once."""
+        run = self._get(request.id)
+        if run.state == pb.RUN_STATE_RUNNING:
+            _move(run, pb.RUN_STATE_CANCELLED)
+        return pb.CancelRunResponse(run=run)
+
+    async def RetryRun(self, request: pb.RetryRunRequest, context: Any) -> pb.RetryRunResponse:
+        """Ended runs alone."""
+        run = self._get(request.id)
+        if run.state == pb.RUN_STATE_RUNNING:
+            raise FailedPrecondition(f"run {run.id} is active; cancel it first")
+        _move(run, pb.RUN_STATE_RUNNING)
+        return pb.RetryRunResponse(run=run)
+
+    async def WatchRun(
+        self, request: pb.WatchRunRequest, context: Any
+    ) -> AsyncIterator[pb.WatchRunResponse]:
+        """As it is, then its end."""
+        run = self._get(request.id)
+        yield pb.WatchRunResponse(run=run)
+        if self.breaks:
+            self.breaks -= 1
+            raise Unavailable("the fake went away")
+        if self.hold is not None:
+            await self.hold.wait()
+        if run.state == pb.RUN_STATE_RUNNING:
+            _move(run, pb.RUN_STATE_SUCCEEDED)
+            yield pb.WatchRunResponse(run=run)
+
+    async def ReadRunLogs(
+        self, request: pb.ReadRunLogsRequest, context: Any
+    ) -> AsyncIterator[pb.ReadRunLogsResponse]:
+        """Two lines a stage."""
+        for stage in self._get(request.id).stages:
+            if request.stage in ("", stage.name):
+                for what in ("starts", "is done"):
+                    yield pb.ReadRunLogsResponse(
+                        stage=stage.name, level="INFO", message=f"{stage.name} {what}", attempt=1
+                    )
+
+    def _get(self, run: str) -> pb.Run:
+        if run not in self.runs:
+            raise NotFound(f"no run {run!r}")
+        return self.runs[run]
+
+
+class FakeArtifacts(stubs.ArtifactServiceServicer):
+    """A store in memory.
+
+    Attributes:
+        artifacts: by digest, oldest first.
+        files: content by digest and path.
+        tagged: digest by `kind/name:tag`.
+        corrupt: send other bytes than the digests say.
+    """
+
+    def __init__(self) -> None:
+        self.artifacts: dict[str, pb.Artifact] = {}
+        self.files: dict[str, dict[str, bytes]] = {}
+        self.tagged: dict[str, str] = {}
+        self.corrupt = False
+
+    def put(
+        self,
+        kind: str,
+        name: str,
+        files: dict[str, bytes],
+        *,
+        tag: str = "",
+        parents: Sequence[str] = (),
+        golden: str = "",
+    ) -> str:
+        """Publish; returns the digest."""
+        artifact = pb.Artifact(kind=kind, name=name, parents=parents, golden=golden, present=True)
+        for path in sorted(files):
+            data = files[path]
+            artifact.files.add(
+                path=path, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest()
+            )
+        artifact.size_bytes = sum(map(len, files.values()))
+        content = artifact.SerializeToString(deterministic=True)
+        artifact.digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
+        self.artifacts[artifact.digest] = artifact
+        self.files[artifact.digest] = dict(files)
+        if tag:
+            self.tagged[tag] = artifact.digest
+        return artifact.digest
+
+    async def GetArtifact(
+        self, request: pb.GetArtifactRequest, context: Any
+    ) -> pb.GetArtifactResponse:
+        """By reference."""
+        return pb.GetArtifactResponse(artifact=self._get(request.ref))
+
+    async def ListArtifacts(
+        self, request: pb.ListArtifactsRequest, context: Any
+    ) -> pb.ListArtifactsResponse:
+        """Newest first, in pages."""
+        found = [a for a in self.artifacts.values() if request.kind in ("", a.kind)][::-1]
+        items, token = _page(found, request.page_size, request.page_token)
+        return pb.ListArtifactsResponse(artifacts=items, next_page_token=token)
+
+    async def GetLineage(
+        self, request: pb.GetLineageRequest, context: Any
+    ) -> pb.GetLineageResponse:
+        """Breadth first."""
+        found = [self._get(request.ref)]
+        for artifact in found:
+            found += [self.artifacts[p] for p in artifact.parents if self.artifacts[p] not in found]
+        return pb.GetLineageResponse(artifacts=found)
+
+    async def TagArtifact(
+        self, request: pb.TagArtifactRequest, context: Any
+    ) -> pb.TagArtifactResponse:
+        """Compare and set."""
+        artifact = self._get(request.ref)
+        now = self.tagged.get(request.tag, "none")
+        if request.expected_digest not in ("", now):
+            raise Aborted(f"{request.tag} is {now}, expected {request.expected_digest}")
+        self.tagged[request.tag] = artifact.digest
+        return pb.TagArtifactResponse(tag=request.tag, digest=artifact.digest)
+
+    async def ListTags(self, request: pb.ListTagsRequest, context: Any) -> pb.ListTagsResponse:
+        """Sorted by name."""
+        return pb.ListTagsResponse(
+            tags=[
+                pb.Tag(tag=tag, digest=digest)
+                for tag, digest in sorted(self.tagged.items())
+                if not request.kind or tag.startswith(f"{request.kind}/")
+            ]
+        )
+
+    async def CollectGarbage(
+        self, request: pb.CollectGarbageRequest, context: Any
+    ) -> pb.CollectGarbageResponse:
+        """Removes what has no tag."""
+        answer = pb.CollectGarbageResponse()
+        for digest in [d for d in self.artifacts if d not in self.tagged.values()]:
+            size = self.artifacts[digest].size_bytes
+            answer.removals.add(path=f"artifacts/{digest}", size_bytes=size, reason="no tag")
+            answer.freed_bytes += size
+            if not request.dry_run:
+                del self.artifacts[digest], self.files[digest]
+        return answer
+
+    async def PullArtifact(
+        self, request: pb.PullArtifactRequest, context: Any
+    ) -> AsyncIterator[pb.PullArtifactResponse]:
+        """The artifact, then each file in chunks."""
+        artifact = self._get(request.ref)
+        yield pb.PullArtifactResponse(artifact=artifact)
+        for path, data in self.files[artifact.digest].items():
+            sent = data[::-1] if self.corrupt else data
+            yield pb.PullArtifactResponse(path=path, chunk=sent[:_CHUNK])
+            for start in range(_CHUNK, len(sent), _CHUNK):
+                yield pb.PullArtifactResponse(chunk=sent[start : start + _CHUNK])
+
+    async def PushArtifact(
+        self, request_iterator: AsyncIterator[pb.PushArtifactRequest], context: Any
+    ) -> pb.PushArtifactResponse:
+        """A header, then each file in chunks."""
+        header = pb.PushHeader()
+        files: dict[str, bytes] = {}
+        path = ""
+        async for request in request_iterator:
+            if request.HasField("header"):
+                header = request.header
+                if header.kind not in ("dataset", "model", "adapter", "gguf", "tokenizer"):
+                    raise InvalidArgument.field("header.kind", f"{header.kind!r} cannot be pushed")
+            path = request.path or path
+            if path:
+                files[path] = files.get(path, b"") + request.chunk
+        digest = self.put(header.kind, header.name, files, tag=header.tag)
+        return pb.PushArtifactResponse(artifact=self.artifacts[digest])
+
+    def _get(self, ref: str) -> pb.Artifact:
+        digest = self.tagged.get(ref, ref)
+        if digest not in self.artifacts:
+            raise NotFound(f"no artifact {ref!r}")
+        return self.artifacts[digest]
+
+
+class FakeEndpoints(stubs.EndpointServiceServicer):
+    """Endpoints whose replicas are ready at once.
+
+    Attributes:
+        endpoints: by name.
+        addresses: where replicas are, the first to the first replica.
+        look_ups: how often `GetEndpoint` was asked.
+        away: answer UNAVAILABLE.
+    """
+
+    def __init__(self) -> None:
+        self.endpoints: dict[str, pb.Endpoint] = {}
+        self.addresses: list[str] = []
+        self.look_ups = 0
+        self.away = False
+
+    def serve(self, spec: pipeline_pb2.DeploySpec) -> pb.Endpoint:
+        """Put an endpoint there as its spec says."""
+        endpoint = pb.Endpoint(name=spec.endpoint, spec=spec, desired_replicas=spec.replicas)
+        for index, address in enumerate(self.addresses[: spec.replicas]):
+            endpoint.replicas.add(
+                name=f"{spec.endpoint}-{index}",
+                address=address,
+                state=pb.REPLICA_STATE_READY,
+                digest=spec.model,
+            )
+        endpoint.ready_replicas = len(endpoint.replicas)
+        self.endpoints[spec.endpoint] = endpoint
+        return endpoint
+
+    async def CreateEndpoint(
+        self, request: pb.CreateEndpointRequest, context: Any
+    ) -> pb.CreateEndpointResponse:
+        """New names alone."""
+        if request.spec.endpoint in self.endpoints:
+            raise AlreadyExists(f"endpoint {request.spec.endpoint!r} exists; update it")
+        return pb.CreateEndpointResponse(endpoint=self.serve(request.spec))
+
+    async def UpdateEndpoint(
+        self, request: pb.UpdateEndpointRequest, context: Any
+    ) -> pb.UpdateEndpointResponse:
+        """Known names alone."""
+        self._get(request.spec.endpoint)
+        return pb.UpdateEndpointResponse(endpoint=self.serve(request.spec))
+
+    async def GetEndpoint(
+        self, request: pb.GetEndpointRequest, context: Any
+    ) -> pb.GetEndpointResponse:
+        """By name."""
+        self.look_ups += 1
+        if self.away:
+            raise Unavailable("the fake orchestrator is away")
+        answer = pb.GetEndpointResponse(endpoint=self._get(request.name))
+        for replica in answer.endpoint.replicas if request.score else ():
+            replica.kl_divergence, replica.top1_agreement = 0.01, 0.99
+        return answer
+
+    async def ListEndpoints(
+        self, request: pb.ListEndpointsRequest, context: Any
+    ) -> pb.ListEndpointsResponse:
+        """By name."""
+        return pb.ListEndpointsResponse(
+            endpoints=[self.endpoints[name] for name in sorted(self.endpoints)]
+        )
+
+    async def ScaleEndpoint(
+        self, request: pb.ScaleEndpointRequest, context: Any
+    ) -> pb.ScaleEndpointResponse:
+        """At once, as far as there are addresses."""
+        spec = self._get(request.name).spec
+        spec.replicas = request.replicas
+        return pb.ScaleEndpointResponse(endpoint=self.serve(spec))
+
+    async def DeleteEndpoint(
+        self, request: pb.DeleteEndpointRequest, context: Any
+    ) -> pb.DeleteEndpointResponse:
+        """At once."""
+        if not request.allow_missing:
+            self._get(request.name)
+        self.endpoints.pop(request.name, None)
+        return pb.DeleteEndpointResponse()
+
+    def _get(self, name: str) -> pb.Endpoint:
+        if name not in self.endpoints:
+            raise NotFound(f"no endpoint {name!r}; known: {', '.join(self.endpoints) or 'none'}")
+        return self.endpoints[name]
+
+
+class FakePlatform:
+    """Orchestrator and one replica behind one address.
+
+    Holds the endpoint `faq`, which serves `gguf/faq:prod`.
+    """
+
+    def __init__(self, settings: ServerSettings | None = None) -> None:
+        self.runs = FakeRuns()
+        self.artifacts = FakeArtifacts()
+        self.endpoints = FakeEndpoints()
+        self.inference = FakeInference()
+        self.address = ""
+        self._settings = settings or ServerSettings()
+        self._server: rpc.Server | None = None
+
+    async def start(self) -> str:
+        """Serve; returns the address."""
+        server = rpc.Server(self._settings, name="fake")
+        server.add(self.runs, stubs.add_RunServiceServicer_to_server, "arriero.v1.RunService")
+        server.add(
+            self.artifacts,
+            stubs.add_ArtifactServiceServicer_to_server,
+            "arriero.v1.ArtifactService",
+        )
+        server.add(
+            self.endpoints,
+            stubs.add_EndpointServiceServicer_to_server,
+            "arriero.v1.EndpointService",
+        )
+        server.add(
+            self.inference,
+            inference_pb2_grpc.add_InferenceServiceServicer_to_server,
+            "arriero.v1.InferenceService",
+        )
+        self.address = await server.start()
+        await server.set_ready(True)
+        self._server = server
+        if not self.artifacts.artifacts:
+            golden = self.artifacts.put("report", "faq", {"report.json": b"{}"})
+            model = self.artifacts.put(
+                "gguf", "faq", {"faq.Q8_0.gguf": b"GGUF"}, tag="gguf/faq:prod", golden=golden
+            )
+            self.endpoints.addresses = [self.address]
+            self.endpoints.serve(pipeline_pb2.DeploySpec(endpoint="faq", model=model, replicas=1))
+        return self.address
+
+    async def stop(self) -> None:
+        """Stop serving; `start` starts again with what is known."""
+        if self._server is not None:
+            await self._server.stop(0)
+            self._server = None
+
+
+@contextmanager
+def running_platform(settings: ServerSettings | None = None) -> Iterator[FakePlatform]:
+    """A platform on an event loop in a thread, for blocking tests."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="fake-platform", daemon=True)
+    thread.start()
+
+    async def make() -> FakePlatform:
+        platform = FakePlatform(settings)
+        await platform.start()
+        return platform
+
+    platform = asyncio.run_coroutine_threadsafe(make(), loop).result(30)
+    try:
+        yield platform
+    finally:
+        asyncio.run_coroutine_threadsafe(platform.stop(), loop).result(30)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(30)
+        loop.close()
+
+
+def _planned(pipeline: pipeline_pb2.Pipeline) -> pb.Run:
+    if not pipeline.name or not pipeline.stages:
+        raise InvalidArgument.field("name", "expected a name and stages")
+    run = pb.Run(pipeline=pipeline, owner=rpc.caller())
+    for index, stage in enumerate(pipeline.stages):
+        kind = stage.WhichOneof("work") or ""
+        if kind == "train" and stage.train.lora.HasField("r") and stage.train.lora.r < 1:
+            raise InvalidArgument.field(
+                f"stages[{index}].train.lora.r", f"{stage.train.lora.r} is below 1"
+            )
+        run.stages.add(name=stage.name, kind=kind, state=pb.STAGE_STATE_PENDING)
+    return run
+
+
+def _move(run: pb.Run, state: pb.RunState.ValueType) -> None:
+    run.state = state
+    run.etag = str(int(run.etag or "0") + 1)
+
+
+def _page(items: list[Any], size: int, token: str) -> tuple[list[Any], str]:
+    start = int(token or 0)
+    end = start + (size or 50)
+    return items[start:end], str(end) if end < len(items) else ""

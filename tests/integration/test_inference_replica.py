@@ -1,0 +1,289 @@
+"""A replica as it runs: a real process, a real model, over gRPC."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import numpy as np
+import psutil
+import pytest
+
+from arriero.gates.golden import Golden, log_softmax, probe_sequences
+from arriero.rpc import connect_sync, from_rpc_error
+from arriero.rpc.channel import check_health
+from arriero.store import ManifestDraft, Store
+from arriero.v1 import inference_pb2 as pb
+from arriero.v1.inference_pb2_grpc import InferenceServiceStub
+
+CONTEXT = 256
+
+
+@dataclass
+class Running:
+    process: subprocess.Popen[bytes]
+    address: str
+    store: Store
+    digest: str
+    stub: InferenceServiceStub
+
+    def engine(self) -> psutil.Process:
+        return next(
+            child
+            for child in psutil.Process(self.process.pid).children()
+            if "arriero.inference.engine" in child.cmdline()
+        )
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 40) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.02)
+
+
+def publish(store: Store, gguf: Path) -> str:
+    place = store.staging("test", "gguf") / "out"
+    place.mkdir(parents=True)
+    (place / "tiny.F16.gguf").write_bytes(gguf.read_bytes())
+    draft = ManifestDraft(kind="gguf", name="tiny", labels={"quant_type": "F16"})
+    return store.publish(place, draft).digest
+
+
+def start(home: Path, gguf: Path, **env: str) -> Running:
+    store = Store.open(home / "store")
+    digest = publish(store, gguf)
+    address_file = home / "address"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "arriero.inference"],
+        env={
+            **os.environ,
+            "ARRIERO_STORE": str(home / "store"),
+            "ARRIERO_MODEL": digest,
+            "ARRIERO_MODEL_NAME": "tiny",
+            "ARRIERO_CONTEXT": str(CONTEXT),
+            "ARRIERO_THREADS": "1",
+            "ARRIERO_LISTEN": "127.0.0.1:0",
+            "ARRIERO_ADDRESS_FILE": str(address_file),
+            **env,
+        },
+    )
+    wait_until(lambda: address_file.exists() or process.poll() is not None)
+    assert process.poll() is None
+    address = address_file.read_text().strip()
+    wait_until(lambda: check_health(address))
+    return Running(process, address, store, digest, InferenceServiceStub(connect_sync(address)))
+
+
+@pytest.fixture(scope="module")
+def replica(tiny_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    running = start(tmp_path_factory.mktemp("replica"), tiny_gguf)
+    yield running
+    running.process.kill()
+    running.process.wait()
+
+
+def greedy(max_tokens: int = 12, **more: object) -> pb.SamplingParams:
+    return pb.SamplingParams(temperature=0, max_tokens=max_tokens, **more)  # type: ignore[arg-type]
+
+
+def text_of(replica: Running, prompt: str, sampling: pb.SamplingParams) -> str:
+    stream = replica.stub.Generate(pb.GenerateRequest(prompt=prompt, sampling=sampling))
+    return "".join(message.delta for message in stream)
+
+
+def test_the_last_message_says_why_it_ended_and_what_was_used(replica: Running) -> None:
+    request = pb.GenerateRequest(prompt="The llama", sampling=greedy(5))
+    *_, last = replica.stub.Generate(request)
+    assert last.finish_reason == pb.FINISH_REASON_LENGTH
+    assert last.usage.completion_tokens == 5
+    assert last.usage.prompt_tokens > 1
+
+
+def test_a_stream_alone_and_among_others_says_the_same(replica: Running) -> None:
+    prompts = [f"Number {i} of the herd" for i in range(7)]
+    alone = [text_of(replica, prompt, greedy()) for prompt in prompts]
+    with ThreadPoolExecutor(7) as pool:
+        together = list(pool.map(lambda prompt: text_of(replica, prompt, greedy()), prompts))
+    assert together == alone
+
+
+def test_a_seed_makes_sampling_repeatable(replica: Running) -> None:
+    sampling = pb.SamplingParams(temperature=1.5, max_tokens=12, seed=7)
+    first = text_of(replica, "Once", sampling)
+    assert text_of(replica, "Once", sampling) == first
+    other = pb.SamplingParams(temperature=1.5, max_tokens=12, seed=8)
+    assert text_of(replica, "Once", other) != first
+
+
+def test_a_stop_string_ends_the_text_before_it(replica: Running) -> None:
+    whole = text_of(replica, "Stop here", greedy(24))
+    cut = whole[len(whole) // 2 :][:2]
+    stopped = text_of(replica, "Stop here", greedy(24, stop=[cut]))
+    assert stopped == whole[: whole.index(cut)]
+
+
+def test_no_tokens_asked_for_is_an_empty_answer(replica: Running) -> None:
+    (only,) = replica.stub.Generate(pb.GenerateRequest(prompt="a", sampling=greedy(0)))
+    assert (only.delta, only.finish_reason) == ("", pb.FINISH_REASON_LENGTH)
+
+
+def test_more_tokens_than_fit_end_with_the_context(replica: Running) -> None:
+    *_, last = replica.stub.Generate(pb.GenerateRequest(prompt="a b c", sampling=greedy(10**6)))
+    assert last.finish_reason in (pb.FINISH_REASON_LENGTH, pb.FINISH_REASON_STOP)
+    assert last.usage.prompt_tokens + last.usage.completion_tokens <= CONTEXT
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        (pb.GenerateRequest(prompt="word " * 2000), "prompt"),
+        (
+            pb.GenerateRequest(prompt="a", sampling=pb.SamplingParams(top_p=float("nan"))),
+            "sampling.top_p",
+        ),
+        (
+            pb.GenerateRequest(prompt="a", sampling=pb.SamplingParams(temperature=-1)),
+            "sampling.temperature",
+        ),
+        (
+            pb.GenerateRequest(prompt="a", sampling=pb.SamplingParams(max_tokens=-1)),
+            "sampling.max_tokens",
+        ),
+    ],
+)
+def test_a_request_that_cannot_be_served_is_refused_with_the_field(
+    replica: Running, request_: pb.GenerateRequest, field: str
+) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        list(replica.stub.Generate(request_))
+    error = from_rpc_error(caught.value)
+    assert error.code == "INVALID_ARGUMENT"
+    assert error.violations[0].field == field  # type: ignore[attr-defined]
+
+
+def test_a_prompt_that_is_too_long_is_told_both_figures(replica: Running) -> None:
+    with pytest.raises(grpc.RpcError, match=f"holds {CONTEXT}") as caught:
+        list(replica.stub.Generate(pb.GenerateRequest(prompt="word " * 2000)))
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_chat_without_any_template_is_refused_with_advice(replica: Running) -> None:
+    if replica.stub.GetModel(pb.GetModelRequest()).template:
+        pytest.skip("the tiny model brings a template")
+    request = pb.ChatRequest(messages=[pb.Message(role="user", content="hi")])
+    with pytest.raises(grpc.RpcError, match="no prompt template"):
+        list(replica.stub.Chat(request))
+
+
+def test_an_unknown_role_is_refused(replica: Running) -> None:
+    request = pb.ChatRequest(messages=[pb.Message(role="wizard", content="hi")])
+    with pytest.raises(grpc.RpcError) as caught:
+        list(replica.stub.Chat(request))
+    assert caught.value.code() in (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.FAILED_PRECONDITION,
+    )
+
+
+def test_golden_logits_of_the_same_weights_agree_and_of_others_do_not(
+    replica: Running, tiny_gguf: Path, tmp_path: Path
+) -> None:
+    from arriero.llama import Context, Model
+
+    rows = [list(range(5 + i, 45 + i)) for i in range(4)]
+    sequences = probe_sequences(rows, tokens=96)
+    with Model(tiny_gguf) as model, Context(model, n_ctx=128, n_threads=1) as context:
+        logits = np.concatenate([context.sequence_logits(ids) for ids in sequences])
+
+    def score(values: np.ndarray) -> pb.ScoreResponse:
+        place = replica.store.staging("test", f"golden-{values[0, 0]}") / "out"
+        place.mkdir(parents=True)
+        Golden(
+            np.concatenate([np.array(s, dtype=np.int32) for s in sequences]),
+            np.array([len(s) for s in sequences], dtype=np.int32),
+            log_softmax(values).astype(np.float16),
+        ).write(place)
+        digest = replica.store.publish(place, ManifestDraft(kind="report", name="golden")).digest
+        return replica.stub.Score(pb.ScoreRequest(golden=digest))
+
+    same = score(logits)
+    assert same.tokens == 96
+    assert same.kl_divergence < 1e-4
+    assert same.confident_disagreements == 0
+    other = score(np.roll(logits, 1, axis=1))
+    assert other.kl_divergence > 10 * max(same.kl_divergence, 1e-6)
+
+
+def test_a_caller_that_leaves_frees_its_slot(replica: Running) -> None:
+    for _ in range(12):  # three times as many as there are slots
+        stream = replica.stub.Generate(pb.GenerateRequest(prompt="long", sampling=greedy(200)))
+        next(stream)
+        stream.cancel()
+    assert text_of(replica, "next", greedy(3)) is not None
+
+
+def test_an_engine_that_is_killed_is_told_apart_and_comes_back(
+    tiny_gguf: Path, tmp_path: Path
+) -> None:
+    replica = start(tmp_path, tiny_gguf, ARRIERO_CONTEXT="2048")
+    try:
+        failures: list[grpc.StatusCode] = []
+
+        def ask() -> None:
+            try:
+                text_of(replica, "go on", greedy(2000))
+            except grpc.RpcError as error:
+                failures.append(error.code())
+
+        callers = [threading.Thread(target=ask) for _ in range(3)]
+        for caller in callers:
+            caller.start()
+        engine = replica.engine()
+        wait_until(lambda: engine.cpu_times().user > 0)
+        engine.send_signal(signal.SIGKILL)
+        for caller in callers:
+            caller.join(30)
+        assert set(failures) <= {grpc.StatusCode.UNAVAILABLE}
+        wait_until(lambda: check_health(replica.address))
+        assert replica.engine().pid != engine.pid
+        *_, last = replica.stub.Generate(pb.GenerateRequest(prompt="again", sampling=greedy(3)))
+        assert last.finish_reason
+    finally:
+        replica.process.terminate()
+        replica.process.wait(30)
+
+
+def test_sigterm_lets_running_streams_end_properly(tiny_gguf: Path, tmp_path: Path) -> None:
+    replica = start(tmp_path, tiny_gguf)
+    engine = replica.engine()
+    stream = replica.stub.Generate(pb.GenerateRequest(prompt="to the end", sampling=greedy(60)))
+    first = next(stream)
+    replica.process.terminate()
+    messages = [first, *stream]
+    assert messages[-1].finish_reason in (pb.FINISH_REASON_LENGTH, pb.FINISH_REASON_STOP)
+    assert replica.process.wait(30) == 0
+    assert not engine.is_running()
+
+
+def test_a_file_that_is_no_model_ends_the_replica_with_one_line(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF" + b"\0" * 64)
+    store = Store.open(tmp_path / "store")
+    digest = publish(store, broken)
+    done = subprocess.run(
+        [sys.executable, "-m", "arriero.inference"],
+        env={**os.environ, "ARRIERO_STORE": str(tmp_path / "store"), "ARRIERO_MODEL": digest},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,112 @@
+"""Writing safetensors tensor by tensor."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from arriero.errors import Internal, InvalidArgument
+from arriero.weights import TensorPlan, Weights, WeightsWriter
+
+TENSORS = {
+    "norm": torch.arange(5, dtype=torch.bfloat16),
+    "wide": torch.randn(4, 6, generator=torch.Generator().manual_seed(0)),
+    "scalar": torch.tensor(2.5, dtype=torch.float16),
+    "ids": torch.arange(3, dtype=torch.int64),
+    "none": torch.empty(0, 3),
+}
+
+
+def plan() -> list[TensorPlan]:
+    words = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16", torch.int64: "I64"}
+    return [TensorPlan(n, words[t.dtype], tuple(t.shape)) for n, t in TENSORS.items()]
+
+
+def test_safetensors_reads_what_is_written_in_any_order(tmp_path: Path) -> None:
+    with WeightsWriter(tmp_path, plan()) as writer:
+        for name in reversed(TENSORS):
+            writer.write(name, TENSORS[name])
+    loaded = load_file(str(tmp_path / "model.safetensors"))
+    assert loaded.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert loaded[name].equal(tensor)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_every_tensor_is_aligned_to_its_element(tmp_path: Path) -> None:
+    with WeightsWriter(tmp_path, plan()) as writer:
+        for name, tensor in TENSORS.items():
+            writer.write(name, tensor)
+    for info in Weights.open(tmp_path).values():
+        assert info.start % max(1, TENSORS[info.name].element_size()) == 0
+
+
+def test_transposed_tensors_are_written_in_their_order(tmp_path: Path) -> None:
+    turned = TENSORS["wide"].T
+    with WeightsWriter(tmp_path, [TensorPlan("w", "F32", (6, 4))]) as writer:
+        writer.write("w", turned)
+    assert load_file(str(tmp_path / "model.safetensors"))["w"].equal(turned)
+
+
+def test_shards_are_named_and_indexed_as_transformers_does(tmp_path: Path) -> None:
+    with WeightsWriter(tmp_path, plan(), max_shard_size=30) as writer:
+        for name, tensor in TENSORS.items():
+            writer.write(name, tensor)
+    names = [path.name for path in writer.files]
+    assert names == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(item.nbytes for item in plan())
+    assert index["weight_map"]["wide"] == names[1]  # larger than a shard: alone in its own
+    for name, tensor in TENSORS.items():
+        assert load_file(str(tmp_path / index["weight_map"][name]))[name].equal(tensor)
+    weights = Weights.open(tmp_path)
+    assert weights.tensor("wide").equal(TENSORS["wide"])
+
+
+def test_raw_bytes_are_written_as_they_are(tmp_path: Path) -> None:
+    data = bytes(range(12))
+    with WeightsWriter(tmp_path, [TensorPlan("x", "F32", (3,))]) as writer:
+        writer.write_raw("x", memoryview(data))
+    assert bytes(Weights.open(tmp_path).raw("x")) == data
+
+
+def test_a_forgotten_tensor_is_an_error(tmp_path: Path) -> None:
+    writer = WeightsWriter(tmp_path, plan())
+    writer.write("norm", TENSORS["norm"])
+    with pytest.raises(Internal, match="4 planned tensors were not written"):
+        writer.close()
+
+
+def test_another_error_is_not_hidden_by_forgotten_tensors(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), WeightsWriter(tmp_path, plan()):
+        raise KeyError("first")
+
+
+def test_tensors_other_than_planned_are_refused(tmp_path: Path) -> None:
+    writer = WeightsWriter(tmp_path, [TensorPlan("x", "F32", (3,))])
+    with pytest.raises(Internal, match="not planned"):
+        writer.write("y", torch.zeros(3))
+    with pytest.raises(Internal, match="planned was"):
+        writer.write("x", torch.zeros(3, dtype=torch.float16))
+    with pytest.raises(Internal, match="planned were 12"):
+        writer.write_raw("x", memoryview(b"1234"))
+    writer.write("x", torch.zeros(3))
+    with pytest.raises(Internal, match="written already"):
+        writer.write("x", torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "size"),
+    [
+        ([], 10),
+        ([TensorPlan("x", "F32", (1,))] * 2, 10),
+        ([TensorPlan("x", "F32", (1,))], 0),
+        ([TensorPlan("x", "F9", (1,))], 10),
+    ],
+)
+def test_impossible_plans_are_refused(tmp_path: Path, tensors: list[TensorPlan], size: int) -> None:
+    with pytest.raises(InvalidArgument):
+        WeightsWriter(tmp_path, tensors, max_shard_size=size)
