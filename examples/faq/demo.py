@@ -6,6 +6,7 @@ tuned model the same questions. Everything it starts, it stops.
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from pathlib import Path
@@ -30,13 +31,15 @@ say = render.console.print
 
 def main() -> int:
     """Run it; 0 when the run succeeded."""
+    # Ended from outside, it still stops what it started.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     home = Home.default()
     started_here = home.running() is None
     begun = time.monotonic()
     try:
         if started_here:
             with render.console.status("starting Arriero's services"):
-                local.start_detached(home)
+                local.start_detached(home, tied=True)
         state = home.running() or {}
         say(f"Arriero runs at {state['address']}, metrics at {state['metrics']}\n", highlight=False)
         return demonstrate(begun)

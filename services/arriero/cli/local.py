@@ -16,13 +16,21 @@ from typing import Any
 
 from arriero.cli.supervisor import STOP_SECONDS, Home
 from arriero.errors import DeadlineExceeded, FailedPrecondition, Unavailable
+from arriero.rpc import parent
 from arriero.rpc.parent import process_start
 
 READY_SECONDS = 150.0
 
 
-def start_detached(home: Home, arguments: Sequence[str] = ()) -> dict[str, Any]:
+def start_detached(
+    home: Home, arguments: Sequence[str] = (), *, tied: bool = False
+) -> dict[str, Any]:
     """Start a supervisor in a session of its own and wait until it serves.
+
+    Args:
+        home: where.
+        arguments: of `arriero up`.
+        tied: it ends with the process that calls this, however that ends.
 
     Returns:
         Its state file.
@@ -39,6 +47,10 @@ def start_detached(home: Home, arguments: Sequence[str] = ()) -> dict[str, Any]:
             "`arriero status` shows it, `arriero down` stops it"
         )
     home.logs.mkdir(parents=True, exist_ok=True)
+    env = {**os.environ, "ARRIERO_HOME": str(home.root)}
+    env.pop(parent.PID, None)
+    if tied:
+        env.update(parent.environment())
     log = home.logs / "supervisor.log"
     with log.open("ab") as sink:
         position = sink.tell()
@@ -48,7 +60,7 @@ def start_detached(home: Home, arguments: Sequence[str] = ()) -> dict[str, Any]:
             stdout=sink,
             stderr=sink,
             start_new_session=True,
-            env={**os.environ, "ARRIERO_HOME": str(home.root)},
+            env=env,
         )
     deadline = time.monotonic() + READY_SECONDS
     while time.monotonic() < deadline:

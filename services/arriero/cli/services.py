@@ -16,6 +16,7 @@ from arriero.cli import local, render
 from arriero.cli.session import Format, Output, as_json, command, show
 from arriero.cli.supervisor import Home, Supervisor
 from arriero.errors import FailedPrecondition
+from arriero.rpc import parent
 from arriero.rpc.channel import check_health
 
 
@@ -46,6 +47,9 @@ def up(
     supervisor = Supervisor(home, port=port, metrics_port=metrics_port)
     signal.signal(signal.SIGTERM, supervisor.stop)
     signal.signal(signal.SIGINT, supervisor.stop)
+
+    if (starter := parent.from_env()) is not None:
+        parent.watch(starter, supervisor.stop)
 
     def on_ready(state: dict[str, Any]) -> None:
         show(state, lambda: view(home, state))

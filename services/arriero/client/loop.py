@@ -7,12 +7,13 @@ interruptions on. Does not know gRPC or what is run.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import threading
 from collections.abc import AsyncGenerator, Coroutine, Iterator
 from typing import Any, TypeVar
 
-from arriero.errors import FailedPrecondition
+from arriero.errors import Cancelled, FailedPrecondition
 
 __all__ = ["LoopThread"]
 
@@ -29,10 +30,17 @@ class LoopThread:
         self._closed = False
 
     def run(self, work: Coroutine[Any, Any, _T]) -> _T:
-        """The result of a coroutine; Ctrl-C cancels it."""
+        """The result of a coroutine; Ctrl-C cancels it.
+
+        Raises:
+            FailedPrecondition: the loop was stopped before.
+            Cancelled: the loop was stopped meanwhile.
+        """
         future = asyncio.run_coroutine_threadsafe(work, self._started(work))
         try:
             return future.result()
+        except concurrent.futures.CancelledError:
+            raise Cancelled("the client was closed while the call ran") from None
         except BaseException:
             future.cancel()
             raise
@@ -51,12 +59,13 @@ class LoopThread:
                 self.run(_close(items))
 
     def stop(self) -> None:
-        """End the loop and its thread."""
+        """Cancel what runs, and end the loop and its thread."""
         with self._lock:
             self._closed = True
             loop, thread = self._loop, self._thread
             self._loop = self._thread = None
         if loop is not None and thread is not None:
+            asyncio.run_coroutine_threadsafe(_cancel_all(), loop).result()
             loop.call_soon_threadsafe(loop.stop)
             thread.join()
             loop.close()
@@ -87,3 +96,10 @@ async def _next(items: AsyncGenerator[_T, None]) -> _T:
 async def _close(items: AsyncGenerator[Any, None]) -> None:
     with contextlib.suppress(RuntimeError):  # still running: it was cancelled and ends itself
         await items.aclose()
+
+
+async def _cancel_all() -> None:
+    others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)

@@ -10,7 +10,7 @@ from typing import Any
 import grpc.aio
 from google.longrunning import operations_pb2
 
-from arriero.dataset.spec import SEMANTICS, resolve
+from arriero.dataset.spec import SEMANTICS, check, resolve
 from arriero.operations.engine import Engine
 from arriero.operations.kinds import WorkKind
 from arriero.v1 import dataset_pb2, dataset_pb2_grpc
@@ -23,6 +23,7 @@ DATASET = WorkKind(
     spec_type=dataset_pb2.DatasetSpec,
     semantics=SEMANTICS,
     resolve=resolve,
+    check=check,
 )
 
 

@@ -9,17 +9,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
-from google.protobuf.descriptor import FieldDescriptor
-from google.protobuf.message import Message
-
+from arriero import prompts
 from arriero.dataset import alpaca, rows, selection, sources
 from arriero.dataset.encoding import template_of
 from arriero.dataset.vocabulary import special_tokens
 from arriero.errors import FieldViolation, InvalidArgument
 from arriero.gates import check_modes
+from arriero.operations.defaults import with_defaults
 from arriero.operations.kinds import ResolveContext, Resolved
 from arriero.prompts import EOS
-from arriero.v1 import dataset_pb2, types_pb2
+from arriero.v1 import dataset_pb2
 
 FAIL, SKIP = "fail", "skip"
 # Raised by hand when the same spec would give other rows, ids or labels.
@@ -40,24 +39,15 @@ def resolve(spec: dataset_pb2.DatasetSpec, context: ResolveContext) -> Resolved:
         NotFound: a source does not exist.
         FailedPrecondition: the tokenizer's files are not usable, a source is quarantined.
     """
-    resolved = dataset_pb2.DatasetSpec()
-    resolved.CopyFrom(spec)
-    _fill_defaults(resolved)
-    _check_fields(resolved)
-    check_modes(resolved.gates)
+    resolved = with_defaults(spec)
+    located = _check(resolved, context)
     _check_template(resolved, context)
-    located = [
-        sources.locate(text, store=context.store, allowed=context.sources, field=f"sources[{i}]")
-        for i, text in enumerate(resolved.sources)
-    ]
     del resolved.sources[:]
     resolved.sources.extend(source.text for source in located)
     digests = check_digests(located, resolved.sha256)
     del resolved.sha256[:]
     resolved.sha256.extend(digests)
     size = sum(source.size for source in located)
-    if size <= _PRECHECK_BYTES:
-        _check_rows(located, resolved)
     return Resolved(
         spec=resolved,
         # int32 ids in the spool, ids and labels in the file: 12 bytes for a token
@@ -67,6 +57,25 @@ def resolve(spec: dataset_pb2.DatasetSpec, context: ResolveContext) -> Resolved:
         # The digests say what the sources hold; where they lie changes nothing.
         unkeyed=("sources",),
     )
+
+
+def check(spec: dataset_pb2.DatasetSpec, context: ResolveContext) -> None:
+    """Refuse what is wrong whatever the tokenizer is; raises as `resolve`."""
+    _check(with_defaults(spec), context)
+
+
+def _check(spec: dataset_pb2.DatasetSpec, context: ResolveContext) -> list[sources.Source]:
+    check_modes(spec.gates)
+    _check_fields(spec)
+    if spec.template != prompts.MODEL and not prompts.is_path(spec.template):
+        prompts.load(spec.template)
+    located = [
+        sources.locate(text, store=context.store, allowed=context.sources, field=f"sources[{i}]")
+        for i, text in enumerate(spec.sources)
+    ]
+    if sum(source.size for source in located) <= _PRECHECK_BYTES:
+        _check_rows(located, spec)
+    return located
 
 
 def check_digests(located: Sequence[sources.Source], expected: Sequence[str]) -> list[str]:
@@ -88,23 +97,6 @@ def check_digests(located: Sequence[sources.Source], expected: Sequence[str]) ->
                 "start again with what it holds now, or restore it",
             )
     return found
-
-
-def _fill_defaults(spec: dataset_pb2.DatasetSpec) -> None:
-    """Set what is unset to the default that the proto documents."""
-    message: Message = spec  # its own type knows only literal field names
-    for field in spec.DESCRIPTOR.fields:
-        text = field.GetOptions().Extensions[types_pb2.default_value]
-        if text and not message.HasField(field.name):
-            setattr(message, field.name, _parse_default(field, text))
-
-
-def _parse_default(field: FieldDescriptor, text: str) -> str | float | bool | int:
-    if field.cpp_type == FieldDescriptor.CPPTYPE_STRING:
-        return text
-    if field.cpp_type == FieldDescriptor.CPPTYPE_BOOL:
-        return text == "true"
-    return float(text) if field.cpp_type == FieldDescriptor.CPPTYPE_DOUBLE else int(text)
 
 
 def _check_fields(spec: dataset_pb2.DatasetSpec) -> None:

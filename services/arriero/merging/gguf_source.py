@@ -25,6 +25,13 @@ _TRACES = (
 )
 
 
+# Pre-tokenizers by which llama.cpp takes each digit for itself before GPT-2's own
+# splitting (LLAMA_VOCAB_PRE_TYPE_SMOLLM and its like in llama-vocab.cpp).
+_SINGLE_DIGITS = frozenset(
+    {"codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder"}
+)
+
+
 @dataclass(frozen=True, slots=True)
 class GgufFacts:
     """What a GGUF's header says.
@@ -118,7 +125,30 @@ def dequantize(path: Path, target: Path, dtype: str) -> None:
     model.config._name_or_path = ""
     model.save_pretrained(str(target))
     tokenizer.save_pretrained(str(target))
+    _split_digits(path, target / "tokenizer.json")
     _tidy(target)
+
+
+def _split_digits(source: Path, tokenizer: Path) -> None:
+    """Give the tokenizer the pre-tokenizer that the file names.
+
+    transformers reads every GPT-2 style vocabulary with GPT-2's own splitting;
+    trained on its ids, the model would be served with others.
+    """
+    from arriero.llama import read_header
+
+    if read_header(source).metadata.get("tokenizer.ggml.pre") not in _SINGLE_DIGITS:
+        return
+    data = json.loads(tokenizer.read_text(encoding="utf-8"))
+    digits = {"type": "Digits", "individual_digits": True}
+    found = data.get("pre_tokenizer")
+    if digits in (found, *(found or {}).get("pretokenizers", ())):
+        return
+    data["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [digits, *([found] if found else [])],
+    }
+    tokenizer.write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
 
 
 def _tidy(target: Path) -> None:

@@ -31,7 +31,7 @@ __all__ = ["import_source", "merge"]
 
 # Mean KL divergence in nats per token. Measured: 4e-5 to 5e-5 for equal weights (golden's
 # own fp16 rounding; SmolLM2-135M and random models), 1e-4 where golden logits of float32
-# weights meet bfloat16 ones. Merging into the wrong base gives 1e-2 and more.
+# weights meet bfloat16 ones.
 MAX_KL = 1e-3
 # Where the merge shortens every weight of the base, large models lose more.
 MAX_KL_SHORTER = 5e-3
@@ -437,7 +437,4 @@ def _judge_logits(job: Job, plan: MergePlan, target: Path, golden: Golden | None
 if __name__ == "__main__":
     # Libraries' bars would fill the kept log; progress is told by `Job.progress`.
     os.environ.update(TQDM_DISABLE="1", TOKENIZERS_PARALLELISM="false")
-    # OpenMP's threads spin at their barriers: beside anything else that runs, small
-    # tensors then take ten times as long. Read when torch is first imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     main({"import": import_source, "merge": merge})

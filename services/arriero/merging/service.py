@@ -9,7 +9,7 @@ from __future__ import annotations
 import grpc.aio
 from google.longrunning import operations_pb2
 
-from arriero.merging.specs import resolve_import, resolve_merge
+from arriero.merging.specs import check_import, check_merge, resolve_import, resolve_merge
 from arriero.operations.engine import Engine
 from arriero.operations.kinds import WorkKind
 from arriero.rpc import Server
@@ -19,8 +19,22 @@ __all__ = ["KINDS", "MergingService", "register"]
 
 _JOB = "arriero.merging.job"
 KINDS = (
-    WorkKind("import", _JOB, merging_pb2.ImportSpec, semantics=1, resolve=resolve_import),
-    WorkKind("merge", _JOB, merging_pb2.MergeSpec, semantics=1, resolve=resolve_merge),
+    WorkKind(
+        name="import",
+        job_module=_JOB,
+        spec_type=merging_pb2.ImportSpec,
+        semantics=1,
+        resolve=resolve_import,
+        check=check_import,
+    ),
+    WorkKind(
+        name="merge",
+        job_module=_JOB,
+        spec_type=merging_pb2.MergeSpec,
+        semantics=1,
+        resolve=resolve_merge,
+        check=check_merge,
+    ),
 )
 
 

@@ -24,7 +24,15 @@ from arriero.store import Artifact
 from arriero.v1 import merging_pb2
 from arriero.weights.writer import DEFAULT_SHARD_SIZE
 
-__all__ = ["DTYPES", "KINDS", "made_for", "resolve_import", "resolve_merge"]
+__all__ = [
+    "DTYPES",
+    "KINDS",
+    "check_import",
+    "check_merge",
+    "made_for",
+    "resolve_import",
+    "resolve_merge",
+]
 
 DTYPES = ("bfloat16", "float16", "float32")
 KINDS = ("model", "adapter", "gguf")
@@ -119,36 +127,54 @@ def _import(
     )
 
 
-def resolve_merge(spec: merging_pb2.MergeSpec, context: ResolveContext) -> Resolved:
-    """Fill in `MergeSpec`, and see from the headers that base and adapters fit.
+def check_import(spec: merging_pb2.ImportSpec, context: ResolveContext) -> None:
+    """Refuse a wrong `ImportSpec`, before its run starts; it has no inputs.
+
+    Raises:
+        InvalidArgument, NotFound: as `resolve_import`.
+    """
+    resolve_import(spec, context)
+
+
+def check_merge(spec: merging_pb2.MergeSpec, context: ResolveContext) -> None:
+    """Refuse what is wrong with a `MergeSpec` whatever its inputs are.
 
     Raises:
         InvalidArgument: no adapters, one twice, weights that do not go with
             them, an unknown dtype, a shard size below one.
+    """
+    check_modes(spec.gates)
+    if not spec.adapters:
+        raise InvalidArgument.field("adapters", "is empty; expected at least one adapter")
+    if len(set(spec.adapters)) != len(spec.adapters):
+        raise InvalidArgument.field("adapters", "names one adapter twice; give it a weight of 2")
+    if spec.weights:
+        _check_weights(spec.weights, len(spec.adapters))
+    if spec.dtype and spec.dtype not in ("auto", *DTYPES):
+        raise _unknown("dtype", spec.dtype, ("auto", *DTYPES))
+    if spec.HasField("max_shard_size") and spec.max_shard_size < 1:
+        raise InvalidArgument.field(
+            "max_shard_size", f"{spec.max_shard_size} is not a size; expected bytes, at least 1"
+        )
+
+
+def resolve_merge(spec: merging_pb2.MergeSpec, context: ResolveContext) -> Resolved:
+    """Fill in `MergeSpec`, and see from the headers that base and adapters fit.
+
+    Raises:
+        InvalidArgument: as `check_merge`.
         FailedPrecondition: an adapter that is not supported or does not fit.
         DataLoss: damaged files.
     """
-    check_modes(spec.gates)
+    check_merge(spec, context)
     resolved = merging_pb2.MergeSpec()
     resolved.CopyFrom(spec)
-    adapters = context.inputs.get("adapters", [])
-    if not adapters:
-        raise InvalidArgument.field("adapters", "is empty; expected at least one adapter")
-    digests = [adapter.digest for adapter in adapters]
-    if len(set(digests)) != len(digests):
-        raise InvalidArgument.field("adapters", "names one adapter twice; give it a weight of 2")
+    adapters = context.inputs["adapters"]
     if not spec.weights:
         resolved.weights.extend([1.0] * len(adapters))
-    _check_weights(resolved.weights, len(adapters))
     resolved.dtype = spec.dtype or "auto"
-    if resolved.dtype not in ("auto", *DTYPES):
-        raise _unknown("dtype", resolved.dtype, ("auto", *DTYPES))
     if not spec.HasField("max_shard_size"):
         resolved.max_shard_size = DEFAULT_SHARD_SIZE
-    if resolved.max_shard_size < 1:
-        raise InvalidArgument.field(
-            "max_shard_size", f"{resolved.max_shard_size} is not a size; expected bytes, at least 1"
-        )
     [base] = context.inputs["model"]
     plan = plan_merge(
         base.path, [adapter.path for adapter in adapters], resolved.weights, resolved.dtype

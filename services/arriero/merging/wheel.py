@@ -114,7 +114,9 @@ def _bytes_below(directory: Path) -> int:
 
 
 def _failure(wanted: str, output: str) -> NotFound | Unavailable | FailedPrecondition:
-    tail = " | ".join(output.splitlines()[-_LAST_LINES:])
+    lines = output.splitlines()
+    # Where pip says what is wrong, the rest is noise.
+    tail = " | ".join([line for line in lines if line.startswith("ERROR")] or lines[-_LAST_LINES:])
     if "No module named pip" in output:
         return FailedPrecondition(
             "pip is not installed beside this service, so pypi:// sources cannot be fetched; "

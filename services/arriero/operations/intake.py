@@ -43,8 +43,10 @@ def resolve(kind: WorkKind, spec: Message, store: Store, sources: SourceSettings
     """
     if not isinstance(spec, kind.spec_type):
         raise Internal(f"{kind.name} takes {kind.spec_type.__name__}, got {type(spec).__name__}")
-    inputs = check_inputs(spec, store)
     check_gates(spec)
+    if kind.check is not None:
+        kind.check(spec, ResolveContext(store, {}, sources))
+    inputs = check_inputs(spec, store)
     resolved = kind.resolve(spec, ResolveContext(store, inputs, sources))
     # The room may have chosen inputs by default.
     chosen = check_inputs(resolved.spec, store)

@@ -62,6 +62,9 @@ class WorkKind:
         resolve: fills in defaults and validates. Quick, without torch; runs in a
             thread. Raises `InvalidArgument` with field paths relative to the spec.
         max_attempts: jobs at most; preemptions and deaths of the service don't count.
+        check: refuses what is wrong whatever the input artifacts are, so that a
+            run is refused before its first stage starts; as `resolve`, but with
+            a context without inputs.
     """
 
     name: str
@@ -70,3 +73,4 @@ class WorkKind:
     semantics: int
     resolve: Callable[[Any, ResolveContext], Resolved]
     max_attempts: int = 3
+    check: Callable[[Any, ResolveContext], None] | None = None

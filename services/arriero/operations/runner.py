@@ -72,6 +72,9 @@ class LocalProcess:
     async def start(self, launch: Launch) -> Handle:
         """Start `python -m <module> <assignment>`; see `Runner`."""
         environment = {
+            # Threads that spin at barriers cost a machine that is shared (by services,
+            # replicas and other jobs) several times what they gain on an idle one.
+            "OMP_WAIT_POLICY": "PASSIVE",
             **os.environ,
             **launch.environment,
             MARKER: launch.execution,

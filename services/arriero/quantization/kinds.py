@@ -10,12 +10,12 @@ import math
 
 from arriero.errors import FailedPrecondition, InvalidArgument, NotFound
 from arriero.llama import expected_size, resolve_type
+from arriero.operations.defaults import with_defaults
 from arriero.operations.kinds import ResolveContext, Resolved, WorkKind
 from arriero.quantization import converter
 from arriero.quantization.checkpoint import read_checkpoint
 from arriero.v1 import quantization_pb2 as pb
 
-DEFAULT_MAX_KLD = 0.05
 _JOB_MODULE = "arriero.quantization.job"
 
 
@@ -26,8 +26,34 @@ def resolve_quantize(spec: pb.QuantizeSpec, context: ResolveContext) -> Resolved
         InvalidArgument: no types, unknown or repeated ones, negative threads.
         FailedPrecondition: the converter is missing, or the model has no weights.
     """
-    resolved = pb.QuantizeSpec()
-    resolved.CopyFrom(spec)
+    resolved = _checked_quantize(spec)
+    converter.locate()
+    model = context.inputs["model"][0]
+    if not spec.HasField("golden") and model.manifest.golden:
+        try:
+            resolved.golden = context.store.get(model.manifest.golden).digest
+        except NotFound:
+            resolved.ClearField("golden")
+    checkpoint = read_checkpoint(model.path)
+    kinds = [resolve_type(name) for name in resolved.types]
+    files = sum(expected_size(checkpoint.parameters, kind) for kind in kinds)
+    return Resolved(
+        spec=resolved,
+        disk_bytes=checkpoint.size + files,
+        # The quantizer holds its largest tensor in fp32 beside the source's and its
+        # own pages; the converter's libraries take the rest.
+        memory_bytes=(1 << 30) + 8 * checkpoint.largest,
+        unkeyed=("threads",),
+    )
+
+
+def check_quantize(spec: pb.QuantizeSpec, context: ResolveContext) -> None:
+    """Refuse what is wrong whatever the model is; raises as `resolve_quantize`."""
+    _checked_quantize(spec)
+
+
+def _checked_quantize(spec: pb.QuantizeSpec) -> pb.QuantizeSpec:
+    resolved = with_defaults(spec)
     if not spec.types:
         raise InvalidArgument.field("types", "empty; expected at least one type, such as Q4_K_M")
     kinds = []
@@ -43,24 +69,7 @@ def resolve_quantize(spec: pb.QuantizeSpec, context: ResolveContext) -> Resolved
     resolved.types[:] = [kind.name for kind in kinds]
     if spec.threads < 0:
         raise InvalidArgument.field("threads", f"is {spec.threads}; expected 0 (all) or more")
-    resolved.threads = spec.threads
-    converter.locate()
-    model = context.inputs["model"][0]
-    if not spec.HasField("golden") and model.manifest.golden:
-        try:
-            resolved.golden = context.store.get(model.manifest.golden).digest
-        except NotFound:
-            resolved.ClearField("golden")
-    checkpoint = read_checkpoint(model.path)
-    files = sum(expected_size(checkpoint.parameters, kind) for kind in kinds)
-    return Resolved(
-        spec=resolved,
-        disk_bytes=checkpoint.size + files,
-        # The quantizer holds its largest tensor in fp32 beside the source's and its
-        # own pages; the converter's libraries take the rest.
-        memory_bytes=(1 << 30) + 8 * checkpoint.largest,
-        unkeyed=("threads",),
-    )
+    return resolved
 
 
 def resolve_evaluate(spec: pb.EvaluateSpec, context: ResolveContext) -> Resolved:
@@ -70,27 +79,7 @@ def resolve_evaluate(spec: pb.EvaluateSpec, context: ResolveContext) -> Resolved
         InvalidArgument: no files, repeated ones, a limit that is no limit.
         FailedPrecondition: nobody made golden logits for these files.
     """
-    resolved = pb.EvaluateSpec()
-    resolved.CopyFrom(spec)
-    if not spec.models:
-        raise InvalidArgument.field("models", "empty; expected at least one gguf")
-    seen: dict[str, int] = {}
-    for i, digest in enumerate(spec.models):
-        if digest in seen:
-            raise InvalidArgument.field(
-                f"models[{i}]", f"is the same artifact as models[{seen[digest]}]"
-            )
-        seen[digest] = i
-    if spec.HasField("choose"):
-        if not spec.choose.HasField("smallest"):
-            raise InvalidArgument.field("choose", "names no rule; expected smallest")
-        rule = spec.choose.smallest
-        max_kld = rule.max_kld if rule.HasField("max_kld") else DEFAULT_MAX_KLD
-        if not (math.isfinite(max_kld) and max_kld > 0):
-            raise InvalidArgument.field(
-                "choose.smallest.max_kld", f"is {max_kld}; expected a positive number of nats"
-            )
-        resolved.choose.smallest.max_kld = max_kld
+    resolved = _checked_evaluate(spec)
     files = context.inputs["models"]
     if not spec.HasField("golden"):
         carried = files[0].manifest.golden
@@ -105,6 +94,33 @@ def resolve_evaluate(spec: pb.EvaluateSpec, context: ResolveContext) -> Resolved
     return Resolved(spec=resolved, disk_bytes=1 << 20, memory_bytes=(1 << 30) + 2 * largest)
 
 
+def check_evaluate(spec: pb.EvaluateSpec, context: ResolveContext) -> None:
+    """Refuse what is wrong whatever the files are; raises as `resolve_evaluate`."""
+    _checked_evaluate(spec)
+
+
+def _checked_evaluate(spec: pb.EvaluateSpec) -> pb.EvaluateSpec:
+    resolved = with_defaults(spec)
+    if not spec.models:
+        raise InvalidArgument.field("models", "empty; expected at least one gguf")
+    seen: dict[str, int] = {}
+    for i, digest in enumerate(spec.models):
+        if digest in seen:
+            raise InvalidArgument.field(
+                f"models[{i}]", f"is the same artifact as models[{seen[digest]}]"
+            )
+        seen[digest] = i
+    if spec.HasField("choose"):
+        if not spec.choose.HasField("smallest"):
+            raise InvalidArgument.field("choose", "names no rule; expected smallest")
+        max_kld = resolved.choose.smallest.max_kld
+        if not (math.isfinite(max_kld) and max_kld > 0):
+            raise InvalidArgument.field(
+                "choose.smallest.max_kld", f"is {max_kld}; expected a positive number of nats"
+            )
+    return resolved
+
+
 WORK_KINDS = (
     WorkKind(
         name="quantize",
@@ -112,6 +128,7 @@ WORK_KINDS = (
         spec_type=pb.QuantizeSpec,
         semantics=1,
         resolve=resolve_quantize,
+        check=check_quantize,
     ),
     WorkKind(
         name="evaluate",
@@ -119,5 +136,6 @@ WORK_KINDS = (
         spec_type=pb.EvaluateSpec,
         semantics=1,
         resolve=resolve_evaluate,
+        check=check_evaluate,
     ),
 )

@@ -45,7 +45,7 @@ _OPTIONS = [
     ("grpc.so_reuseport", 0),
     # Clients ping every 30 s, also between calls.
     ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
 ]
 
 _log = logging.getLogger(__name__)

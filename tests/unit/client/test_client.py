@@ -449,7 +449,7 @@ def test_an_interrupt_ends_a_blocked_call_and_the_client_goes_on(platform, pipel
     platform.runs.hold = asyncio.Event()
     with Client() as client:
         run = client.create_run(parse_pipeline(pipeline_text))
-        timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
+        timer = threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT])
         timer.start()
         with pytest.raises(KeyboardInterrupt):
             client.wait(run.id)
@@ -464,6 +464,28 @@ def test_a_closed_client_says_so(platform):
     client.close()
     with pytest.raises(errors.FailedPrecondition, match="closed"):
         client.list_runs()
+
+
+def test_closing_a_client_ends_what_other_threads_wait_for(platform, pipeline_text):
+    platform.runs.hold = asyncio.Event()
+    client = Client()
+    run = client.create_run(parse_pipeline(pipeline_text))
+    first, seen = threading.Event(), []
+
+    def watch():
+        try:
+            for _ in client.watch_run(run.id):
+                first.set()
+        except errors.ArrieroError as error:
+            seen.append(error)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    assert first.wait(10)
+    client.close()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert isinstance(seen[0], errors.Cancelled)
 
 
 async def test_an_asyncio_client_stays_in_its_loop(platform):

@@ -17,10 +17,12 @@ from arriero.gates.golden import Golden
 from arriero.merging import oracle
 from arriero.merging.fold import plan_merge, write_merged
 from arriero.merging.proof import prove_delta
+from arriero.operations.kinds import ResolveContext
+from arriero.settings import SourceSettings
 from arriero.store import Artifact
 from arriero.testing.adapters import tiny_adapter
 from arriero.testing.models import tiny_llama
-from arriero.v1 import types_pb2
+from arriero.v1 import merging_pb2, types_pb2
 from arriero.weights import Weights
 
 if TYPE_CHECKING:
@@ -374,3 +376,12 @@ def test_adapters_are_needed_and_differ(room: "Room", base: Artifact, adapter: A
         with pytest.raises(InvalidArgument) as caught:
             room.merge(base, adapters)
         assert caught.value.violations[0].field == "adapters"
+
+
+def test_a_spec_is_checked_before_its_inputs_exist(room: "Room") -> None:
+    from arriero.merging.specs import check_merge
+
+    context = ResolveContext(room.store, {}, SourceSettings())
+    check_merge(merging_pb2.MergeSpec(model="base", adapters=["sft"], weights=[2]), context)
+    with pytest.raises(InvalidArgument, match="2 entries for 1 adapters"):
+        check_merge(merging_pb2.MergeSpec(model="base", adapters=["sft"], weights=[1, 2]), context)

@@ -1,0 +1,269 @@
+"""Endpoints: roll-outs, their gate, and going back; the supervisor is a fake."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from arriero.errors import (
+    AlreadyExists,
+    Cancelled,
+    FailedPrecondition,
+    GateFailed,
+    InvalidArgument,
+    NotFound,
+)
+from arriero.gates import GateResult, Mode, Verdict
+from arriero.orchestrator.clients import Replicas
+from arriero.orchestrator.endpoints import Endpoints
+from arriero.orchestrator.platform import LocalPlatform
+from arriero.orchestrator.records import Records
+from arriero.settings import ClientSettings
+from arriero.store import ManifestDraft, Store
+from arriero.testing.replicas import WRONG_MODEL, FakeSupervisor
+from arriero.v1 import orchestrator_pb2 as pb
+from arriero.v1 import pipeline_pb2, types_pb2
+
+
+class Home:
+    """A store, a supervisor and the endpoints between them."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.store = Store.open(directory / "store")
+        self.supervisor = FakeSupervisor(directory / "platform")
+        self.golden = self.artifact("report", "golden")
+
+    def open(self) -> None:
+        self.records = Records(f"sqlite:///{self.directory / 'x.db'}")
+        self.endpoints = Endpoints(
+            self.records,
+            self.store,
+            LocalPlatform(self.directory / "platform"),
+            Replicas(ClientSettings(timeout_seconds=5)),
+        )
+        self.endpoints.load()
+
+    async def close(self) -> None:
+        await self.endpoints.close()
+        self.records.close()
+
+    def artifact(self, kind: str, name: str, **more: Any) -> str:
+        directory = self.store.staging("test", name)
+        (directory / "content").write_text(name)
+        return self.store.publish(directory, ManifestDraft(kind=kind, name=name, **more)).digest
+
+    def gguf(self, name: str, **more: Any) -> str:
+        return self.artifact("gguf", name, golden=self.golden, **more)
+
+    async def deploy(self, model: str, rollout: str = "r", **more: Any) -> Any:
+        spec = pipeline_pb2.DeploySpec(model=model, endpoint="zh", **more)
+        return await asyncio.wait_for(
+            self.endpoints.deploy(
+                rollout, spec, run="run-1", owner="me", cancelled=asyncio.Event()
+            ),
+            20,
+        )
+
+    async def until(self, name: str, condition: Any) -> pb.Endpoint:
+        async with asyncio.timeout(15):
+            while not any(e.name == name and condition(e) for e in self.endpoints.all()):
+                await asyncio.sleep(0.02)
+        return self.endpoints.get(name)
+
+
+@pytest.fixture
+async def home(tmp_path: Path) -> AsyncIterator[Home]:
+    made = Home(tmp_path)
+    async with made.supervisor:
+        made.open()
+        yield made
+        await made.close()
+
+
+async def test_a_deployment_is_ready_proved_and_remembered(home):
+    model = home.gguf("a")
+    (gate,) = await home.deploy(model, replicas=2, context=512)
+    assert gate.verdict == types_pb2.GATE_VERDICT_PASSED
+    assert gate.unit == "ratio"
+    assert "KL 0.05 nats" in gate.detail
+    assert home.supervisor.scored == [home.golden, home.golden]
+    desired = home.supervisor.desired("zh")
+    assert (desired["digest"], desired["replicas"], desired["context"]) == (model, 2, 512)
+    (pin,) = home.store.pins()
+    assert set(pin.digests) == {model, home.golden}
+    await home.close()
+    home.open()
+    endpoint = home.endpoints.get("zh")
+    assert endpoint.spec.model == model
+    assert endpoint.ready_replicas == 2
+    assert endpoint.replicas[1].kl_divergence == pytest.approx(0.05)
+    assert endpoint.run == "run-1"
+
+
+async def test_a_failing_gate_gives_the_endpoint_back_what_it_served(home):
+    good, bad = home.gguf("good"), home.gguf("bad")
+    await home.deploy(good, "one")
+    home.supervisor.scores[bad] = WRONG_MODEL
+    with pytest.raises(GateFailed, match=r"serve.smoke failed.*serves what it served before"):
+        await home.deploy(bad, "two")
+    endpoint = await home.until("zh", lambda e: e.ready_replicas == 1)
+    assert endpoint.spec.model == good
+    assert home.supervisor.desired("zh")["digest"] == good
+    assert [g.verdict for g in endpoint.gates] == [
+        types_pb2.GATE_VERDICT_PASSED,
+        types_pb2.GATE_VERDICT_FAILED,
+    ]
+    assert f"{bad} was refused" in endpoint.gates[1].detail
+    with pytest.raises(GateFailed):  # asked again after a crash: the same answer
+        await home.deploy(bad, "two")
+    assert home.endpoints.get("zh").spec.model == good
+
+
+async def test_a_failing_gate_of_a_new_endpoint_is_shown(home):
+    bad = home.gguf("bad")
+    home.supervisor.scores[bad] = WRONG_MODEL
+    with pytest.raises(GateFailed, match="top-1 agreement 0.050"):
+        await home.deploy(bad)
+    endpoint = home.endpoints.get("zh")
+    assert endpoint.spec.model == bad
+    assert endpoint.gates[0].verdict == types_pb2.GATE_VERDICT_FAILED
+
+
+async def test_a_gate_can_warn_or_be_skipped(home):
+    bad = home.gguf("bad")
+    home.supervisor.scores[bad] = WRONG_MODEL
+    (gate,) = await home.deploy(bad, "1", gates={"serve.smoke": types_pb2.GATE_MODE_WARN})
+    assert gate.verdict == types_pb2.GATE_VERDICT_WARNED
+    (gate,) = await home.deploy(bad, "2", gates={"serve.smoke": types_pb2.GATE_MODE_SKIP})
+    assert gate.verdict == types_pb2.GATE_VERDICT_SKIPPED
+
+
+async def test_without_golden_logits_the_gate_says_so(home):
+    (gate,) = await home.deploy(home.artifact("gguf", "bare"))
+    assert gate.verdict == types_pb2.GATE_VERDICT_SKIPPED
+    assert "no golden logits" in gate.detail
+    with pytest.raises(FailedPrecondition, match="no golden logits"):
+        await home.endpoints.score("zh")
+
+
+async def test_replicas_that_give_up_fail_the_deployment_early(home):
+    good, broken = home.gguf("good"), home.gguf("broken")
+    await home.deploy(good, "one")
+    home.supervisor.broken.add(broken)
+    with pytest.raises(FailedPrecondition, match="cannot load the file"):
+        await home.deploy(broken, "two", timeout_seconds=60)
+    assert home.endpoints.get("zh").spec.model == good
+
+
+async def test_replicas_that_are_never_ready_run_into_the_timeout(home):
+    stuck = home.gguf("stuck")
+    home.supervisor.stuck.add(stuck)
+    with pytest.raises(FailedPrecondition, match="0 of 1 replicas are ready after 1 s"):
+        await home.deploy(stuck, timeout_seconds=1)
+
+
+async def test_what_must_not_be_deployed_is_refused(home):
+    failed = GateResult("quant.kld", Mode.ENFORCE, Verdict.FAILED)
+    with pytest.raises(FailedPrecondition, match=r"quarantined by quant.kld"):
+        await home.deploy(home.gguf("bad", gates=[failed]))
+    with pytest.raises(InvalidArgument, match=r"model: .* is of kind report; expected gguf"):
+        await home.deploy(home.golden)
+    with pytest.raises(NotFound):
+        await home.deploy("gguf/none:prod")
+    with pytest.raises(InvalidArgument, match="unknown gate"):
+        await home.deploy(home.gguf("a"), gates={"serve.smok": types_pb2.GATE_MODE_SKIP})
+    with pytest.raises(InvalidArgument, match="replicas"):
+        await home.deploy(home.gguf("a"), replicas=-1)
+    assert home.endpoints.all() == []
+
+
+@pytest.mark.parametrize("name", ["", "../x", "A", "a/b"])
+async def test_bad_endpoint_names_are_refused(home, name):
+    spec = pipeline_pb2.DeploySpec(model=home.gguf("a"), endpoint=name)
+    with pytest.raises(InvalidArgument, match="endpoint"):
+        await home.endpoints.create(spec)
+
+
+async def test_a_cancelled_deployment_leaves_no_new_endpoint(home):
+    stuck = home.gguf("stuck")
+    home.supervisor.stuck.add(stuck)
+    cancelled = asyncio.Event()
+    spec = pipeline_pb2.DeploySpec(model=stuck, endpoint="zh")
+    task = asyncio.create_task(
+        home.endpoints.deploy("r", spec, run="", owner="", cancelled=cancelled)
+    )
+    await asyncio.sleep(0.3)
+    cancelled.set()
+    with pytest.raises(Cancelled):
+        await task
+    assert home.endpoints.all() == []
+    assert home.supervisor.desired("zh") is None
+    assert home.store.pins() == []
+
+
+async def test_a_cancelled_deployment_goes_back_to_what_was_served(home):
+    good, stuck = home.gguf("good"), home.gguf("stuck")
+    await home.deploy(good, "one")
+    home.supervisor.stuck.add(stuck)
+    cancelled = asyncio.Event()
+    spec = pipeline_pb2.DeploySpec(model=stuck, endpoint="zh")
+    task = asyncio.create_task(
+        home.endpoints.deploy("two", spec, run="", owner="", cancelled=cancelled)
+    )
+    await home.until("zh", lambda e: e.spec.model == stuck)
+    cancelled.set()
+    with pytest.raises(Cancelled):
+        await task
+    assert home.endpoints.get("zh").spec.model == good
+
+
+async def test_a_restart_in_the_middle_of_a_roll_out_follows_the_same_one(home):
+    model = home.gguf("slow")
+    home.supervisor.stuck.add(model)
+    task = asyncio.create_task(home.deploy(model))
+    await home.until("zh", lambda e: e.spec.model == model)
+    task.cancel()
+    await home.close()
+    home.supervisor.stuck.clear()
+    home.open()
+    (gate,) = await home.deploy(model)
+    assert gate.verdict == types_pb2.GATE_VERDICT_PASSED
+    assert home.supervisor.scored == [home.golden]
+
+
+async def test_endpoints_are_made_scaled_and_deleted_by_hand(home):
+    spec = pipeline_pb2.DeploySpec(model=home.gguf("a"), endpoint="hand")
+    made = await home.endpoints.create(spec, owner="me")
+    assert made.desired_replicas == 1
+    with pytest.raises(AlreadyExists):
+        await home.endpoints.create(spec)
+    await home.until("hand", lambda e: e.gates and e.ready_replicas == 1)
+    home.endpoints.scale("hand", 3)
+    endpoint = await home.until("hand", lambda e: e.ready_replicas == 3)
+    assert endpoint.desired_replicas == 3
+    scored = await home.endpoints.score("hand")
+    assert all(r.HasField("kl_divergence") for r in scored.replicas)
+    with pytest.raises(InvalidArgument):
+        home.endpoints.scale("hand", -1)
+    home.endpoints.delete("hand")
+    with pytest.raises(NotFound, match="no endpoint named 'hand'"):
+        home.endpoints.delete("hand")
+    home.endpoints.delete("hand", allow_missing=True)
+    with pytest.raises(NotFound):
+        await home.endpoints.update(spec)
+    assert home.store.pins() == []
+
+
+async def test_gc_keeps_what_an_endpoint_serves(home):
+    model = home.gguf("a")
+    await home.deploy(model)
+    removed = [r.path for r in home.store.gc(dry_run=False, grace=0)]
+    assert home.store.get(model).digest == model
+    assert home.store.get(home.golden).digest == home.golden
+    home.endpoints.delete("zh")
+    removed = [r.path for r in home.store.gc(dry_run=False, grace=0)]
+    assert len(removed) >= 2
