@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Self
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,19 @@ class ArrieroError(Exception):
         self.message = message
         self.reason = reason or self.default_reason
         self.metadata: dict[str, str] = dict(metadata or {})
+
+    def at(self, field: str) -> Self:
+        """The same error, said of a field, or of one inside of it when it names that already.
+
+        The message begins with the field's path, and `metadata["field"]` holds it.
+        """
+        inner = self.metadata.get("field", "")
+        path = f"{field}.{inner}" if inner else field
+        text = self.message.removeprefix(f"{inner}: ") if inner else self.message
+        self.message = f"{path}: {text}"
+        self.args = (self.message,)
+        self.metadata["field"] = path
+        return self
 
 
 class InvalidArgument(ArrieroError):

@@ -52,6 +52,8 @@ class StageFigures:
     state: str = ""
     step: int | None = None
     total_steps: int | None = None
+    training_step: int | None = None
+    training_total_steps: int | None = None
     loss: float | None = None
     learning_rate: float | None = None
     tokens: int | None = None
@@ -88,12 +90,27 @@ class _Run:
 
 # Name, help, how to read it from a stage's figures.
 _STAGE_GAUGES: tuple[tuple[str, str, Callable[[StageFigures, float], float | None]], ...] = (
-    ("stage_step", "Steps done, in the stage's own unit", lambda s, _: s.step),
-    ("stage_planned_steps", "Steps planned", lambda s, _: s.total_steps),
+    ("training_step", "Optimizer steps done", lambda s, _: s.step if s.kind == "train" else None),
+    (
+        "training_planned_steps",
+        "Optimizer steps planned",
+        lambda s, _: s.total_steps if s.kind == "train" else None,
+    ),
     (
         "stage_progress_ratio",
         "Share of the planned steps that is done, 0 to 1",
         lambda s, _: None if not s.total_steps else (s.step or 0) / s.total_steps,
+    ),
+    ("training_step", "Optimizer steps done", lambda s, _: s.training_step),
+    ("training_planned_steps", "Optimizer steps planned", lambda s, _: s.training_total_steps),
+    (
+        "training_progress_ratio",
+        "Share of the planned optimizer steps that is done, 0 to 1",
+        lambda s, _: (
+            s.training_step / s.training_total_steps
+            if s.training_step is not None and s.training_total_steps
+            else None
+        ),
     ),
     ("training_loss_nats", "Smoothed training loss per token", lambda s, _: s.loss),
     ("training_learning_rate", "Learning rate now", lambda s, _: s.learning_rate),
@@ -395,7 +412,7 @@ class Metrics:
             "arriero_stage_attempts", "Jobs of ended stages", ["kind"], registry=registry
         )
         self._hits = Counter(
-            "arriero_stage_cache_hits",
+            "arriero_cache_hits",
             "Stages whose result the store had",
             ["kind"],
             registry=registry,

@@ -196,7 +196,7 @@ class SourceSettings:
                 "move the data there or add to ARRIERO_ALLOWED_PATHS",
             )
         if not real.exists():
-            raise NotFound(f"{field}: {text!r} does not exist", metadata={"field": field})
+            raise NotFound(f"{text!r} does not exist").at(field)
         return real
 
 

@@ -6,11 +6,14 @@ import asyncio
 import os
 import signal
 import sys
+import urllib.request
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from google.protobuf import json_format
+
 from arriero.rpc import connect
 from arriero.settings import ClientSettings
 from arriero.store import Store
@@ -18,7 +21,6 @@ from arriero.testing.replicas import FakeSupervisor
 from arriero.testing.rooms import FakeRooms
 from arriero.v1 import orchestrator_pb2 as pb
 from arriero.v1 import orchestrator_pb2_grpc, pipeline_pb2
-from google.protobuf import json_format
 
 BRANCHES = 6
 
@@ -53,8 +55,10 @@ class Process:
             "ARRIERO_PLATFORM_DIR": str(directory / "platform"),
             "ARRIERO_ADDRESS_FILE": str(self.address_file),
             "ARRIERO_DRAIN_SECONDS": "1",
+            "ARRIERO_METRICS_ADDRESS_FILE": str(directory / "metrics"),
         }
         self.process: asyncio.subprocess.Process | None = None
+        self.channel: Any = None
 
     async def start(self) -> orchestrator_pb2_grpc.RunServiceStub:
         self.address_file.unlink(missing_ok=True)
@@ -65,12 +69,15 @@ class Process:
             while not self.address_file.exists():
                 assert self.process.returncode is None, "the orchestrator ended"
                 await asyncio.sleep(0.05)
-        self.channel = connect(self.address_file.read_text().strip(), ClientSettings(timeout_seconds=10))
+        self.channel = connect(
+            self.address_file.read_text().strip(), ClientSettings(timeout_seconds=10)
+        )
         return orchestrator_pb2_grpc.RunServiceStub(self.channel)
 
     async def kill(self) -> None:
         assert self.process is not None
-        await self.channel.close()
+        if self.channel is not None:
+            await self.channel.close()
         self.process.send_signal(signal.SIGKILL)
         await self.process.wait()
 
@@ -90,6 +97,14 @@ async def rooms(tmp_path: Path) -> AsyncIterator[FakeRooms]:
         yield made
 
 
+@pytest.fixture
+async def process(tmp_path: Path, rooms: FakeRooms) -> AsyncIterator[Process]:
+    made = Process(tmp_path, rooms)
+    yield made
+    if made.process is not None and made.process.returncode is None:
+        await made.kill()
+
+
 async def ended(stub: Any, run_id: str) -> pb.Run:
     async with asyncio.timeout(40):
         while True:
@@ -97,6 +112,13 @@ async def ended(stub: Any, run_id: str) -> pb.Run:
             if run.HasField("end_time"):
                 return run
             await asyncio.sleep(0.1)
+
+
+def page(directory: Path) -> str:
+    """The Prometheus page of the process."""
+    url = f"http://{(directory / 'metrics').read_text().strip()}/metrics"
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return answer.read().decode()
 
 
 def check_whole(run: pb.Run, rooms: FakeRooms) -> None:
@@ -122,9 +144,8 @@ def check_whole(run: pb.Run, rooms: FakeRooms) -> None:
     assert rooms.store.resolve("gguf/wide:prod") == outputs["q0"]["Q8_0"]
 
 
-async def test_parallel_branches_get_their_own_results_back_after_a_kill(tmp_path, rooms):
+async def test_parallel_branches_get_their_own_results_back_after_a_kill(tmp_path, rooms, process):
     rooms.held = {f"t{i}" for i in range(BRANCHES)}
-    process = Process(tmp_path, rooms)
     stub = await process.start()
     request = pb.CreateRunRequest(pipeline=branches(), request_id="once")
     run = (await stub.CreateRun(request)).run
@@ -136,13 +157,13 @@ async def test_parallel_branches_get_their_own_results_back_after_a_kill(tmp_pat
         rooms.release(f"t{i}")
     stub = await process.start()
     assert (await stub.CreateRun(request)).run.id == run.id
+    assert f'arriero_run_state{{run="{run.id}"' in await asyncio.to_thread(page, tmp_path)
     check_whole(await ended(stub, run.id), rooms)
     assert all(rooms.calls[f"{run.id}/t{i}/1"] == 2 for i in range(BRANCHES))
     assert await process.stop() == 0
 
 
-async def test_any_number_of_kills_at_any_moment_changes_nothing(tmp_path, rooms):
-    process = Process(tmp_path, rooms)
+async def test_any_number_of_kills_at_any_moment_changes_nothing(rooms, process):
     stub = await process.start()
     run = (await stub.CreateRun(pb.CreateRunRequest(pipeline=branches()))).run
     for pause in (0.05, 0.3, 0.15, 0.5):
@@ -150,12 +171,10 @@ async def test_any_number_of_kills_at_any_moment_changes_nothing(tmp_path, rooms
         await process.kill()
         stub = await process.start()
     check_whole(await ended(stub, run.id), rooms)
-    await process.kill()
 
 
-async def test_a_cancellation_survives_a_kill(tmp_path, rooms):
+async def test_a_cancellation_survives_a_kill(rooms, process):
     rooms.held = {"rows"}
-    process = Process(tmp_path, rooms)
     stub = await process.start()
     run = (await stub.CreateRun(pb.CreateRunRequest(pipeline=branches()))).run
     operation = await rooms.started("rows")
@@ -169,4 +188,3 @@ async def test_a_cancellation_survives_a_kill(tmp_path, rooms):
     async with asyncio.timeout(15):
         await operation.ended.wait()
     assert rooms.cancelled == [operation.name]
-    await process.kill()

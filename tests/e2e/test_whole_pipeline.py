@@ -146,7 +146,8 @@ def test_the_prometheus_page_tells_of_the_run(platform: Any, run: dict[str, Any]
     page = urllib.request.urlopen(platform.home.running()["metrics"]).read().decode()
     for name in (
         "arriero_training_step",
-        "arriero_training_loss",
+        "arriero_training_planned_steps",
+        "arriero_training_loss_nats",
         "arriero_stage_duration_seconds",
         "arriero_gate_results_total",
         "arriero_cache_hits_total",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from arriero.errors import (
     AlreadyExists,
     Cancelled,
@@ -126,7 +127,7 @@ async def test_a_failing_gate_gives_the_endpoint_back_what_it_served(home):
 async def test_a_failing_gate_of_a_new_endpoint_is_shown(home):
     bad = home.gguf("bad")
     home.supervisor.scores[bad] = WRONG_MODEL
-    with pytest.raises(GateFailed, match="top-1 agreement 0.050"):
+    with pytest.raises(GateFailed, match=r"top-1 agreement 0\.050"):
         await home.deploy(bad)
     endpoint = home.endpoints.get("zh")
     assert endpoint.spec.model == bad

@@ -174,9 +174,18 @@ async def test_a_cancelled_run_stops_within_seconds_and_its_operations_are_told(
     assert states(run)[stage] == "CANCELLED"
     assert states(run)["live"] == "CANCELLED"
     assert (await home.runs.cancel(run.id)).state == pb.RUN_STATE_CANCELLED
-    home.rooms.release(stage)
-    again = await home.ended((await home.runs.retry(run.id, request_id="")).id)
-    assert again.state == pb.RUN_STATE_SUCCEEDED, states(again)
+
+
+async def test_a_cancelled_run_can_be_retried(home):
+    home.rooms.held = {"one"}
+    run = await create(home, *WIDE)
+    await home.rooms.started("one")
+    await home.runs.cancel(run.id)
+    await home.ended(run.id, timeout=5)
+    home.rooms.release("one")
+    run = await home.ended((await home.runs.retry(run.id, request_id="")).id)
+    assert run.state == pb.RUN_STATE_SUCCEEDED, states(run)
+    assert [getattr(s, "try") for s in run.stages[:3]] == [1, 1, 2]
 
 
 async def test_a_run_is_cancelled_in_time_though_a_service_is_away_which_is_told_later(home):
@@ -274,6 +283,14 @@ async def test_what_a_room_refuses_is_refused_when_the_run_is_created(home):
     with pytest.raises(InvalidArgument) as caught:
         await create(home, *WIDE[:2], bad)
     assert [v.field for v in caught.value.violations] == ["stages[2].train.lora.r"]
+
+    def missing(kind: str, spec: Any) -> None:
+        if kind == "dataset":
+            raise NotFound("sources[0]: '/d' does not exist")
+
+    home.rooms.check = missing
+    with pytest.raises(NotFound, match=r"stages\[1\].dataset: sources\[0\]"):
+        await create(home, *WIDE)
     assert home.rooms.operations == {}
 
 
@@ -296,7 +313,7 @@ async def test_a_plan_tells_what_is_known_and_starts_nothing(home):
     assert again.state == pb.RUN_STATE_SUCCEEDED
     assert outputs(again, "best") == outputs(run, "best")
     page = generate_latest(home.registry).decode()
-    assert 'arriero_stage_cache_hits_total{kind="train"} 2.0' in page
+    assert 'arriero_cache_hits_total{kind="train"} 2.0' in page
 
 
 async def test_a_plan_needs_the_services(home):

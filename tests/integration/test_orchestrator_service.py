@@ -8,6 +8,8 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf import json_format
+
 from arriero.gates import GateResult, Mode, Verdict
 from arriero.rpc import connect, from_rpc_error
 from arriero.settings import ClientSettings
@@ -15,7 +17,6 @@ from arriero.store import ManifestDraft
 from arriero.testing.orchestrator import LocalOrchestrator
 from arriero.v1 import orchestrator_pb2 as pb
 from arriero.v1 import orchestrator_pb2_grpc, pipeline_pb2
-from google.protobuf import json_format
 
 
 class Stubs:
@@ -39,9 +40,11 @@ class Stubs:
 
 @pytest.fixture
 async def stubs(tmp_path: Path) -> AsyncIterator[Stubs]:
-    async with LocalOrchestrator(tmp_path) as home:
-        async with connect(home.address, ClientSettings(timeout_seconds=10)) as channel:
-            yield Stubs(home, channel)
+    async with (
+        LocalOrchestrator(tmp_path) as home,
+        connect(home.address, ClientSettings(timeout_seconds=10)) as channel,
+    ):
+        yield Stubs(home, channel)
 
 
 async def refused(call: Any, code: str) -> Any:
@@ -70,8 +73,7 @@ async def test_a_run_is_created_watched_listed_and_read(stubs):
     listed = await stubs.runs.ListRuns(pb.ListRunsRequest())
     assert [r.id for r in listed.runs] == [run.id]
     lines = [
-        (m.stage, m.message)
-        async for m in stubs.runs.ReadRunLogs(pb.ReadRunLogsRequest(id=run.id))
+        (m.stage, m.message) async for m in stubs.runs.ReadRunLogs(pb.ReadRunLogsRequest(id=run.id))
     ]
     assert lines == [("base", "base begins"), ("base", "base works")]
     await refused(stubs.runs.RetryRun(pb.RetryRunRequest(id=run.id)), "FAILED_PRECONDITION")
@@ -255,7 +257,7 @@ async def test_a_push_without_header_or_that_breaks_off_publishes_nothing(stubs)
         call.cancel()
 
     call = stubs.artifacts.PushArtifact(broken())
-    with pytest.raises(BaseException):  # noqa: B017, PT011  gRPC raises CancelledError here
+    with pytest.raises(BaseException):  # noqa: B017  gRPC raises CancelledError here
         await call
     assert stubs.home.store.list() == []
 

@@ -163,7 +163,7 @@ def progress_text(stage: pb.StageStatus) -> Text:
         parts.append(progress.phase)
     if progress.total_steps:
         parts.append(f"{progress.step}/{progress.total_steps} {progress.unit}".rstrip())
-    if progress.HasField("loss"):
+    if progress.HasField("loss") and progress.unit == "steps":
         parts.append(f"loss {progress.loss:.3f}")
     if progress.HasField("tokens_per_second"):
         parts.append(f"{progress.tokens_per_second:.0f} tok/s")

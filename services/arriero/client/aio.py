@@ -22,7 +22,7 @@ from arriero.client import transfer
 from arriero.client.connection import FOLLOW_SECONDS, Connection
 from arriero.client.endpoint import AsyncEndpoint
 from arriero.client.pipeline import PipelineFile, load_pipeline
-from arriero.errors import DeadlineExceeded, InvalidArgument, Unavailable
+from arriero.errors import ArrieroError, DeadlineExceeded, Unavailable
 from arriero.settings import ClientSettings
 from arriero.v1 import orchestrator_pb2 as pb
 from arriero.v1 import orchestrator_pb2_grpc as stubs
@@ -106,7 +106,8 @@ class AsyncClient:
         Raises:
             InvalidArgument: the pipeline is wrong; for a file each violation says
                 at which line and column.
-            NotFound: a reference to no artifact.
+            NotFound: a reference to no artifact, a source that does not exist.
+            FailedPrecondition: an artifact that is quarantined.
         """
         file = _pipeline_file(pipeline)
         request = pb.CreateRunRequest(
@@ -117,7 +118,7 @@ class AsyncClient:
         try:
             with rpc.translated():
                 return (await self._runs.CreateRun(request)).run
-        except InvalidArgument as error:
+        except ArrieroError as error:
             raise file.explain(error) from None
 
     async def get_run(self, run: str) -> pb.Run:

@@ -27,7 +27,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from arriero.client.reading import FieldType, Position, Reader, is_map, nearest
-from arriero.errors import FieldViolation, InvalidArgument, NotFound
+from arriero.errors import ArrieroError, FieldViolation, InvalidArgument, NotFound
 from arriero.v1 import pipeline_pb2
 
 __all__ = ["PipelineFile", "Position", "absolute_source", "load_pipeline", "parse_pipeline"]
@@ -57,8 +57,13 @@ class PipelineFile:
             path = path[: max(path.rfind("."), path.rfind("["), 0)]
         return None
 
-    def explain(self, error: InvalidArgument) -> InvalidArgument:
-        """The same error with places: each violation as `file:line:column: what is wrong`."""
+    def explain(self, error: ArrieroError) -> ArrieroError:
+        """The same error with places: what is wrong after `file:line:column`.
+
+        So for each violation, or for the one field that the error's metadata name.
+        """
+        if not isinstance(error, InvalidArgument):
+            return self._explain_one(error)
         violations = [
             FieldViolation(v.field, f"{place or v.field}: {v.description}")
             for v in error.violations
@@ -72,6 +77,15 @@ class PipelineFile:
             reason=error.reason,
             metadata=error.metadata,
         )
+
+    def _explain_one(self, error: ArrieroError) -> ArrieroError:
+        path = error.metadata.get("field", "")
+        place = self.locate(path)
+        if place is not None:
+            text = error.message.removeprefix(f"{path}: ")
+            error.message = f"{path}: {place}: {text}"
+            error.args = (error.message,)
+        return error
 
 
 def load_pipeline(path: str | os.PathLike[str], *, overrides: Sequence[str] = ()) -> PipelineFile:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arriero import refs
-from arriero.errors import FailedPrecondition, InvalidArgument
+from arriero.errors import FailedPrecondition, InvalidArgument, NotFound
 from arriero.settings import SourceSettings
 from arriero.store import Store
 
@@ -74,14 +74,18 @@ def locate(text: str, *, store: Store, allowed: SourceSettings | None, field: st
             "a directory of such files, or dataset/name:tag",
         )
     ref = refs.parse(text, field=field)
-    artifact = store.get(ref)
+    try:
+        artifact = store.get(ref)
+    except NotFound as error:
+        raise error.at(field) from None
     kind = artifact.manifest.kind
     if kind != "dataset":
         raise InvalidArgument.field(field, f"{text!r} is a {kind}; expected a dataset of raw files")
     if artifact.quarantined:
         raise FailedPrecondition(
-            f"{field}: {text!r} is quarantined by its gates; waive them or use another"
-        )
+            f"{text!r} is quarantined by its gates; waive them or use another",
+            reason="QUARANTINED",
+        ).at(field)
     files = tuple(
         SourceFile(artifact.file(entry.path), f"{text}/{entry.path}")
         for entry in sorted(artifact.manifest.files, key=lambda entry: entry.path)

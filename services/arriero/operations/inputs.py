@@ -20,6 +20,9 @@ from arriero.operations.kinds import Resolved, WorkKind
 from arriero.store import Artifact, Store
 from arriero.v1 import types_pb2
 
+# Reason of a refusal that says no more than that an input is not made yet.
+NO_DIGEST = "INPUT_IS_NO_DIGEST"
+
 
 def input_fields(spec: Message) -> Iterator[tuple[Any, types_pb2.InputRule]]:
     """The top-level fields of a spec that name artifacts, with their rules."""
@@ -68,25 +71,27 @@ def _check(path: str, value: str, rule: types_pb2.InputRule, store: Store, wait:
     if not value:
         raise InvalidArgument.field(path, f"is not set; expected the digest of a {kinds}")
     if not refs.is_digest(value):
-        raise InvalidArgument.field(
+        error = InvalidArgument.field(
             path, f"{value!r} is not a digest; expected sha256:<64 hex digits> of a {kinds}"
         )
+        error.reason = NO_DIGEST
+        raise error
     try:
         artifact = store.get(value, wait=wait)
-    except NotFound as error:
-        raise NotFound(f"{path}: {error.message}", metadata={"field": path}) from error
+    except NotFound as missing:
+        raise missing.at(path) from None
     if rule.kinds and artifact.manifest.kind not in rule.kinds:
         raise InvalidArgument.field(
             path, f"{value} is a {artifact.manifest.kind}, expected a {kinds}"
         )
     if artifact.quarantined:
         raise FailedPrecondition(
-            f"{path}: {artifact.manifest.kind} {value} is quarantined by "
+            f"{artifact.manifest.kind} {value} is quarantined by "
             f"{', '.join(artifact.manifest.failed_gates)}; make it again, or waive the gate "
             "with a reason",
             reason="QUARANTINED",
-            metadata={"field": path, "subject": value},
-        )
+            metadata={"subject": value},
+        ).at(path)
     return artifact
 
 

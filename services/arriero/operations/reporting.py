@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from arriero.operations.handoff import EXIT_TRY_AGAIN, TOKEN_KEY, Assignment
 from arriero.operations.process import end_self
@@ -55,7 +55,10 @@ class ProgressMeter:
         mfu: float | None = None,
         checkpoint_time: float | None = None,
     ) -> None:
-        """Replace the progress; the checkpoint's time stays until there is a newer one."""
+        """Replace the progress; what training and the newest checkpoint said stays.
+
+        Steps in the unit `steps` are optimizer steps.
+        """
         now = self._clock()
         with self._lock:
             if self._phase != (phase, unit, total) or step < self._first[0]:
@@ -72,6 +75,10 @@ class ProgressMeter:
                 mfu=mfu,
                 eta_seconds=self._eta(step, total, now),
             )
+            if unit == "steps":
+                progress.training_step, progress.training_total_steps = step, total
+            for field in ("loss", "learning_rate", "tokens", "training_step", "training_total_steps"):
+                _keep(self._progress, progress, field)
             if checkpoint_time is not None:
                 progress.checkpoint_time.FromMilliseconds(int(checkpoint_time * 1000))
             elif self._progress.HasField("checkpoint_time"):
@@ -92,6 +99,11 @@ class ProgressMeter:
             copy = types_pb2.Progress()
             copy.CopyFrom(self._progress)
             return copy
+
+
+def _keep(old: types_pb2.Progress, new: types_pb2.Progress, field: Any) -> None:
+    if old.HasField(field) and not new.HasField(field):
+        setattr(new, field, getattr(old, field))
 
 
 class ProgressSender:

@@ -31,6 +31,8 @@ def stage_figures(status: pb.StageStatus) -> StageFigures:
         state=pb.StageState.Name(status.state).removeprefix("STAGE_STATE_"),
         step=progress.step if progress.total_steps else None,
         total_steps=progress.total_steps or None,
+        training_step=optional("training_step"),
+        training_total_steps=optional("training_total_steps"),
         loss=optional("loss"),
         learning_rate=optional("learning_rate"),
         tokens=optional("tokens"),

@@ -16,7 +16,7 @@ from typing import cast
 from google.protobuf.message import Message
 
 from arriero import refs
-from arriero.errors import FieldViolation, InvalidArgument
+from arriero.errors import ArrieroError, FieldViolation, InvalidArgument
 from arriero.orchestrator import inputs as _inputs
 from arriero.orchestrator.inputs import (
     EXPECTED,
@@ -187,9 +187,8 @@ class _Builder:
         if name not in self.stages:
             close = difflib.get_close_matches(name, self.stages, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            self.wrong(
-                path, f"no stage is named {name!r}{hint} Stages: {', '.join(self.stages) or 'none'}"
-            )
+            known = ", ".join(self.stages) or "none"
+            self.wrong(path, f"no stage is named {name!r} (stages: {known}){hint}")
             return False
         if name not in self.outputs:
             return False  # its own violation says why
@@ -317,7 +316,12 @@ def resolve(graph: Graph, look_up: Callable[[str], tuple[str, str]]) -> dict[str
     digests: dict[str, str] = {}
     for item in graph.references():
         ref = cast(str, item.source.ref)
-        digest, kind = look_up(ref)
+        try:
+            digest, kind = look_up(ref)
+        except InvalidArgument as error:
+            raise InvalidArgument.field(item.path, error.message) from None
+        except ArrieroError as error:
+            raise error.at(item.path) from None
         if item.kinds and kind not in item.kinds:
             raise InvalidArgument.field(
                 item.path, f"{ref!r} is of kind {kind}; expected {one_of(item.kinds)}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from google.longrunning import operations_pb2
 from google.protobuf.message import Message
@@ -22,6 +22,7 @@ from arriero.errors import (
     InvalidArgument,
     Unavailable,
 )
+from arriero.operations.inputs import NO_DIGEST
 from arriero.orchestrator import graph as graphs
 from arriero.orchestrator.clients import room_of
 from arriero.orchestrator.deployments import check_spec
@@ -33,7 +34,6 @@ from arriero.v1 import orchestrator_pb2 as pb
 from arriero.v1 import pipeline_pb2, types_pb2
 
 _SECONDS = 10.0
-_Error = TypeVar("_Error", bound=ArrieroError)
 
 
 class Asked(Protocol):
@@ -127,11 +127,11 @@ class Planner:
                 continue
             except (Unavailable, DeadlineExceeded) as error:
                 if strict:
-                    raise located(error, node) from None
+                    raise error.at(node.path) from None
                 away.add(room_of(node.kind))
                 continue
             except ArrieroError as error:
-                raise located(error, node) from None
+                raise error.at(node.path) from None
             if metadata is not None:
                 status.metadata.CopyFrom(metadata)
                 status.outputs.extend(in_order(node.stage, metadata.outputs))
@@ -163,10 +163,10 @@ class Planner:
         )
         try:
             operation = await self._rooms.start(node.kind, work, context, timeout=_SECONDS)
-        except ArrieroError as error:
-            if complete or isinstance(error, Unavailable | DeadlineExceeded):
+        except InvalidArgument as error:
+            # Rooms look at the rest of a spec first, so nothing else is wrong with it.
+            if complete or error.reason != NO_DIGEST:
                 raise
-            self._spec_alone(node, error)
             return None
         metadata: types_pb2.OperationMetadata = unpack(
             operation.metadata, types_pb2.OperationMetadata()
@@ -175,20 +175,3 @@ class Planner:
             result = unpack(operation.response, types_pb2.OperationResult())
             metadata.outputs.extend(result.outputs)
         return metadata
-
-    @staticmethod
-    def _spec_alone(node: Node, error: ArrieroError) -> None:
-        """Inputs were not there yet, so only complaints about other fields count."""
-        if not isinstance(error, InvalidArgument):
-            return
-        inputs = {i.path.removeprefix(f"{node.path}.").partition("[")[0] for i in node.inputs}
-        others = [v for v in error.violations if v.field.partition("[")[0] not in inputs]
-        if others:
-            raise InvalidArgument(error.message, violations=others) from None
-
-
-def located(error: _Error, node: Node) -> _Error:
-    """The same error, its message beginning with where in the pipeline it belongs."""
-    error.message = f"{node.path}: {error.message}"
-    error.args = (error.message,)
-    return error

@@ -204,22 +204,13 @@ class Records:
     """
 
     def __init__(self, database_url: str) -> None:
-        url = sa.make_url(database_url)
-        if url.get_backend_name() == "sqlite" and url.database:
-            path = Path(url.database)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            url = url.set(database=str(path.with_name(f"{path.stem}-records{path.suffix}")))
-        elif url.drivername == "postgresql":
-            url = url.set(drivername="postgresql+psycopg")
-        self._engine = sa.create_engine(url)
-        if url.get_backend_name() == "sqlite":
-            sa.event.listen(self._engine, "connect", _wal)
         try:
+            self._engine = _engine(database_url)
             _metadata.create_all(self._engine)
             self._check_format()
-        except SQLAlchemyError as error:
+        except (SQLAlchemyError, OSError) as error:
             raise Unavailable(
-                f"the run database cannot be opened: {error.__class__.__name__} {error.args[0]}; "
+                f"the run database at {database_url} cannot be opened: {error}; "
                 "check ARRIERO_DATABASE_URL"
             ) from error
 
@@ -310,6 +301,21 @@ class Records:
 
 def _row(record: RunRecord) -> dict[str, Any]:
     return {"active": record.active, "document": record.to_json()}
+
+
+def _engine(database_url: str) -> sa.Engine:
+    url = sa.make_url(database_url)
+    sqlite = url.get_backend_name() == "sqlite"
+    if sqlite and url.database:
+        path = Path(url.database)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        url = url.set(database=str(path.with_name(f"{path.stem}-records{path.suffix}")))
+    elif url.drivername == "postgresql":
+        url = url.set(drivername="postgresql+psycopg")
+    engine = sa.create_engine(url)
+    if sqlite:
+        sa.event.listen(engine, "connect", _wal)
+    return engine
 
 
 def _wal(connection: Any, _: Any) -> None:

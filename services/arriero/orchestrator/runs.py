@@ -40,6 +40,7 @@ from arriero.orchestrator.endpoints import Endpoints
 from arriero.orchestrator.inputs import Published
 from arriero.orchestrator.ledger import Ledger, new_record
 from arriero.orchestrator.live import LiveRun, attempt_of
+from arriero.orchestrator.logs import read_logs
 from arriero.orchestrator.planning import Planner
 from arriero.orchestrator.records import ENDED_STAGE, Records
 from arriero.orchestrator.stages import (
@@ -251,8 +252,6 @@ class Runs:
         Raises:
             NotFound: no such run, or no such stage in it.
         """
-        from arriero.orchestrator.logs import read_logs
-
         live = self._ledger.of(run_id)
         names = [s.name for s in live.record.run.stages]
         if stage and stage not in names:
@@ -300,11 +299,8 @@ class Runs:
             await live.settled(dep, dep_try)
             outcome = await self._workflows.result(f"{run}/{dep}/{dep_try}")
             if outcome["state"] != pb.STAGE_STATE_SUCCEEDED:
-                state = (
-                    pb.STAGE_STATE_CANCELLED
-                    if live.record.cancel_requested
-                    else pb.STAGE_STATE_SKIPPED
-                )
+                cancelled = live.record.cancel_requested
+                state = pb.STAGE_STATE_CANCELLED if cancelled else pb.STAGE_STATE_SKIPPED
                 await self._ledger.end_stage(live, stage, number, Outcome(state))
                 return {"state": state, "outputs": []}
             outputs[dep] = outcome["outputs"]

@@ -43,7 +43,9 @@ _OPTIONS = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # Two servers on one port would share its calls by chance.
     ("grpc.so_reuseport", 0),
-    # Clients ping every 30 s, also between calls.
+    # Clients ping every 30 s, also between calls. Without the second option (the
+    # core's GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS) a watch that has
+    # no news for three minutes is cut: "too_many_pings".
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
 ]

@@ -22,6 +22,7 @@ from google.protobuf.message import Message
 
 from arriero import refs
 from arriero.errors import ArrieroError, Cancelled, InvalidArgument, NotFound
+from arriero.operations.inputs import NO_DIGEST
 from arriero.operations.intake import operation_id
 from arriero.rpc import Server, to_status
 from arriero.settings import ServerSettings
@@ -248,7 +249,9 @@ class FakeRooms:
                 if not item and descriptor.has_presence:
                     continue
                 if not refs.is_digest(item):
-                    raise InvalidArgument.field(descriptor.name, f"{item!r} is not a digest")
+                    error = InvalidArgument.field(descriptor.name, f"{item!r} is not a digest")
+                    error.reason = NO_DIGEST
+                    raise error
                 self.store.get(item)
                 digests.append(item)
         return digests

@@ -227,6 +227,8 @@ class Progress(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     CHECKPOINT_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    TRAINING_STEP_FIELD_NUMBER: _builtins.int
+    TRAINING_TOTAL_STEPS_FIELD_NUMBER: _builtins.int
     phase: _builtins.str
     """Such as `tokenizing`, `training`."""
     step: _builtins.int
@@ -247,6 +249,11 @@ class Progress(_message.Message):
     cpu_cores: _builtins.float
     """Host CPU of the job, in cores, and its memory in bytes."""
     memory_bytes: _builtins.int
+    training_step: _builtins.int
+    """Optimizer steps done and planned; like loss, learning rate and tokens they
+    stay while later phases (saving, proving) go on.
+    """
+    training_total_steps: _builtins.int
     @_builtins.property
     def gpus(self) -> _containers.RepeatedCompositeFieldContainer[Global___GpuUsage]:
         """One per GPU that the job uses."""
@@ -275,10 +282,12 @@ class Progress(_message.Message):
         memory_bytes: _builtins.int | None = ...,
         checkpoint_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
+        training_step: _builtins.int | None = ...,
+        training_total_steps: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_cpu_cores", b"_cpu_cores", "_eta_seconds", b"_eta_seconds", "_learning_rate", b"_learning_rate", "_loss", b"_loss", "_memory_bytes", b"_memory_bytes", "_mfu", b"_mfu", "_tokens", b"_tokens", "_tokens_per_second", b"_tokens_per_second", "checkpoint_time", b"checkpoint_time", "cpu_cores", b"cpu_cores", "eta_seconds", b"eta_seconds", "learning_rate", b"learning_rate", "loss", b"loss", "memory_bytes", b"memory_bytes", "mfu", b"mfu", "tokens", b"tokens", "tokens_per_second", b"tokens_per_second", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cpu_cores", b"_cpu_cores", "_eta_seconds", b"_eta_seconds", "_learning_rate", b"_learning_rate", "_loss", b"_loss", "_memory_bytes", b"_memory_bytes", "_mfu", b"_mfu", "_tokens", b"_tokens", "_tokens_per_second", b"_tokens_per_second", "_training_step", b"_training_step", "_training_total_steps", b"_training_total_steps", "checkpoint_time", b"checkpoint_time", "cpu_cores", b"cpu_cores", "eta_seconds", b"eta_seconds", "learning_rate", b"learning_rate", "loss", b"loss", "memory_bytes", b"memory_bytes", "mfu", b"mfu", "tokens", b"tokens", "tokens_per_second", b"tokens_per_second", "training_step", b"training_step", "training_total_steps", b"training_total_steps", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cpu_cores", b"_cpu_cores", "_eta_seconds", b"_eta_seconds", "_learning_rate", b"_learning_rate", "_loss", b"_loss", "_memory_bytes", b"_memory_bytes", "_mfu", b"_mfu", "_tokens", b"_tokens", "_tokens_per_second", b"_tokens_per_second", "checkpoint_time", b"checkpoint_time", "cpu_cores", b"cpu_cores", "eta_seconds", b"eta_seconds", "gpus", b"gpus", "learning_rate", b"learning_rate", "loss", b"loss", "memory_bytes", b"memory_bytes", "mfu", b"mfu", "phase", b"phase", "step", b"step", "tokens", b"tokens", "tokens_per_second", b"tokens_per_second", "total_steps", b"total_steps", "unit", b"unit", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cpu_cores", b"_cpu_cores", "_eta_seconds", b"_eta_seconds", "_learning_rate", b"_learning_rate", "_loss", b"_loss", "_memory_bytes", b"_memory_bytes", "_mfu", b"_mfu", "_tokens", b"_tokens", "_tokens_per_second", b"_tokens_per_second", "_training_step", b"_training_step", "_training_total_steps", b"_training_total_steps", "checkpoint_time", b"checkpoint_time", "cpu_cores", b"cpu_cores", "eta_seconds", b"eta_seconds", "gpus", b"gpus", "learning_rate", b"learning_rate", "loss", b"loss", "memory_bytes", b"memory_bytes", "mfu", b"mfu", "phase", b"phase", "step", b"step", "tokens", b"tokens", "tokens_per_second", b"tokens_per_second", "total_steps", b"total_steps", "training_step", b"training_step", "training_total_steps", b"training_total_steps", "unit", b"unit", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cpu_cores: _TypeAlias = _typing.Literal["cpu_cores"]  # noqa: Y015
     _WhichOneofArgType__cpu_cores: _TypeAlias = _typing.Literal["_cpu_cores", b"_cpu_cores"]  # noqa: Y015
@@ -296,6 +305,10 @@ class Progress(_message.Message):
     _WhichOneofArgType__tokens: _TypeAlias = _typing.Literal["_tokens", b"_tokens"]  # noqa: Y015
     _WhichOneofReturnType__tokens_per_second: _TypeAlias = _typing.Literal["tokens_per_second"]  # noqa: Y015
     _WhichOneofArgType__tokens_per_second: _TypeAlias = _typing.Literal["_tokens_per_second", b"_tokens_per_second"]  # noqa: Y015
+    _WhichOneofReturnType__training_step: _TypeAlias = _typing.Literal["training_step"]  # noqa: Y015
+    _WhichOneofArgType__training_step: _TypeAlias = _typing.Literal["_training_step", b"_training_step"]  # noqa: Y015
+    _WhichOneofReturnType__training_total_steps: _TypeAlias = _typing.Literal["training_total_steps"]  # noqa: Y015
+    _WhichOneofArgType__training_total_steps: _TypeAlias = _typing.Literal["_training_total_steps", b"_training_total_steps"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__cpu_cores) -> _WhichOneofReturnType__cpu_cores | None: ...
     @_typing.overload
@@ -312,6 +325,10 @@ class Progress(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__tokens) -> _WhichOneofReturnType__tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__tokens_per_second) -> _WhichOneofReturnType__tokens_per_second | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__training_step) -> _WhichOneofReturnType__training_step | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__training_total_steps) -> _WhichOneofReturnType__training_total_steps | None: ...
 
 Global___Progress: _TypeAlias = Progress  # noqa: Y015
 

@@ -52,6 +52,8 @@ def test_a_training_shows_its_progress(registry, clock):
     )
     text = page(registry)
     labels = '{kind="train",run="r-1",stage="sft"}'
+    assert f"arriero_training_step{labels} 5.0" in text
+    assert f"arriero_training_planned_steps{labels} 20.0" in text
     assert f"arriero_stage_progress_ratio{labels} 0.25" in text
     assert f"arriero_training_loss_nats{labels} 1.5" in text
     assert f"arriero_stage_eta_seconds{labels} 30.0" in text
@@ -96,7 +98,7 @@ def test_ended_stages_are_counted(registry, clock):
     text = page(registry)
     assert 'arriero_stage_duration_seconds_sum{kind="merge",state="SUCCEEDED"} 3.0' in text
     assert 'arriero_stage_attempts_total{kind="merge"} 2.0' in text
-    assert 'arriero_stage_cache_hits_total{kind="merge"} 1.0' in text
+    assert 'arriero_cache_hits_total{kind="merge"} 1.0' in text
     assert 'arriero_gate_results_total{gate="merge.logits",verdict="passed"} 1.0' in text
 
 
