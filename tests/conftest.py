@@ -8,7 +8,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ import yaml
 
 if TYPE_CHECKING:
     from arriero.client import Client
+    from arriero.settings import ClientSettings
 
 # Two cores: a process that takes both slows every other test.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -61,9 +63,15 @@ def tiny_gguf(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 class Platform:
-    """Arriero as `arriero up` runs it, in a home of its own."""
+    """Arriero as `arriero up` runs it, in a home of its own.
 
-    def __init__(self, home: Path, allowed: list[Path]) -> None:
+    Args:
+        home: `ARRIERO_HOME`.
+        allowed: what the services may read.
+        extra: more of the environment of services and commands.
+    """
+
+    def __init__(self, home: Path, allowed: list[Path], extra: Mapping[str, str] = {}) -> None:
         from arriero.cli.supervisor import Home
 
         self.home = Home(home)
@@ -72,18 +80,21 @@ class Platform:
             "ARRIERO_HOME": str(home),
             "ARRIERO_ALLOWED_PATHS": ":".join(str(path) for path in allowed),
             "OMP_NUM_THREADS": "1",
+            **extra,
         }
 
-    def cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run one `arriero` command as a person would."""
+    def cli(
+        self, *arguments: str, check: bool = True, **extra: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run one `arriero` command as a person would; `extra` goes to its environment."""
         done = subprocess.run(
             [sys.executable, "-m", "arriero.cli", *arguments],
-            env={**self.env, "COLUMNS": "160"},
+            env={**self.env, "COLUMNS": "160", **extra},
             capture_output=True,
             text=True,
             timeout=170,
         )
-        assert "Traceback" not in done.stderr, done.stderr
+        assert "Traceback" not in done.stdout + done.stderr, done.stderr
         if check:
             assert done.returncode == 0, f"{arguments}: {done.stdout}\n{done.stderr}"
         return done
@@ -101,13 +112,13 @@ class Platform:
         """Stop them."""
         self.cli("down")
 
-    def client(self) -> Client:
+    def client(self, settings: ClientSettings | None = None) -> Client:
         """A client of this platform."""
         from arriero.client import Client
 
         state = self.home.running()
         assert state is not None
-        return Client(state["address"])
+        return Client(state["address"], settings)
 
     def service(self, name: str) -> psutil.Process:
         """The process of a service."""
@@ -137,27 +148,41 @@ def wait_until(condition: Callable[[], Any], seconds: float = 60, what: str = "i
     return value
 
 
+@pytest.fixture(scope="session")
+def platform_at(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., AbstractContextManager[Platform]]:
+    """Runs all services for a `with` block; arguments are more of their environment."""
+
+    @contextlib.contextmanager
+    def run(**extra: str) -> Iterator[Platform]:
+        base = tmp_path_factory.getbasetemp()
+        made = Platform(tmp_path_factory.mktemp("platform") / "home", [base, base.parent], extra)
+        made.up()
+        try:
+            yield made
+        finally:
+            if made.home.running() is not None:
+                made.down()
+        assert made.processes() == [], "something outlived `arriero down`"
+
+    return run
+
+
 @pytest.fixture(scope="module")
-def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+def platform(platform_at: Callable[..., AbstractContextManager[Platform]]) -> Iterator[Platform]:
     """All services, shared by a module's tests."""
-    base = tmp_path_factory.getbasetemp()
-    made = Platform(tmp_path_factory.mktemp("platform") / "home", [base, base.parent])
-    made.up()
-    yield made
-    made.down()
-    assert made.processes() == [], "something outlived `arriero down`"
+    with platform_at() as made:
+        yield made
 
 
 @pytest.fixture
-def own_platform(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+def own_platform(
+    platform_at: Callable[..., AbstractContextManager[Platform]],
+) -> Iterator[Platform]:
     """All services, of one test that breaks them."""
-    base = tmp_path_factory.getbasetemp()
-    made = Platform(tmp_path / "home", [base, base.parent])
-    made.up()
-    yield made
-    if made.home.running() is not None:
-        made.down()
-    assert made.processes() == [], "something outlived `arriero down`"
+    with platform_at() as made:
+        yield made
 
 
 @pytest.fixture(name="wait_until", scope="session")
@@ -225,6 +250,7 @@ def tiny_pipeline(
         stages.update(replaced)
         body = {
             "name": name,
+            "labels": {"team": "herd"},
             "stages": [{"name": key, **work} for key, work in stages.items() if work is not None],
         }
         path = directory / f"{name}.yaml"

@@ -90,12 +90,8 @@ class _Run:
 
 # Name, help, how to read it from a stage's figures.
 _STAGE_GAUGES: tuple[tuple[str, str, Callable[[StageFigures, float], float | None]], ...] = (
-    ("training_step", "Optimizer steps done", lambda s, _: s.step if s.kind == "train" else None),
-    (
-        "training_planned_steps",
-        "Optimizer steps planned",
-        lambda s, _: s.total_steps if s.kind == "train" else None,
-    ),
+    ("stage_step", "Steps done, in the stage's own unit", lambda s, _: s.step),
+    ("stage_planned_steps", "Steps planned", lambda s, _: s.total_steps),
     (
         "stage_progress_ratio",
         "Share of the planned steps that is done, 0 to 1",

@@ -112,8 +112,8 @@ class ClientSettings:
     def from_env(cls, env: Environment | None = None) -> ClientSettings:
         """Read the settings, and the token file when one is named.
 
-        The token is the first word of the file, so that a line of a server's
-        token file serves as it is.
+        The token is the first word of the file that is not in a comment, so that a
+        server's token file serves as it is.
 
         Raises:
             InvalidArgument: a variable does not hold what it should, or the
@@ -237,9 +237,10 @@ class _Reader:
 
 def _first_word(path: Path) -> str:
     try:
-        words = path.read_text(encoding="utf-8").split()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidArgument.field("ARRIERO_TOKEN_FILE", f"cannot be read: {error}") from error
+    words = [word for line in lines if not line.lstrip().startswith("#") for word in line.split()]
     if not words:
         raise InvalidArgument.field("ARRIERO_TOKEN_FILE", f"{path} holds no token")
     return words[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
+from arriero.errors import Unavailable
 from arriero.store import Store
 from arriero.v1 import orchestrator_pb2 as pb
 
@@ -71,9 +73,10 @@ def test_a_run_survives_a_kill_in_the_middle_of_training(
     def ended() -> pb.Run | None:
         nonlocal most_jobs
         most_jobs = max(most_jobs, len(training_jobs(platform)))
-        with platform.client() as again:
+        with platform.client() as again, contextlib.suppress(Unavailable):
             found = again.get_run(run.id)
-        return found if found.state > pb.RUN_STATE_RUNNING else None
+            return found if found.state > pb.RUN_STATE_RUNNING else None
+        return None  # the orchestrator is being started again
 
     found = wait_until(ended, 120, "the run's end")
     assert found.state == pb.RUN_STATE_SUCCEEDED, found.error

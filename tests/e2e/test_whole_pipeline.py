@@ -108,6 +108,7 @@ def test_artifacts_can_be_listed_tagged_traced_pulled_and_pushed(
     assert tuned in [a["digest"] for a in listed]
     platform.cli("artifacts", "tag", tuned, "model/tiny:v1")
     assert platform.json("artifacts", "get", "model/tiny:v1")["digest"] == tuned
+    assert platform.json("artifacts", "get", tuned)["labels"]["team"] == "herd"
     assert "adapter" in platform.cli("artifacts", "lineage", "model/tiny:v1").stdout
     platform.cli("artifacts", "pull", "model/tiny:v1", str(tmp_path / "out"))
     assert (tmp_path / "out" / "model.safetensors").exists()

@@ -252,6 +252,9 @@ class Supervisor:
             "PYTHONUNBUFFERED": "1",
         }
         env.setdefault("ARRIERO_ALLOWED_PATHS", _default_paths())
+        if not (env.get("ARRIERO_TOKEN") or env.get("ARRIERO_TOKEN_FILE")):
+            # Services call each other: what they accept of callers lets them in as well.
+            env["ARRIERO_TOKEN_FILE"] = env.get("ARRIERO_SERVER_TOKEN_FILE", "")
         return env
 
     def _start(self, ports: dict[str, int]) -> None:

@@ -20,7 +20,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from google.protobuf.descriptor import FieldDescriptor
@@ -33,6 +33,7 @@ from arriero.v1 import pipeline_pb2
 __all__ = ["PipelineFile", "Position", "absolute_source", "load_pipeline", "parse_pipeline"]
 
 _LARGEST = 1024 * 1024
+_Error = TypeVar("_Error", bound=ArrieroError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,34 +58,26 @@ class PipelineFile:
             path = path[: max(path.rfind("."), path.rfind("["), 0)]
         return None
 
-    def explain(self, error: ArrieroError) -> ArrieroError:
-        """The same error with places: what is wrong after `file:line:column`.
+    def explain(self, error: _Error) -> _Error:
+        """The same error with places: what is wrong comes after `file:line:column`.
 
-        So for each violation, or for the one field that the error's metadata name.
+        So in each violation, or for the one field that the error's metadata name.
         """
-        if not isinstance(error, InvalidArgument):
-            return self._explain_one(error)
-        violations = [
-            FieldViolation(v.field, f"{place or v.field}: {v.description}")
-            for v in error.violations
-            for place in [self.locate(v.field)]
-        ]
-        if not violations or not self.positions:
+        if not self.positions:
             return error
-        return InvalidArgument(
-            _summary(violations),
-            violations=violations,
-            reason=error.reason,
-            metadata=error.metadata,
-        )
-
-    def _explain_one(self, error: ArrieroError) -> ArrieroError:
-        path = error.metadata.get("field", "")
-        place = self.locate(path)
-        if place is not None:
-            text = error.message.removeprefix(f"{path}: ")
-            error.message = f"{path}: {place}: {text}"
-            error.args = (error.message,)
+        if isinstance(error, InvalidArgument):
+            error.violations = tuple(
+                FieldViolation(v.field, f"{self.locate(v.field) or v.field}: {v.description}")
+                for v in error.violations
+            )
+            if error.violations:
+                error.message = _summary(error.violations)
+        else:
+            path = error.metadata.get("field", "")
+            place = self.locate(path)
+            if place is not None:
+                error.message = f"{path}: {place}: {error.message.removeprefix(f'{path}: ')}"
+        error.args = (error.message,)
         return error
 
 

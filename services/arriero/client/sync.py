@@ -99,7 +99,8 @@ class Client:
         Raises:
             InvalidArgument: the pipeline is wrong; for a file each violation says
                 at which line and column.
-            NotFound: a reference to no artifact.
+            NotFound: a reference to no artifact, a source that does not exist.
+            FailedPrecondition: an artifact that is quarantined.
 
         Examples:
             >>> with Client() as client:

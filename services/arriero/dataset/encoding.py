@@ -160,6 +160,15 @@ def template_of(name: str, directory: Path) -> Template:
         # A model that was tuned here remembers with what.
         stored = Template.read(directory)
         return stored or prompts.load(name, chat_template(directory))
+    return shipped_template(name)
+
+
+def shipped_template(name: str) -> Template:
+    """A template that ships, by its name.
+
+    Raises:
+        InvalidArgument: unknown, or a path.
+    """
     if prompts.is_path(name):
         raise InvalidArgument.field(
             "template",

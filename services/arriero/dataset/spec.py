@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from arriero import prompts
 from arriero.dataset import alpaca, rows, selection, sources
-from arriero.dataset.encoding import template_of
+from arriero.dataset.encoding import shipped_template, template_of
 from arriero.dataset.vocabulary import special_tokens
 from arriero.errors import FieldViolation, InvalidArgument
 from arriero.gates import check_modes
@@ -67,8 +67,8 @@ def check(spec: dataset_pb2.DatasetSpec, context: ResolveContext) -> None:
 def _check(spec: dataset_pb2.DatasetSpec, context: ResolveContext) -> list[sources.Source]:
     check_modes(spec.gates)
     _check_fields(spec)
-    if spec.template != prompts.MODEL and not prompts.is_path(spec.template):
-        prompts.load(spec.template)
+    if spec.template != prompts.MODEL:
+        shipped_template(spec.template)
     located = [
         sources.locate(text, store=context.store, allowed=context.sources, field=f"sources[{i}]")
         for i, text in enumerate(spec.sources)

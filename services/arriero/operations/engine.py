@@ -194,6 +194,7 @@ class Engine:
                     run=context.run,
                     stage=context.stage,
                     owner=context.owner or caller(),
+                    labels=dict(context.labels),
                     create_time=now(),
                 )
                 # gc must see the inputs held before it is looked whether they are there.
@@ -274,6 +275,7 @@ class Engine:
                 run=record.run,
                 stage=record.stage,
                 owner=record.owner,
+                labels=record.labels,
                 cacheable=work.resolved.cacheable,
                 disk_bytes=work.resolved.disk_bytes,
                 memory_bytes=work.resolved.memory_bytes,

@@ -127,7 +127,8 @@ def _publish_one(
         spec=record.spec,
         gates=output.gates,
         metrics=output.metrics,
-        labels=output.labels,
+        # What the job says of its work wins over what the run is called.
+        labels={**record.labels, **output.labels},
         licenses=output.licenses,
         owner=record.owner,
         creator=f"arriero/{version()} {service}",

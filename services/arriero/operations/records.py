@@ -90,6 +90,7 @@ class OperationRecord:
     run: str = ""
     stage: str = ""
     owner: str = ""
+    labels: dict[str, str] = field(default_factory=dict)
     cached: bool = False
     cancel_requested: bool = False
     state: State = State.PENDING
@@ -123,6 +124,7 @@ class ExecutionRecord:
     run: str = ""
     stage: str = ""
     owner: str = ""
+    labels: dict[str, str] = field(default_factory=dict)
     cacheable: bool = True
     disk_bytes: int = 0
     memory_bytes: int = 0

@@ -7,7 +7,8 @@ that raise `ArrieroError`. Does not know runs.
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from google.longrunning import operations_pb2, operations_pb2_grpc
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
-from arriero.errors import Unavailable
+from arriero.errors import FailedPrecondition, Unauthenticated, Unavailable
 from arriero.rpc.channel import connect
 from arriero.rpc.status import translated
 from arriero.settings import ClientSettings
@@ -88,6 +89,21 @@ def room_of(kind: str) -> str:
     return work.room if work else ""
 
 
+@contextmanager
+def _asking(room: str) -> Iterator[None]:
+    """Calls made inside raise `ArrieroError`; our own credentials are no fault of our caller's."""
+    try:
+        with translated():
+            yield
+    except Unauthenticated as error:
+        raise FailedPrecondition(
+            f"the {room} service does not accept the orchestrator's own token: {error.message}; "
+            "start the services with ARRIERO_TOKEN_FILE naming a token that they accept "
+            "(ARRIERO_SERVER_TOKEN_FILE)",
+            reason="SERVICE_TOKEN",
+        ) from None
+
+
 def addresses_from_env(env: Mapping[str, str] | None = None) -> dict[str, str]:
     """`ARRIERO_<ROOM>_ADDRESS` of every room that has one."""
     env = os.environ if env is None else env
@@ -132,7 +148,7 @@ class Rooms:
         work = _WORK[kind]
         stub = work.stub(self._channel(kind))
         request = work.request(context=context, spec=spec)
-        with translated():
+        with _asking(work.room):
             operation: operations_pb2.Operation = await getattr(stub, work.method)(
                 request, timeout=timeout
             )
@@ -144,7 +160,7 @@ class Rooms:
         timeout = Duration()
         timeout.FromNanoseconds(int(seconds * 1e9))
         request = operations_pb2.WaitOperationRequest(name=name, timeout=timeout)
-        with translated():
+        with _asking(room_of(kind)):
             operation: operations_pb2.Operation = await stub.WaitOperation(
                 request, timeout=seconds + _GRACE_SECONDS
             )
@@ -153,7 +169,7 @@ class Rooms:
     async def cancel(self, kind: str, name: str, *, timeout: float = 3.0) -> None:
         """Ask for an operation's end."""
         stub = operations_pb2_grpc.OperationsStub(self._channel(kind))
-        with translated():
+        with _asking(room_of(kind)):
             await stub.CancelOperation(
                 operations_pb2.CancelOperationRequest(name=name), timeout=timeout
             )
@@ -164,7 +180,7 @@ class Rooms:
         """Log lines of an operation, from the line after number `after`."""
         stub = job_pb2_grpc.JobServiceStub(self._channel(kind))
         request = job_pb2.ReadLogsRequest(operation=name, after=after, follow=follow)
-        with translated():
+        with _asking(room_of(kind)):
             async for answer in stub.ReadLogs(request):
                 for line in answer.lines:
                     yield line
@@ -198,7 +214,7 @@ class Replicas:
         """See `Scorer`."""
         async with connect(address, self._settings) as channel:
             stub = inference_pb2_grpc.InferenceServiceStub(channel)
-            with translated():
+            with _asking("inference"):
                 answer: inference_pb2.ScoreResponse = await stub.Score(
                     inference_pb2.ScoreRequest(golden=golden), timeout=timeout
                 )

@@ -279,7 +279,7 @@ class _Builder:
         self.wrong(edge.path, f"the stages form a cycle: {' -> '.join(flow)}")
 
     def _tag(self, tag: str, target: str) -> None:
-        path = f'tags["{tag}"]'
+        path = f"tags[{tag!r}]"
         try:
             ref = refs.parse(tag, field=path)
             source = parse_input(target, every=False, field=path)

@@ -238,11 +238,11 @@ class Ledger:
             FailedPrecondition: quarantined, or nothing to tag.
         """
         for tag, target in sorted(record.run.pipeline.tags.items()):
-            source = parse_input(target, every=False, field=f'tags["{tag}"]')
+            source = parse_input(target, every=False, field=f"tags[{tag!r}]")
             outputs = published(record.stage(cast(str, source.stage)).outputs)
             chosen = pick(outputs, source.output)
             if chosen is None:
-                raise FailedPrecondition(f'tags["{tag}"]: {target} published nothing to tag')
+                raise FailedPrecondition(f"tags[{tag!r}]: {target} published nothing to tag")
             current = {entry.tag: entry.digest for entry in self._store.tags(chosen.kind)}
             if current.get(str(refs.parse(tag))) != chosen.digest:
                 self._store.tag(tag, chosen.digest)

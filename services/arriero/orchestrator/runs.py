@@ -352,6 +352,7 @@ class Runs:
                 stage=stage,
                 owner=owner,
                 force=node.stage.force,
+                labels=live.record.run.pipeline.labels,
             )
             return await follow_operation(
                 self._rooms, node.kind, work, context, report=report, cancelled=cancelled

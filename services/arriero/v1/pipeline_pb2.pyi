@@ -83,7 +83,7 @@ class Pipeline(_message.Message):
 
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Copied to every artifact."""
+        """Copied to every artifact that this run makes; reused ones keep theirs."""
 
     def __init__(
         self,

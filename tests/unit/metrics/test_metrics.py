@@ -44,6 +44,8 @@ def test_a_training_shows_its_progress(registry, clock):
             "RUNNING",
             step=5,
             total_steps=20,
+            training_step=6,
+            training_total_steps=24,
             loss=1.5,
             eta_seconds=30.0,
             checkpoint_time=clock.now - 7,
@@ -52,8 +54,10 @@ def test_a_training_shows_its_progress(registry, clock):
     )
     text = page(registry)
     labels = '{kind="train",run="r-1",stage="sft"}'
-    assert f"arriero_training_step{labels} 5.0" in text
-    assert f"arriero_training_planned_steps{labels} 20.0" in text
+    assert f"arriero_stage_step{labels} 5.0" in text
+    assert f"arriero_training_step{labels} 6.0" in text
+    assert f"arriero_training_planned_steps{labels} 24.0" in text
+    assert f"arriero_training_progress_ratio{labels} 0.25" in text
     assert f"arriero_stage_progress_ratio{labels} 0.25" in text
     assert f"arriero_training_loss_nats{labels} 1.5" in text
     assert f"arriero_stage_eta_seconds{labels} 30.0" in text

@@ -178,11 +178,11 @@ def test_tags_are_checked_like_inputs():
             "gguf/c:prod": "sha256:" + "a" * 64,
         },
     )
-    assert "no stage is named 'nothing'" in found['tags["gguf/a:prod"]']
-    assert "expected model" in found['tags["model/a:prod"]']
-    assert "expected gguf" in found['tags["gguf/a"]']
-    assert 'tags["b@d"]' in found
-    assert "expected a stage" in found['tags["gguf/c:prod"]']
+    assert "no stage is named 'nothing'" in found["tags['gguf/a:prod']"]
+    assert "expected model" in found["tags['model/a:prod']"]
+    assert "expected gguf" in found["tags['gguf/a']"]
+    assert "tags['b@d']" in found
+    assert "expected a stage" in found["tags['gguf/c:prod']"]
 
 
 def test_two_deployments_to_one_endpoint_are_refused():
