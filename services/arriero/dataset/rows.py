@@ -187,7 +187,7 @@ def _lines(stream: TextIO, name: str) -> Iterator[Row]:
         if len(text) > MAX_ROW:
             raise _malformed(name, number, line, f"the line is longer than {MAX_ROW} characters")
         try:
-            value = json.loads(text)
+            value = json.loads(text.rstrip("\r\n"))
         except json.JSONDecodeError as error:
             raise _malformed(
                 name,

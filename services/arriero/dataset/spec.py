@@ -144,11 +144,23 @@ def _check_template(spec: dataset_pb2.DatasetSpec, context: ResolveContext) -> N
 
 
 def _check_rows(located: Sequence[sources.Source], spec: dataset_pb2.DatasetSpec) -> None:
-    count = sum(
-        1 for source in located for file in source.files for _ in rows.read(file.path, file.name)
-    )
+    count = sum(_count(source, f"sources[{i}]") for i, source in enumerate(located))
     if count == 0:
         raise InvalidArgument.field("sources", NO_ROWS)
     if spec.max_rows:
         count = min(count, spec.max_rows)
     selection.held_out(count, spec.val_set_size)
+
+
+def _count(source: sources.Source, field: str) -> int:
+    """Rows of a source; all of its JSON is read."""
+    try:
+        return sum(1 for file in source.files for _ in rows.read(file.path, file.name))
+    except InvalidArgument as error:
+        said = [FieldViolation(field, item.description) for item in error.violations]
+        raise InvalidArgument(
+            f"{field}: {said[0].description}",
+            violations=said,
+            reason=error.reason,
+            metadata=error.metadata,
+        ) from None

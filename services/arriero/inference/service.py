@@ -134,7 +134,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 f"{self._name} has no prompt template, so it cannot chat; use Generate, or "
                 "quantize a model that was trained with one"
             )
-        return prompts.load("model", chat_template=jinja)
+        tokens = {name: self._frontend.model[name] for name in ("bos", "eos")}
+        return prompts.load(prompts.MODEL, chat_template=jinja).bind(
+            bos_token=tokens["bos"], eos_token=tokens["eos"]
+        )
 
 
 def _sampling(params: pb.SamplingParams) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from google.longrunning import operations_pb2
 from arriero.operations.engine import Engine
 from arriero.operations.kinds import WorkKind
 from arriero.rpc import Server
-from arriero.training.spec import resolve
+from arriero.training.spec import check, resolve
 from arriero.v1 import training_pb2, training_pb2_grpc
 
 __all__ = ["KINDS", "TrainingService", "register"]
@@ -24,6 +24,7 @@ KINDS = (
         training_pb2.TrainSpec,
         semantics=1,
         resolve=resolve,
+        check=check,
     ),
 )
 

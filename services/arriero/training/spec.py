@@ -16,12 +16,13 @@ from typing import Any
 from arriero.errors import FailedPrecondition, FieldViolation, InvalidArgument
 from arriero.gates import check_modes
 from arriero.gates.golden import TOKENS
+from arriero.operations.defaults import with_defaults
 from arriero.operations.kinds import ResolveContext, Resolved
 from arriero.store import Artifact
 from arriero.training import plan as plans
 from arriero.training.plan import Lora, Plan
 from arriero.training.rows import Rows, check_ids, read_facts
-from arriero.v1 import training_pb2, types_pb2
+from arriero.v1 import training_pb2
 from arriero.weights import Weights
 from arriero.weights.health import ALL_LINEAR, linear_modules, matches
 
@@ -29,6 +30,8 @@ _FLOATS = ("F32", "F16", "BF16", "F64")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 _MICRO_BATCH = 4
 _MAX_RANK = 4096
+# As many as make no warm-up too long, while the dataset is not known.
+_MANY_ROWS = 1 << 40
 
 
 def resolve(spec: training_pb2.TrainSpec, context: ResolveContext) -> Resolved:
@@ -41,22 +44,15 @@ def resolve(spec: training_pb2.TrainSpec, context: ResolveContext) -> Resolved:
             tokenized for another model; a model without usable weights.
     """
     check_modes(spec.gates)
-    resolved = training_pb2.TrainSpec()
-    resolved.CopyFrom(spec)
+    resolved = _filled(spec)
     model, dataset = context.inputs["model"][0], context.inputs["dataset"][0]
     datasets = [("dataset", dataset)]
     datasets += [("val_dataset", item) for item in context.inputs.get("val_dataset", [])]
-    _fill_defaults(resolved)
     facts = read_facts(dataset.path)
     lora, plan = lora_of(resolved), plan_of(resolved, facts["rows"])
     weights = Weights.open(model.path)
     modules = linear_modules(weights)
-    problems = [*_check_plan(plan), *_check_names(resolved), *_check_lora(lora, modules)]
-    if problems:
-        raise InvalidArgument(
-            "; ".join(f"{item.field}: {item.description}" for item in problems),
-            violations=problems,
-        )
+    _raise([*_check_alone(resolved, plan), *_check_targets(lora, modules)])
     config = read_config(model.path)
     _check_weights(weights, modules)
     _check_datasets(datasets, model, embedding_rows(weights, config))
@@ -80,6 +76,19 @@ def resolve(spec: training_pb2.TrainSpec, context: ResolveContext) -> Resolved:
         ),
         unkeyed=("resources", "save_steps", "save_total_limit"),
     )
+
+
+def check(spec: training_pb2.TrainSpec, context: ResolveContext) -> None:
+    """Refuse what is wrong whatever the model and the dataset are; raises as `resolve`."""
+    check_modes(spec.gates)
+    filled = _filled(spec)
+    _raise([*_check_alone(filled, plan_of(filled, _MANY_ROWS))])
+
+
+def _check_alone(spec: training_pb2.TrainSpec, plan: Plan) -> Iterable[FieldViolation]:
+    yield from _check_plan(plan)
+    yield from _check_names(spec)
+    yield from _check_rank(lora_of(spec))
 
 
 def plan_of(spec: training_pb2.TrainSpec, rows: int) -> Plan:
@@ -147,31 +156,24 @@ def embedding_rows(weights: Weights, config: dict[str, Any]) -> int:
     return int(config.get("vocab_size", 0))
 
 
-def _fill_defaults(spec: training_pb2.TrainSpec) -> None:
-    """Set what is unset to the default that the proto documents.
+def _filled(spec: training_pb2.TrainSpec) -> training_pb2.TrainSpec:
+    """A copy with defaults; an unset micro batch is the largest divisor of the batch up to 4."""
+    asked = training_pb2.TrainSpec()
+    asked.CopyFrom(spec)
+    asked.lora.SetInParent()
+    filled = with_defaults(asked)
+    if not spec.HasField("micro_batch_size") and filled.batch_size > 0:
+        divisors = (n for n in range(_MICRO_BATCH, 0, -1) if filled.batch_size % n == 0)
+        filled.micro_batch_size = next(divisors)
+    return filled
 
-    An unset micro batch is the largest divisor of the batch up to 4.
-    """
-    micro_batch_set = spec.HasField("micro_batch_size")
-    messages: tuple[Any, ...] = (spec, spec.lora)
-    for message in messages:
-        for field in message.DESCRIPTOR.fields:
-            text = field.GetOptions().Extensions[types_pb2.default_value]
-            if not text:
-                continue
-            if field.name == "target_modules":
-                if not spec.lora.target_modules:
-                    spec.lora.target_modules.extend(text.split(", "))
-            elif not message.HasField(field.name):
-                kinds: dict[int, Any] = {
-                    field.CPPTYPE_STRING: str,
-                    field.CPPTYPE_DOUBLE: float,
-                    field.CPPTYPE_BOOL: lambda word: word == "true",
-                }
-                setattr(message, field.name, kinds.get(field.cpp_type, int)(text))
-    if not micro_batch_set and spec.batch_size > 0:
-        divisors = (n for n in range(_MICRO_BATCH, 0, -1) if spec.batch_size % n == 0)
-        spec.micro_batch_size = next(divisors)
+
+def _raise(problems: Sequence[FieldViolation]) -> None:
+    if problems:
+        raise InvalidArgument(
+            "; ".join(f"{item.field}: {item.description}" for item in problems),
+            violations=problems,
+        )
 
 
 def _check_plan(plan: Plan) -> Iterable[FieldViolation]:
@@ -239,13 +241,16 @@ def _check_names(spec: training_pb2.TrainSpec) -> Iterable[FieldViolation]:
             )
 
 
-def _check_lora(lora: Lora, modules: dict[str, tuple[int, int]]) -> Iterable[FieldViolation]:
+def _check_rank(lora: Lora) -> Iterable[FieldViolation]:
     if not 1 <= lora.rank <= _MAX_RANK:
         yield FieldViolation("lora.r", f"{lora.rank}; expected a rank of 1 to {_MAX_RANK}")
     if not (math.isfinite(lora.alpha) and lora.alpha > 0):
         yield FieldViolation("lora.lora_alpha", f"{lora.alpha}; expected a number above 0")
     if not 0 <= lora.dropout < 1:
         yield FieldViolation("lora.lora_dropout", f"{lora.dropout}; expected 0 <= dropout < 1")
+
+
+def _check_targets(lora: Lora, modules: dict[str, tuple[int, int]]) -> Iterable[FieldViolation]:
     leaves = sorted({name.rsplit(".", 1)[-1] for name in modules})
     if isinstance(lora.targets, str):
         if not modules:
