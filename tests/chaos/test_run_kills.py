@@ -104,9 +104,7 @@ def test_a_run_survives_a_kill_in_the_middle_of_training(
         assert "resum" in log.lower()
 
 
-def test_a_killed_supervisor_leaves_no_process_behind(
-    own_platform: Any, wait_until: Wait
-) -> None:
+def test_a_killed_supervisor_leaves_no_process_behind(own_platform: Any, wait_until: Wait) -> None:
     state = own_platform.home.running()
     assert len(own_platform.processes()) >= 6
     psutil.Process(state["pid"]).send_signal(signal.SIGKILL)

@@ -1,0 +1,94 @@
+"""The command line says what it can do, and what went wrong."""
+
+import json
+from datetime import UTC, datetime
+
+import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
+from typer.testing import CliRunner
+
+from arriero.cli import render
+from arriero.cli.__main__ import app
+from arriero.errors import FieldViolation, InvalidArgument, NotFound
+
+runner = CliRunner()
+
+COMMANDS = [
+    ["up"],
+    ["down"],
+    ["status"],
+    ["run"],
+    *(["runs", name] for name in ("list", "get", "watch", "logs", "cancel", "retry")),
+    *(["artifacts", name] for name in ("list", "get", "lineage", "tag", "pull", "push", "gc")),
+    *(["endpoints", name] for name in ("list", "get", "create", "scale", "delete")),
+    ["chat"],
+    ["generate"],
+    ["import"],
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_explains_itself_and_can_answer_in_json(command: list[str]) -> None:
+    shown = runner.invoke(app, [*command, "--help"], env={"COLUMNS": "120"})
+    assert shown.exit_code == 0
+    assert "--output" in shown.output
+
+
+def test_an_unknown_command_is_a_usage_error() -> None:
+    assert runner.invoke(app, ["fly"]).exit_code == 2
+
+
+def test_nothing_running_is_said_with_what_to_do(home: object) -> None:
+    shown = runner.invoke(app, ["status"])
+    assert shown.exit_code == 1
+    assert "arriero up --detach" in shown.stderr
+
+
+def test_a_missing_pipeline_file_is_named(home: object) -> None:
+    shown = runner.invoke(app, ["run", "nowhere.yaml"])
+    assert shown.exit_code == 2
+    assert "nowhere.yaml" in shown.stderr
+
+
+def test_errors_as_json_carry_code_and_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    error = InvalidArgument("r: 0", violations=[FieldViolation("lora.r", "0; expected 1 to 4096")])
+    with pytest.raises(SystemExit) as ended:
+        render.fail(error, as_json=True)
+    assert ended.value.code == 2
+    body = json.loads(capsys.readouterr().err)
+    assert body["error"]["code"] == "INVALID_ARGUMENT"
+    assert body["error"]["violations"] == [
+        {"field": "lora.r", "description": "0; expected 1 to 4096"}
+    ]
+
+
+def test_errors_as_text_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        render.fail(NotFound("no run 'x'; `arriero runs list` shows what there is"))
+    assert capsys.readouterr().err.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.42, "0.4 s"), (42, "42 s"), (185, "3 min 05 s"), (7800, "2 h 10 min")],
+)
+def test_durations_are_for_people(value: float, text: str) -> None:
+    assert render.seconds(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0 B"), (999, "999 B"), (91_700_000, "91.7 MB"), (2.5e12, "2500.0 GB")]
+)
+def test_sizes_are_decimal(value: float, text: str) -> None:
+    assert render.size(value) == text
+
+
+def test_elapsed_time_runs_until_it_is_ended() -> None:
+    start, end = Timestamp(), Timestamp()
+    start.FromDatetime(datetime(2026, 1, 1, tzinfo=UTC))
+    end.FromDatetime(datetime(2026, 1, 1, 0, 0, 30, tzinfo=UTC))
+    assert render.elapsed(start, end) == 30
+    assert render.elapsed(Timestamp(), end) is None
+    still = render.elapsed(start, Timestamp())
+    assert still is not None
+    assert still > 30
