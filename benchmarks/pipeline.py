@@ -19,6 +19,7 @@ import sys
 import tempfile
 from datetime import UTC
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -33,7 +34,8 @@ PIPELINE = Path(__file__).resolve().parents[1] / "examples" / "faq" / "pipeline.
 def main() -> None:
     """Run, print the table, print the JSON line."""
     runs = [once() for _ in range(int(os.environ.get("REPEATS", "1")))]
-    stages = {name: statistics.median(r["stages"][name] for r in runs) for name in runs[0]["stages"]}
+    names = list(runs[0]["stages"])
+    stages = {name: statistics.median(r["stages"][name] for r in runs) for name in names}
     overhead = statistics.median(r["overhead_s"] for r in runs)
     wall = statistics.median(r["wall_s"] for r in runs)
     table = Table("stage", "seconds", title="The demo's stages")
@@ -54,7 +56,7 @@ def main() -> None:
     )
 
 
-def once() -> dict[str, object]:
+def once() -> dict[str, Any]:
     """One run in a home of its own."""
     with tempfile.TemporaryDirectory(prefix="arriero-bench-") as directory:
         os.environ["ARRIERO_HOME"] = directory
@@ -72,7 +74,7 @@ def once() -> dict[str, object]:
     return figures(run)
 
 
-def figures(run: pb.Run) -> dict[str, object]:
+def figures(run: pb.Run) -> dict[str, Any]:
     """Seconds per stage, of the run, and outside of any job."""
 
     def at(stamp: object) -> float:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # At most two reports a second.
 INTERVAL = 0.5
 DEADLINE = 2.0
+# What training said stays while later phases go on.
+_KEPT = ("loss", "learning_rate", "tokens", "training_step", "training_total_steps")
 
 
 class ProgressMeter:
@@ -77,7 +79,7 @@ class ProgressMeter:
             )
             if unit == "steps":
                 progress.training_step, progress.training_total_steps = step, total
-            for field in ("loss", "learning_rate", "tokens", "training_step", "training_total_steps"):
+            for field in _KEPT:
                 _keep(self._progress, progress, field)
             if checkpoint_time is not None:
                 progress.checkpoint_time.FromMilliseconds(int(checkpoint_time * 1000))

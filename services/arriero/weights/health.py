@@ -26,9 +26,7 @@ __all__ = ["ALL_LINEAR", "check_adapter", "linear_modules", "matches"]
 ALL_LINEAR = "all-linear"
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 # The adapter's name (`default`) is in the middle only where PEFT did not save it itself.
-_PAIR = re.compile(
-    r"(?P<module>.+)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.[^.]+)?(?:\.weight)?"
-)
+_PAIR = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.[^.]+)?(?:\.weight)?")
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 _NOT_LINEAR = (*_EMBEDDINGS, "wte", "wpe", "embed_in", "embed_out", "embeddings")
 _SHOWN = 4
