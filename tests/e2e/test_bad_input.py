@@ -673,10 +673,9 @@ def test_each_room_asks_for_itself(guarded: Any) -> None:
     for room, stub, method, request in STARTS:
         address = guarded.home.running()["services"][room]["address"]
         for token in (None, "wrong"):
-            settings = ClientSettings(token=token)
-            with connect_sync(address, settings) as channel, pytest.raises(Unauthenticated):
-                with translated():
-                    getattr(stub(channel), method)(request())
+            channel = connect_sync(address, ClientSettings(token=token))
+            with channel, pytest.raises(Unauthenticated), translated():
+                getattr(stub(channel), method)(request())
 
 
 def test_with_a_token_everything_works_between_the_services_too(

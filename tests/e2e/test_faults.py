@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import shutil
-import signal
+import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,18 +27,6 @@ from arriero.v1 import orchestrator_pb2 as pb
 Stage = dict[str, Any]
 Write = Callable[..., Path]
 Wait = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def platform(platform_at: Any) -> Iterator[Any]:
-    """All services; runs keep nothing from gc once they have ended."""
-    with platform_at(ARRIERO_RETENTION_DAYS="0") as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def store(platform: Any) -> Store:
-    return Store.open(platform.home.store)
 
 
 def write_pipeline(path: Path, stages: dict[str, Stage], **more: Any) -> Path:
@@ -191,22 +180,24 @@ def test_the_same_work_again_is_refused_again(refused: dict[str, Any], platform:
 
 # Garbage collection
 
+# Between a stage's end and the next one's start its artifacts are kept by their
+# youth alone; everything older must be held by whoever needs it.
+GRACE_SECONDS = 4.0
+
 
 class Collector:
-    """Collects garbage over and over, without any grace, until told to stop."""
+    """Collects garbage over and over until told to stop."""
 
-    def __init__(self, store: Store, grace: float) -> None:
-        self.removed: list[str] = []
+    def __init__(self, store: Store) -> None:
         self.problems: list[ArrieroError] = []
         self._store = store
-        self._grace = grace
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
 
     def _run(self) -> None:
         while not self._stop.wait(0.1):
             try:
-                self.removed += [r.path for r in self._store.gc(dry_run=False, grace=self._grace)]
+                self._store.gc(dry_run=False, grace=GRACE_SECONDS)
             except ArrieroError as error:
                 self.problems.append(error)
 
@@ -219,6 +210,18 @@ class Collector:
         self._thread.join()
 
 
+@pytest.fixture(scope="module")
+def thrifty(platform_at: Any) -> Iterator[Any]:
+    """All services; runs keep nothing from gc once they have ended."""
+    with platform_at(ARRIERO_RETENTION_DAYS="0") as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def store(thrifty: Any) -> Store:
+    return Store.open(thrifty.home.store)
+
+
 def publish_junk(store: Store) -> str:
     staging = store.staging("tests", "junk")
     (staging / "rows.jsonl").write_text("{}\n")
@@ -226,29 +229,170 @@ def publish_junk(store: Store) -> str:
 
 
 @pytest.fixture(scope="module")
-def collected(
-    refused: dict[str, Any],
-    platform: Any,
+def served(
+    thrifty: Any,
     store: Store,
     tiny_pipeline: Write,
     tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[pb.Run, Collector]:
-    """A run during which garbage was collected all the time."""
+) -> pb.Run:
+    """The tiny pipeline, run and deployed while garbage was collected all the time."""
     junk = publish_junk(store)
-    path = tiny_pipeline(tmp_path_factory.mktemp("collected"))
-    with platform.client() as client, Collector(store, grace=0) as collector:
-        run = client.create_run(path)
-        ended = client.wait(run.id, timeout=150)
-    assert junk not in [a.digest for a in store.list()]
-    return ended, collector
-
-
-def test_gc_during_a_run_removes_nothing_that_it_needs(
-    collected: tuple[pb.Run, Collector], store: Store
-) -> None:
-    run, collector = collected
-    assert collector.problems == []
-    assert run.state == pb.RUN_STATE_SUCCEEDED, run.error.message
-    assert {s.name: pb.StageState.Name(s.state) for s in run.stages} == dict.fromkeys(
-        [s.name for s in run.stages], "STAGE_STATE_SUCCEEDED"
+    path = tiny_pipeline(
+        tmp_path_factory.mktemp("collected"),
+        quants={"quantize": {"model": "tuned", "types": ["F16"]}},
+        best=None,
+        live={"deploy": {"model": "quants", "endpoint": "tiny", "context": 256}},
     )
+    with thrifty.client() as client, Collector(store) as collector:
+        run = client.wait(client.create_run(path).id, timeout=150)
+    assert collector.problems == []
+    assert junk not in [artifact.digest for artifact in store.list()]
+    return run
+
+
+def test_gc_during_a_run_removes_nothing_that_it_needs(served: pb.Run, store: Store) -> None:
+    assert served.state == pb.RUN_STATE_SUCCEEDED, served.error.message
+    assert {s.state for s in served.stages} == {pb.STAGE_STATE_SUCCEEDED}
+    assert max(s.metadata.attempt for s in served.stages) == 1
+
+
+def test_gc_beside_an_endpoint_keeps_what_it_serves_and_is_measured_by(
+    served: pb.Run, thrifty: Any, store: Store
+) -> None:
+    with thrifty.client() as client:
+        spec = client.endpoints.get("tiny").spec
+        assert client.artifacts.get(spec.model).tags == []
+        store.gc(dry_run=False, grace=0)
+        # The run is over and keeps nothing here, so nothing else is left.
+        assert {a.digest for a in store.list()} == {spec.model, spec.golden}
+        store.verify(spec.model)
+        endpoint = client.endpoints.get("tiny", score=True)
+        assert endpoint.replicas[0].kl_divergence < 0.05
+        client.endpoints.scale("tiny", 2)
+        text = client.endpoint("tiny").chat("Name llama 1", max_tokens=4).text()
+        assert text
+
+
+def test_a_killed_replica_comes_back_and_the_other_one_answers_meanwhile(
+    served: pb.Run, thrifty: Any, wait_until: Wait
+) -> None:
+    def replicas() -> dict[int, str]:
+        actual = json.loads((thrifty.home.platform / "actual" / "tiny.json").read_text())
+        return {r["pid"]: r["address"] for r in actual["replicas"] if r["state"] == "READY"}
+
+    with thrifty.client() as client:
+        client.endpoints.scale("tiny", 2)
+        before = wait_until(lambda: len(found := replicas()) == 2 and found, 30, "two replicas")
+        endpoint = client.endpoint("tiny")
+        victim = psutil.Process(min(before))
+        children = victim.children(recursive=True)
+        victim.kill()
+        for _ in range(6):
+            endpoint.generate("Name", max_tokens=2).text()
+        after = wait_until(
+            lambda: len(found := replicas()) == 2 and victim.pid not in found and found,
+            30,
+            "the replica's return",
+        )
+        assert set(after.values()) == set(before.values())
+        endpoint.generate("Name", max_tokens=2).text()
+        assert client.endpoints.get("tiny").ready_replicas == 2
+    wait_until(lambda: not any(c.is_running() for c in children), 10, "its engine's end")
+
+
+# A full disk
+
+
+def test_work_that_does_not_fit_is_refused_with_the_figures_and_leaves_nothing(
+    platform_at: Any, tiny_pipeline: Write, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    model = sum(file.stat().st_size for file in tiny_llama_dir.iterdir())
+    # Room for the model, not for the dataset.
+    with platform_at(ARRIERO_STORE_QUOTA_BYTES=str(model + 200_000)) as platform:
+        done = platform.cli("run", str(tiny_pipeline(tmp_path)), "--output", "json", check=False)
+        assert done.returncode == 1
+        run = json.loads(done.stdout)
+        states = {s["name"]: s["state"].removeprefix("STAGE_STATE_") for s in run["stages"]}
+        assert states["base"] == "SUCCEEDED"
+        assert states["rows"] == "FAILED"
+        assert set(states.values()) == {"SUCCEEDED", "FAILED", "SKIPPED"}
+        error = stage(run, "rows")["error"]
+        assert error["code"] == code_pb2.RESOURCE_EXHAUSTED
+        check_figures(error["message"])
+
+        store = Store.open(platform.home.store)
+        (artifact,) = store.list()
+        store.verify(artifact.digest)
+        assert files(store.root / "staging") == []
+
+        big = tmp_path / "big.jsonl"
+        big.write_text("x" * 300_000)
+        done = platform.cli("artifacts", "push", str(big), "dataset/big:v1", check=False)
+        assert done.returncode == 1
+        check_figures(done.stderr)
+        assert [a.digest for a in store.list()] == [artifact.digest]
+        assert files(store.root / "staging") == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A filesystem of 16 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_disk_that_fills_up_meanwhile_costs_no_more_than_a_retry(
+    small_disk: Path, platform_at: Any, tiny_pipeline: Write, tmp_path: Path, wait_until: Wait
+) -> None:
+    train = {"model": "base", "dataset": "rows", "max_steps": 400, "batch_size": 4}
+    path = tiny_pipeline(
+        tmp_path,
+        sft={"train": {**train, "save_steps": 5, "dtype": "float32"}},
+        **dict.fromkeys(("tuned", "quants", "best", "live")),
+    )
+    filler = small_disk / "filler"
+    with (
+        platform_at(ARRIERO_STORE=str(small_disk / "store")) as platform,
+        platform.client() as client,
+    ):
+        run = client.create_run(path)
+
+        def sft() -> pb.StageStatus:
+            return next(s for s in client.get_run(run.id).stages if s.name == "sft")
+
+        wait_until(lambda: sft().metadata.progress.step > 10, 100, "training")
+        with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        ended = client.wait(run.id, timeout=120)
+        assert ended.state == pb.RUN_STATE_FAILED
+        assert ended.error.code == code_pb2.RESOURCE_EXHAUSTED
+        assert re.search(r"\d+ bytes needed, \d+ bytes free", ended.error.message)
+        store = Store.open(small_disk / "store")
+        filler.unlink()
+        before = store.list()
+        assert {artifact.manifest.kind for artifact in before} == {"model", "dataset", "report"}
+        for artifact in before:
+            store.verify(artifact.digest)
+        client.retry_run(run.id)
+        ended = client.wait(run.id, timeout=120)
+        assert ended.state == pb.RUN_STATE_SUCCEEDED, ended.error.message
+        store.verify(sft().outputs[0].digest)
+        assert any("resum" in line.message for line in client.logs(run.id, stage="sft"))
+
+
+def check_figures(message: str) -> None:
+    found = re.search(r"needed \((\d+) bytes\).* free \((\d+) bytes\)", message)
+    assert found, message
+    needed, free = map(int, found.groups())
+    assert needed > free >= 0
+    assert "arriero artifacts gc" in message
+
+
+def files(directory: Path) -> list[Path]:
+    return [path for path in directory.rglob("*") if path.is_file()]

@@ -152,7 +152,7 @@ class Context:
         n_seq: sequences, with ids 0 to n_seq - 1.
         n_batch: most tokens of one `decode`.
         n_ubatch: most tokens of one computation; default: n_batch, at most 512.
-        n_threads: as of `threads`: 0 for what the machine grants.
+        n_threads: 0 for what the machine grants, less one CPU for everything else.
         rope: rope scaling.
         poll: see `Threadpool`.
 
@@ -184,7 +184,9 @@ class Context:
             raise InvalidArgument(f"n_ctx {n_ctx} and n_batch {n_batch} must be positive")
         if rope is not None and rope.scaling not in _ROPE_SCALING:
             raise InvalidArgument(f"rope scaling {rope.scaling!r}; expected none, linear or yarn")
-        self.n_threads = threads(n_threads)
+        # ggml's threads spin at a barrier after every operation: with one that is
+        # descheduled the others wait, and a token takes twenty times as long.
+        self.n_threads = threads(n_threads, spare=1)
         params = self._c.llama_context_default_params()
         params.n_ctx = (n_ctx or model.n_ctx_train) * n_seq
         params.n_seq_max = n_seq

@@ -14,7 +14,9 @@ _CGROUPS = Path("/sys/fs/cgroup")
 _SELF = Path("/proc/self/cgroup")
 
 
-def threads(requested: int = 0, *, cgroups: Path = _CGROUPS, own: Path = _SELF) -> int:
+def threads(
+    requested: int = 0, *, spare: int = 0, cgroups: Path = _CGROUPS, own: Path = _SELF
+) -> int:
     """Threads to compute with, at least 1.
 
     A fractional quota is rounded down: workers that wait at a barrier for one
@@ -22,6 +24,7 @@ def threads(requested: int = 0, *, cgroups: Path = _CGROUPS, own: Path = _SELF) 
 
     Args:
         requested: taken as it is when positive; 0 asks for the machine's answer.
+        spare: CPUs to leave to others, as long as one is left.
         cgroups: where the cgroup file systems are mounted.
         own: the list of this process' cgroups (`man 7 cgroups`).
     """
@@ -29,7 +32,7 @@ def threads(requested: int = 0, *, cgroups: Path = _CGROUPS, own: Path = _SELF) 
         return requested
     cpus = _affinity()
     quota = min(_quotas(cgroups, own), default=float(cpus))
-    return max(1, min(cpus, int(quota)))
+    return max(1, min(cpus, int(quota)) - spare)
 
 
 def _affinity() -> int:

@@ -317,3 +317,13 @@ def test_a_refusal_by_the_server_is_shown_with_its_place():
         "elsewhere: no",
     ]
     assert explained.message == "p.yaml:16:15: 16 is above 8 (and 2 more)"
+
+
+def test_the_one_field_of_another_error_is_shown_with_its_place():
+    file = parse_pipeline(WHOLE, source="p.yaml")
+    missing = NotFound("'/x' does not exist").at("sources[2]").at("stages[1].dataset")
+    assert file.explain(missing).message == (
+        "stages[1].dataset.sources[2]: p.yaml:7:46: '/x' does not exist"
+    )
+    other = NotFound("no run 'x'")
+    assert file.explain(other).message == "no run 'x'"

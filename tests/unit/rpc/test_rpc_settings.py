@@ -51,7 +51,7 @@ def test_a_wrong_value_names_its_variable(name, value):
 
 def test_the_client_token_is_the_first_word_of_its_file_and_is_not_shown(tmp_path):
     file = tmp_path / "token"
-    file.write_text("s3cret-token ana\n")
+    file.write_text("# who may call\n\ns3cret-token ana\n")
     read = ClientSettings.from_env({"ARRIERO_TOKEN_FILE": str(file)})
     assert read.token == "s3cret-token"
     assert "s3cret" not in repr(read)
