@@ -13,6 +13,7 @@ import typer
 from rich.console import Group, RenderableType
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
+from rich.text import Text
 from rich.tree import Tree
 
 from arriero.cli import render
@@ -49,7 +50,7 @@ def list_(
                 render.size(item.size_bytes),
                 render.local(item.create_time),
                 "\n".join(item.tags),
-                "[red]quarantined[/red]" if item.quarantined else "",
+                Text("quarantined", "red") if item.quarantined else "",
             )
         return made
 
@@ -75,9 +76,9 @@ def _details(item: pb.Artifact) -> RenderableType:
     facts.add_row("made", f"{render.local(item.create_time)} by {item.creator}")
     facts.add_row("size", render.size(item.size_bytes))
     if item.quarantined:
-        facts.add_row("state", "[red]quarantined: a gate refused it[/red]")
+        facts.add_row("state", Text("quarantined: a gate refused it", "red"))
     if not item.present:
-        facts.add_row("state", "[yellow]files were collected; the manifest stays[/yellow]")
+        facts.add_row("state", Text("files were collected; the manifest stays", "yellow"))
     facts.add_row("path", item.path)
     if item.tags:
         facts.add_row("tags", "\n".join(item.tags))
@@ -91,6 +92,9 @@ def _details(item: pb.Artifact) -> RenderableType:
         facts.add_row(name, text)
     if item.gates:
         facts.add_row("gates", render.gates_text(item.gates))
+        for gate in item.gates:
+            if render.verdict(gate.verdict) in ("FAILED", "WARNED") and gate.detail:
+                facts.add_row(gate.gate, gate.detail)
     files = render.table("file", "size", "sha256")
     for file in item.files:
         files.add_row(file.path, render.size(file.size_bytes), file.sha256[:16])
@@ -107,14 +111,13 @@ def lineage(ref: Reference, output: Output = Format.TABLE) -> None:
     def view() -> Tree:
         by_digest = {item.digest: item for item in found}
 
-        def label(item: pb.Artifact) -> str:
-            gates = " ".join(
-                f"[red]{g.gate} failed[/red]"
-                for g in item.gates
-                if render.verdict(g.verdict) == "FAILED"
-            )
-            name = f"{item.kind} [bold]{item.name}[/bold] {render.digest(item.digest)}"
-            return f"{name} {' '.join(item.tags)} {gates}".rstrip()
+        def label(item: pb.Artifact) -> Text:
+            text = Text.assemble(f"{item.kind} ", (item.name, "bold"))
+            text.append(f" {' '.join([render.digest(item.digest), *item.tags])}")
+            for gate in item.gates:
+                if render.verdict(gate.verdict) == "FAILED":
+                    text.append(f" {gate.gate} failed", "red")
+            return text
 
         def grow(tree: Tree, item: pb.Artifact) -> None:
             for parent in item.parents:

@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from arriero.cli import render
 from arriero.cli.session import Format, Output, as_json, client, command, show
@@ -97,7 +98,7 @@ def _details(item: pb.Endpoint, ancestors: list[pb.Artifact]) -> RenderableType:
     facts = Table.grid(padding=(0, 2, 0, 0))
     facts.add_column(style="dim")
     facts.add_column(overflow="fold")
-    facts.add_row("endpoint", f"[bold]{item.name}[/bold]")
+    facts.add_row("endpoint", Text(item.name, "bold"))
     facts.add_row("ready", f"{item.ready_replicas} of {item.desired_replicas}")
     facts.add_row("model", item.spec.model)
     if item.run:

@@ -24,8 +24,9 @@ from arriero.errors import ArrieroError, InvalidArgument
 from arriero.v1 import orchestrator_pb2 as pb
 from arriero.v1 import types_pb2
 
-console = Console()
-errors = Console(stderr=True)
+# Names, paths and messages may hold `[/x]`: what looks like Rich's markup is text.
+console = Console(markup=False)
+errors = Console(stderr=True, markup=False)
 
 _STAGE_STYLE = {
     "PENDING": ("·", "dim"),
@@ -130,6 +131,11 @@ def digest(text: str) -> str:
     return text.removeprefix("sha256:")[:12]
 
 
+def output(item: types_pb2.StageOutput) -> str:
+    """`Q8_0 daa74e01985f 144.8 MB`."""
+    return f"{item.name} {digest(item.digest)} {size(item.size_bytes)}"
+
+
 def table(*columns: str, title: str | None = None) -> Table:
     """A plain table."""
     made = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -227,7 +233,7 @@ def _outcome(stage: pb.StageStatus) -> Text:
     text = Text()
     if stage.metadata.cached:
         text.append("reused  ", style="cyan")
-    figures = [f"{o.name} {digest(o.digest)} {size(o.size_bytes)}" for o in stage.outputs]
+    figures = [output(o) for o in stage.outputs]
     text.append("  ".join(figures), style="dim")
     warned = [g for g in stage.metadata.gates if verdict(g.verdict) in ("WARNED", "FAILED")]
     for gate in warned:
@@ -254,9 +260,7 @@ def summary(run: pb.Run) -> Table:
             "reused" if stage.metadata.cached else seconds(took),
             figures,
             gates_text(stage.metadata.gates),
-            "\n".join(
-                f"{o.kind} {o.name} {digest(o.digest)} {size(o.size_bytes)}" for o in stage.outputs
-            ),
+            "\n".join(output(o) for o in stage.outputs),
         )
     return made
 

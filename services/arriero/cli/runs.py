@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from arriero.cli import render, watch
 from arriero.cli.session import Format, Output, as_json, client, command, show
@@ -97,8 +98,9 @@ def _closing(run: pb.Run) -> None:
     elif state == "FAILED":
         failed = [s for s in run.stages if render.stage_state(s.state) == "FAILED"]
         for stage in failed:
-            render.console.print(f"\n[red]{stage.name} failed:[/red] ", end="", highlight=False)
-            render.console.print(stage.error.message, markup=False, highlight=False)
+            render.console.print(
+                Text.assemble("\n", (f"{stage.name} failed:", "red"), f" {stage.error.message}")
+            )
             render.console.print(
                 f"  arriero runs logs {run.id} --stage {stage.name}", highlight=False
             )
@@ -198,7 +200,7 @@ def logs(
             else:
                 head = f"{render.local(line.time)[11:]} {line.stage:<10} {line.level:<7} "
                 render.console.print(head, style="dim", end="", highlight=False)
-                render.console.print(line.message, markup=False, highlight=False, soft_wrap=True)
+                render.console.print(line.message, highlight=False, soft_wrap=True)
 
 
 @app.command()

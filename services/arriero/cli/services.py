@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Group, RenderableType
+from rich.text import Text
 
 from arriero.cli import local, render
 from arriero.cli.session import Format, Output, as_json, command, show
@@ -93,7 +94,7 @@ def view(home: Home, state: dict[str, Any]) -> RenderableType:
             name,
             service["address"],
             str(service["pid"]),
-            "[green]ready[/green]" if ready else "[red]not ready[/red]",
+            Text("ready", "green") if ready else Text("not ready", "red"),
         )
     return Group(
         made,

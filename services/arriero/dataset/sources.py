@@ -13,6 +13,7 @@ from pathlib import Path
 
 from arriero import refs
 from arriero.errors import FailedPrecondition, InvalidArgument, NotFound
+from arriero.gates import remedy
 from arriero.settings import SourceSettings
 from arriero.store import Store
 
@@ -82,8 +83,9 @@ def locate(text: str, *, store: Store, allowed: SourceSettings | None, field: st
     if kind != "dataset":
         raise InvalidArgument.field(field, f"{text!r} is a {kind}; expected a dataset of raw files")
     if artifact.quarantined:
+        gates = artifact.manifest.failed_gates
         raise FailedPrecondition(
-            f"{text!r} is quarantined by its gates; waive them or use another",
+            f"{text!r} is quarantined by {', '.join(gates)}; {remedy(gates)}",
             reason="QUARANTINED",
         ).at(field)
     files = tuple(

@@ -15,7 +15,7 @@ from typing import Any
 
 from arriero.errors import InvalidArgument
 
-__all__ = ["KNOWN_GATES", "GateResult", "Gates", "Mode", "Verdict", "check_modes"]
+__all__ = ["KNOWN_GATES", "GateResult", "Gates", "Mode", "Verdict", "check_modes", "remedy"]
 
 
 class Mode(StrEnum):
@@ -91,6 +91,12 @@ def check_modes(names: Iterable[str], *, field_path: str = "gates") -> None:
             raise InvalidArgument.field(
                 f"{field_path}[{name!r}]", f"unknown gate; known gates: {', '.join(KNOWN_GATES)}"
             )
+
+
+def remedy(names: Iterable[str]) -> str:
+    """What may be done about an artifact that gates refused, to follow `;` in a message."""
+    accepted = ", ".join(f"{name}: {Mode.WARN.value}" for name in names)
+    return f"make it again, or accept it with gates: {{{accepted}}} in the stage that makes it"
 
 
 @dataclass(slots=True)

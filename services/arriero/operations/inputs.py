@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 
 from arriero import refs
 from arriero.errors import FailedPrecondition, InvalidArgument, NotFound
-from arriero.gates import check_modes
+from arriero.gates import check_modes, remedy
 from arriero.operations.handoff import canonical, to_json
 from arriero.operations.kinds import Resolved, WorkKind
 from arriero.store import Artifact, Store
@@ -85,10 +85,10 @@ def _check(path: str, value: str, rule: types_pb2.InputRule, store: Store, wait:
             path, f"{value} is a {artifact.manifest.kind}, expected a {kinds}"
         )
     if artifact.quarantined:
+        gates = artifact.manifest.failed_gates
         raise FailedPrecondition(
-            f"{artifact.manifest.kind} {value} is quarantined by "
-            f"{', '.join(artifact.manifest.failed_gates)}; make it again, or waive the gate "
-            "with a reason",
+            f"{artifact.manifest.kind} {value} is quarantined by {', '.join(gates)}; "
+            f"{remedy(gates)}",
             reason="QUARANTINED",
             metadata={"subject": value},
         ).at(path)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from arriero import refs
 from arriero.errors import GateFailed, Internal
-from arriero.gates import GateResult, Verdict
+from arriero.gates import GateResult, Verdict, remedy
 from arriero.operations.handoff import Outcome, OutputFiles
 from arriero.operations.records import ExecutionRecord, Result
 from arriero.operations.views import result_of
@@ -59,10 +59,10 @@ class Published:
             return None
         said = "; ".join(f"{gate.gate}: {gate.detail or 'failed'}" for gate in failed)
         kept = ", ".join(f"{n} {a.digest}" for n, a in self.artifacts.items() if a.quarantined)
+        names = [gate.gate for gate in failed]
         return GateFailed(
-            f"{said} (kept in quarantine: {kept or 'nothing'}; repair and run again, or waive "
-            "the gate with a reason)",
-            metadata={"gates": ",".join(gate.gate for gate in failed)},
+            f"{said} (kept in quarantine: {kept or 'nothing'}; {remedy(names)})",
+            metadata={"gates": ",".join(names)},
         )
 
 

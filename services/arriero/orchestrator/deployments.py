@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from arriero import refs
 from arriero.errors import FailedPrecondition, InvalidArgument
-from arriero.gates import check_modes
+from arriero.gates import check_modes, remedy
 from arriero.store import Artifact, Store
 from arriero.v1 import pipeline_pb2
 
@@ -89,8 +89,8 @@ class Deployments:
         if artifact.quarantined:
             raise FailedPrecondition(
                 f"{field}: {kind} {artifact.digest} is quarantined by "
-                f"{', '.join(artifact.manifest.failed_gates)}, it can't be deployed; make it "
-                "again, or waive the gate with a reason",
+                f"{', '.join(artifact.manifest.failed_gates)}, it can't be deployed; "
+                f"{remedy(artifact.manifest.failed_gates)}",
                 reason="QUARANTINED",
             )
         return artifact

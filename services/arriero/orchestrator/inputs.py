@@ -204,7 +204,9 @@ def _digests(
         )
     if kinds and chosen.kind not in kinds:
         raise InvalidArgument.field(
-            path, f"stage {source.stage!r} published a {chosen.kind}; expected {one_of(kinds)}"
+            path,
+            f"what stage {source.stage!r} published is of kind {chosen.kind}; "
+            f"expected {one_of(kinds)}",
         )
     return [chosen.digest]
 

@@ -18,6 +18,7 @@ from google.rpc import status_pb2
 
 from arriero import refs
 from arriero.errors import ArrieroError, FailedPrecondition, NotFound
+from arriero.gates import remedy
 from arriero.metrics import Metrics
 from arriero.orchestrator import graph as graphs
 from arriero.orchestrator.figures import gate_pairs, stage_figures, stage_wait
@@ -94,9 +95,9 @@ class Ledger:
         def look_up(ref: str) -> tuple[str, str]:
             artifact = self._store.get(ref)
             if artifact.quarantined:
+                gates = artifact.manifest.failed_gates
                 raise FailedPrecondition(
-                    f"{ref} is quarantined by {', '.join(artifact.manifest.failed_gates)}; make "
-                    "it again, or waive the gate with a reason",
+                    f"{ref} is quarantined by {', '.join(gates)}; {remedy(gates)}",
                     reason="QUARANTINED",
                 )
             return artifact.digest, artifact.manifest.kind

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from arriero import refs
 from arriero.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
-from arriero.gates import GateResult
+from arriero.gates import GateResult, remedy
 from arriero.refs import Ref
 from arriero.store import disk, gc, lock, publish
 from arriero.store.artifacts import Artifact, Artifacts
@@ -220,10 +220,10 @@ class Store:
                     "tag", f"{ref} is for a {ref.kind}, but {digest} is a {artifact.manifest.kind}"
                 )
             if artifact.quarantined:
-                failed = ", ".join(artifact.manifest.failed_gates)
+                failed = artifact.manifest.failed_gates
                 raise FailedPrecondition(
                     f"{artifact.manifest.kind} {digest} is quarantined, it can't be tagged: "
-                    f"failed {failed}; make it again, or waive the gate with a reason",
+                    f"failed {', '.join(failed)}; {remedy(failed)}",
                     reason="QUARANTINED",
                 )
             self._tags.set(str(ref), digest, expected)

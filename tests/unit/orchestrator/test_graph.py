@@ -244,7 +244,7 @@ def test_a_bare_stage_in_a_list_means_all_of_its_outputs():
 def test_what_an_import_turned_out_to_be_is_checked_when_it_is_used():
     auto = {"name": "x", "import": {"source": "/m"}}
     built = graph.build(pipeline(auto, {"name": "m", "merge": {"model": "x"}}))
-    with pytest.raises(InvalidArgument, match="published a gguf; expected model"):
+    with pytest.raises(InvalidArgument, match="published is of kind gguf; expected model"):
         graph.substitute(built.nodes["m"], {}, {"x": [Published("gguf", A, "gguf")]})
     built = graph.build(pipeline(auto, {"name": "m", "merge": {"model": "x.model"}}))
     with pytest.raises(FailedPrecondition, match="did not publish 'model'; it published: gguf"):
