@@ -112,6 +112,7 @@ def test_a_failing_gate_fails_its_stage_and_keeps_the_artifact(
     assert found["error"]["code"] == code_pb2.FAILED_PRECONDITION
     assert GATES[name] in found["error"]["message"]
     assert "quarantine" in found["error"]["message"]
+    assert f"gates: {{{GATES[name]}: warn}}" in found["error"]["message"]
     (gate,) = [g for g in found["metadata"]["gates"] if g["gate"] == GATES[name]]
     assert gate["verdict"] == "GATE_VERDICT_FAILED"
     assert gate["figure"] > gate.get("threshold", 0)
@@ -176,6 +177,23 @@ def test_the_same_work_again_is_refused_again(refused: dict[str, Any], platform:
     assert "adapter.health" in done.stdout
     with platform.client() as client:
         assert client.artifacts.tags() == []
+
+
+def test_a_gate_on_warn_says_the_same_and_lets_the_artifact_pass(
+    refused: dict[str, Any], platform: Any, tmp_path: Path
+) -> None:
+    stages = {}
+    for written in refused["pipeline"]["stages"]:
+        if written["name"] in ("base", "weak", "text"):
+            ((kind, spec),) = [(k, v) for k, v in written.items() if k != "name"]
+            gates = {GATES[written["name"]]: "warn"} if written["name"] in GATES else {}
+            stages[written["name"]] = {kind: {**spec, "gates": gates}}
+    path = write_pipeline(tmp_path / "warned.yaml", stages, tags={"adapter/warned:v1": "weak"})
+    run = platform.json("run", str(path))
+    for name in ("weak", "text"):
+        (gate,) = [g for g in stage(run, name)["metadata"]["gates"] if g["gate"] == GATES[name]]
+        assert gate["verdict"] == "GATE_VERDICT_WARNED"
+    assert platform.json("artifacts", "get", "adapter/warned:v1").get("quarantined") is None
 
 
 # Garbage collection

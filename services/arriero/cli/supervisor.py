@@ -204,7 +204,7 @@ class Supervisor:
             ports = self._ports()
             replicas = Replicas(
                 directory=self.home.platform,
-                base_env=self._env("inference"),
+                base_env=self._env(),
                 logs=self.home.logs,
                 spawn=Child,
                 pick_port=free_port,
@@ -243,11 +243,10 @@ class Supervisor:
         write_atomic(path, json.dumps(ports).encode())
         return ports
 
-    def _env(self, service: str) -> dict[str, str]:
+    def _env(self) -> dict[str, str]:
         env = {
             **os.environ,
             "ARRIERO_STORE": self.home.store,
-            "ARRIERO_SERVICE": service,
             **parent.environment(),
             "PYTHONUNBUFFERED": "1",
         }
@@ -297,7 +296,7 @@ class Supervisor:
         child = Child(
             name=name,
             command=[sys.executable, "-m", f"arriero.{name}"],
-            env={**self._env(name), **extra, "ARRIERO_ADDRESS_FILE": str(address)},
+            env={**self._env(), **extra, "ARRIERO_ADDRESS_FILE": str(address)},
             log=self.home.logs / f"{name}.log",
         )
         child.start()

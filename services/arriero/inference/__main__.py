@@ -40,7 +40,7 @@ class ReplicaSettings:
     slots: int = 4
     """Streams that run at the same time."""
     threads: int = 0
-    """0 for what the machine grants."""
+    """0 for what the machine grants, less one."""
     gpu_layers: int = 0
     """Layers to put on a GPU; -1 for all."""
 

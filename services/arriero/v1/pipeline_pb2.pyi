@@ -193,12 +193,13 @@ class DeploySpec(_message.Message):
     """Endpoint name; made when it does not exist, updated when it does."""
     replicas: _builtins.int
     context: _builtins.int
-    """Context length in tokens; 0 means the model's own."""
+    """Context length in tokens; 0 means the model's own, at most 4096."""
     golden: _builtins.str
     """Golden logits to compare the live replicas with; default: those that the
     file carries.
     """
     threads: _builtins.int
+    """Threads of each replica; 0 means the machine's CPUs less one."""
     timeout_seconds: _builtins.int
     """Seconds until every replica must be ready."""
     @_builtins.property
