@@ -131,7 +131,7 @@ def digest(text: str) -> str:
     return text.removeprefix("sha256:")[:12]
 
 
-def output(item: types_pb2.StageOutput) -> str:
+def output_text(item: types_pb2.StageOutput) -> str:
     """`Q8_0 daa74e01985f 144.8 MB`."""
     return f"{item.name} {digest(item.digest)} {size(item.size_bytes)}"
 
@@ -233,7 +233,7 @@ def _outcome(stage: pb.StageStatus) -> Text:
     text = Text()
     if stage.metadata.cached:
         text.append("reused  ", style="cyan")
-    figures = [output(o) for o in stage.outputs]
+    figures = [output_text(o) for o in stage.outputs]
     text.append("  ".join(figures), style="dim")
     warned = [g for g in stage.metadata.gates if verdict(g.verdict) in ("WARNED", "FAILED")]
     for gate in warned:
@@ -260,7 +260,7 @@ def summary(run: pb.Run) -> Table:
             "reused" if stage.metadata.cached else seconds(took),
             figures,
             gates_text(stage.metadata.gates),
-            "\n".join(output(o) for o in stage.outputs),
+            "\n".join(output_text(o) for o in stage.outputs),
         )
     return made
 
