@@ -222,6 +222,27 @@ def test_golden_logits_of_the_same_weights_agree_and_of_others_do_not(
     assert other.kl_divergence > 10 * max(same.kl_divergence, 1e-6)
 
 
+@pytest.mark.parametrize(
+    "tokens", [np.full(8, 10**6, dtype=np.int32), np.ones(CONTEXT * 2, dtype=np.int32)]
+)
+def test_golden_logits_of_another_model_are_refused_and_the_engine_lives(
+    replica: Running, tokens: np.ndarray
+) -> None:
+    place = replica.store.staging("test", f"foreign-{len(tokens)}") / "out"
+    place.mkdir(parents=True)
+    lengths = np.array([len(tokens)], dtype=np.int32)
+    Golden(tokens, lengths, np.zeros((len(tokens), 4), dtype=np.float16)).write(place)
+    digest = replica.store.publish(place, ManifestDraft(kind="report", name="foreign")).digest
+    engine = replica.engine()
+    with pytest.raises(grpc.RpcError) as caught:
+        replica.stub.Score(pb.ScoreRequest(golden=digest))
+    assert caught.value.code() in (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.OUT_OF_RANGE,
+    )
+    assert replica.engine().pid == engine.pid
+
+
 def test_a_caller_that_leaves_frees_its_slot(replica: Running) -> None:
     for _ in range(12):  # three times as many as there are slots
         stream = replica.stub.Generate(pb.GenerateRequest(prompt="long", sampling=greedy(200)))
@@ -252,7 +273,7 @@ def test_an_engine_that_is_killed_is_told_apart_and_comes_back(
         for caller in callers:
             caller.join(30)
         assert set(failures) <= {grpc.StatusCode.UNAVAILABLE}
-        wait_until(lambda: check_health(replica.address))
+        wait_until(lambda: not engine.is_running() and check_health(replica.address))
         assert replica.engine().pid != engine.pid
         *_, last = replica.stub.Generate(pb.GenerateRequest(prompt="again", sampling=greedy(3)))
         assert last.finish_reason

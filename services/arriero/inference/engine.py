@@ -202,16 +202,18 @@ class Engine:
 
     def _score(self, score: Score, slot: int) -> None:
         """Evaluate one more of golden's sequences in a free slot, as streams run."""
-        ids = score.golden.sequences[len(score.logits)]
-        score.logits.append(self._context.sequence_logits(ids.tolist(), sequence=slot))
-        if len(score.logits) < len(score.golden.lengths):
-            return
-        self._scores.popleft()
         try:
+            ids = score.golden.sequences[len(score.logits)]
+            score.logits.append(self._context.sequence_logits(ids.tolist(), sequence=slot))
+            if len(score.logits) < len(score.golden.lengths):
+                return
             found = compare(score.golden, np.concatenate(score.logits))
         except ArrieroError as error:
+            # Golden logits of another model, or longer than the context.
+            self._scores.popleft()
             self._refuse(score.id, error)
             return
+        self._scores.popleft()
         figures = {
             "kl_divergence": found.kl_divergence,
             "top1_agreement": found.top1_agreement,

@@ -15,7 +15,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ class Frontend:
     """
 
     options: EngineOptions
-    on_ready: Callable[[bool], object] = lambda ready: None
+    on_ready: Callable[[bool], Awaitable[object]]
     model: frames.Frame = field(default_factory=dict)
     _pending: dict[int, asyncio.Queue[dict[str, Any]]] = field(default_factory=dict)
     _ids: Any = field(default_factory=lambda: itertools.count(1))
@@ -87,7 +87,8 @@ class Frontend:
         deaths = 0
         while not self._closing:
             served = await self._serve_once()
-            self.on_ready(False)
+            # Callers that are told to go elsewhere must not find this replica ready.
+            await self.on_ready(False)
             self._fail_pending()
             if self._closing:
                 return
@@ -118,7 +119,7 @@ class Frontend:
                 if "ready" in frame:
                     served = True
                     self.model = frame["ready"]
-                    self.on_ready(True)
+                    await self.on_ready(True)
                 for event in frame.get("events", ()):
                     waiting = self._pending.get(event["id"])
                     if waiting is not None:
