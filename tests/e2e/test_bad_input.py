@@ -1,45 +1,22 @@
-"""What is wrong with a request is said before anything starts, and where it is wrong."""
+"""What is wrong with a pipeline is said before anything starts, and where it is wrong."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
-
-from arriero.cli.__main__ import app
-from arriero.errors import InvalidArgument, Unauthenticated
-from arriero.gates.golden import Golden
-from arriero.rpc.channel import connect_sync
-from arriero.rpc.status import translated
-from arriero.settings import ClientSettings
-from arriero.store import ManifestDraft, Store
-from arriero.testing.models import VOCABULARY
-from arriero.v1 import (
-    dataset_pb2,
-    dataset_pb2_grpc,
-    inference_pb2,
-    inference_pb2_grpc,
-    merging_pb2,
-    merging_pb2_grpc,
-    quantization_pb2,
-    quantization_pb2_grpc,
-    training_pb2,
-    training_pb2_grpc,
-)
+from typer.testing import Result
 
 Stage = dict[str, Any]
 Write = Callable[..., Path]
 Arriero = Callable[..., Result]
 
 NO_DIGEST = "sha256:" + "0" * 64
-TOKEN = "a-token-of-the-tests-0123456789"
 
 
 def rows(**fields: Any) -> Stage:
@@ -364,45 +341,6 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def arriero(platform: Any) -> Arriero:
-    """The `arriero` command in this process, which saves its start; answers as `Result`."""
-
-    def run(*arguments: str, **extra: str) -> Result:
-        env = {"ARRIERO_HOME": platform.env["ARRIERO_HOME"], "COLUMNS": "160", **extra}
-        done = CliRunner().invoke(app, list(arguments), env=env)
-        assert isinstance(done.exception, SystemExit | None), done.exception
-        assert "Traceback" not in done.output
-        return done
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def untouched(platform: Any, arriero: Arriero, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What a platform holds that must not change: a function to look at it."""
-    raw = tmp_path_factory.mktemp("raw") / "rows.jsonl"
-    raw.write_text(ROW)
-    assert arriero("artifacts", "push", str(raw), "dataset/raw:v1").exit_code == 0
-    store = platform.home.root / "store"
-
-    def look() -> tuple[Any, ...]:
-        places = ("operations/*/*", "staging/*/*", "artifacts/*", "manifests/*", "tags/*/*/*")
-        found = [str(path) for place in places for path in sorted(store.glob(place))]
-        with platform.client() as client:
-            return [run.id for run in client.list_runs()], client.endpoints.list(), found
-
-    return look
-
-
-@pytest.fixture
-def nothing_starts(untouched: Callable[[], Any]) -> Iterator[None]:
-    """No run is recorded, no job started, nothing written to the store."""
-    before = untouched()
-    yield
-    assert untouched() == before
-
-
 def place(path: Path, line: str) -> str:
     """`file:line:` of the first line that ends with the words."""
     lines = path.read_text().splitlines()
@@ -498,216 +436,3 @@ def test_a_token_in_a_pipeline_is_refused_and_not_repeated(
     assert "stages[0].import.token_secret" in done.stderr
     assert "ARRIERO_SECRET_<NAME>" in done.stderr
     assert secret not in done.output
-
-
-FILES = {
-    "missing": (None, "does not exist"),
-    "empty": (b"", "is empty; expected 'name' and 'stages'"),
-    "not text": (b"\x89PNG\r\n\x1a\n\xff\xfe", "is not UTF-8 text"),
-    "not YAML": (b"name: [x\n", ":2:1: not YAML"),
-    "no pipeline": (b"- 1\n", "expected fields (name, stages"),
-    "JSON rows": (ROW.encode(), ":1:2: unknown field 'instruction'"),
-}
-
-
-@pytest.mark.parametrize("content", FILES.values(), ids=FILES)
-def test_a_wrong_file_is_refused_in_one_line(
-    content: tuple[bytes | None, str], arriero: Arriero, tmp_path: Path, nothing_starts: None
-) -> None:
-    data, says = content
-    path = tmp_path / "pipeline.yaml"
-    if data is not None:
-        path.write_bytes(data)
-    done = arriero("run", str(path))
-    assert done.exit_code == 2
-    assert done.stdout == ""
-    first, *_ = done.stderr.splitlines()
-    assert first.startswith("error ")
-    assert str(path) in first
-    assert says in first
-
-
-# Arguments, exit code, and what the one line says.
-COMMANDS = [
-    (["run", "/"], 2, "pipeline file / cannot be read: Is a directory"),
-    (["runs", "get", "../../etc/passwd"], 2, "no run '../../etc/passwd'"),
-    (["runs", "watch", "nope"], 2, "no run 'nope'"),
-    (["runs", "logs", "nope"], 2, "no run 'nope'"),
-    (["runs", "cancel", "nope"], 2, "no run 'nope'"),
-    (["runs", "retry", "nope"], 2, "no run 'nope'"),
-    (["artifacts", "get", "model/../x:v1"], 2, "'../x' is not a name"),
-    (["artifacts", "get", "nope"], 2, "'nope' is not a reference; expected kind/name:tag"),
-    (["artifacts", "get", "deadbeef"], 2, "no artifact deadbeef"),
-    (["artifacts", "lineage", NO_DIGEST], 2, "no artifact sha256:0000"),
-    (["artifacts", "list", "--kind", "modle"], 2, "kind: 'modle' is not one of model"),
-    (["artifacts", "tag", "dataset/raw:v1", "dataset/../x:v1"], 2, "'../x' is not a name"),
-    (["artifacts", "tag", "dataset/raw:v1", "model/x:v1"], 2, "is for a model, but"),
-    (["artifacts", "pull", "dataset/none:v1", "/nowhere/at/all"], 2, "no tag dataset/none:v1"),
-    (["artifacts", "push", "/nope", "dataset/x"], 2, "/nope is neither a directory nor a file"),
-    (["artifacts", "push", "/etc/hostname", "dataset/../x"], 2, "'../x' is not a name"),
-    (["artifacts", "push", "/etc/hostname", "model/x"], 2, "expected config.json and"),
-    (["artifacts", "push", "/etc/hostname", "x"], 2, "'x' is not one of dataset"),
-    (["endpoints", "create", "../x", "gguf/a:v1"], 2, "'../x' is not an endpoint name"),
-    (["endpoints", "create", "x", "../a"], 2, "unknown kind '..' in '../a'"),
-    (["endpoints", "create", "x", "gguf/a:v1"], 2, "no tag gguf/a:v1"),
-    (["endpoints", "create", "x", "dataset/raw:v1"], 2, "is of kind dataset; expected gguf"),
-    (["endpoints", "get", "nope"], 2, "no endpoint named 'nope'"),
-    (["endpoints", "delete", "nope"], 2, "no endpoint named 'nope'"),
-    (["endpoints", "scale", "nope", "--replicas", "2"], 2, "no endpoint named 'nope'"),
-    (["chat", "nope", "hello"], 2, "no endpoint named 'nope'"),
-    (["generate", "nope", "hello"], 2, "no endpoint named 'nope'"),
-    (["import", "../model"], 2, "climbs with '..'"),
-    (["import", "/etc/passwd"], 2, "outside of the paths"),
-    (["import", "ftp://x/y"], 2, "ftp:// is not supported"),
-    (["import", "hf://../../x"], 2, "is not a hub repository"),
-    (["up"], 1, "already runs"),
-]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "says"), COMMANDS, ids=[" ".join(c[0]) for c in COMMANDS]
-)
-def test_a_wrong_command_is_refused_in_one_line(
-    arguments: list[str], code: int, says: str, arriero: Arriero, nothing_starts: None
-) -> None:
-    done = arriero(*arguments)
-    assert done.exit_code == code, done.output
-    assert done.stdout == ""
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error ")
-    assert says in line
-
-
-USAGES = [
-    (["run"], "Missing argument 'PIPELINE.yaml'"),
-    (["rnu"], "No such command 'rnu'"),
-    (["run", "x.yaml", "--sett", "a=b"], "No such option: --sett"),
-    (["run", "x.yaml", "--output", "xml"], "'xml' is not one of 'table', 'json'"),
-    (["endpoints", "scale", "x", "--replicas", "many"], "--replicas"),
-    (["endpoints", "scale", "x", "--replicas", "-1"], "--replicas"),
-    (["runs", "list", "--limit", "0"], "--limit"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "says"), USAGES, ids=[" ".join(u[0]) for u in USAGES])
-def test_wrong_flags_are_refused_with_the_usage(
-    arguments: list[str], says: str, arriero: Arriero
-) -> None:
-    done = arriero(*arguments)
-    assert done.exit_code == 2
-    assert done.stdout == ""
-    assert done.stderr.startswith("Usage: ")
-    assert says in done.stderr
-
-
-STARTS = [
-    ("merging", merging_pb2_grpc.MergingServiceStub, "Import", merging_pb2.ImportRequest),
-    ("merging", merging_pb2_grpc.MergingServiceStub, "Merge", merging_pb2.MergeRequest),
-    (
-        "dataset",
-        dataset_pb2_grpc.DatasetServiceStub,
-        "PrepareDataset",
-        dataset_pb2.PrepareDatasetRequest,
-    ),
-    ("training", training_pb2_grpc.TrainingServiceStub, "Train", training_pb2.TrainRequest),
-    (
-        "quantization",
-        quantization_pb2_grpc.QuantizationServiceStub,
-        "Quantize",
-        quantization_pb2.QuantizeRequest,
-    ),
-    (
-        "quantization",
-        quantization_pb2_grpc.QuantizationServiceStub,
-        "Evaluate",
-        quantization_pb2.EvaluateRequest,
-    ),
-]
-
-
-@pytest.mark.parametrize("start", STARTS, ids=[s[2] for s in STARTS])
-def test_an_empty_start_is_the_callers_mistake(
-    start: tuple[Any, ...], platform: Any, nothing_starts: None
-) -> None:
-    room, stub, method, request = start
-    address = platform.home.running()["services"][room]["address"]
-    with connect_sync(address) as channel, pytest.raises(InvalidArgument) as caught, translated():
-        getattr(stub(channel), method)(request())
-    assert caught.value.violations
-    assert all(v.field and v.description for v in caught.value.violations)
-
-
-# Tokens
-
-
-@pytest.fixture(scope="module")
-def guarded(platform_at: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """All services, asking for a token."""
-    tokens = tmp_path_factory.mktemp("tokens") / "tokens"
-    tokens.write_text(f"# who may call\n{TOKEN} ada\nanother-{TOKEN} bob\n")
-    with platform_at(ARRIERO_SERVER_TOKEN_FILE=str(tokens)) as made:
-        yield made
-
-
-@pytest.mark.parametrize(
-    ("token", "says"),
-    [("", "no bearer token"), (f"{TOKEN}x", "is not one that this server")],
-    ids=["missing", "wrong"],
-)
-def test_without_a_right_token_nobody_gets_in(
-    token: str, says: str, guarded: Any, tiny_pipeline: Write, tmp_path: Path
-) -> None:
-    path = tiny_pipeline(tmp_path)
-    for arguments in (["run", str(path)], ["artifacts", "gc"]):
-        done = guarded.cli(*arguments, "--output", "json", check=False, ARRIERO_TOKEN=token)
-        assert done.returncode == 2
-        error = json.loads(done.stderr)["error"]
-        assert error["code"] == "UNAUTHENTICATED"
-        assert says in error["message"]
-        assert "ARRIERO_TOKEN" in error["message"]
-        assert TOKEN not in done.stderr
-    assert not [*(guarded.home.root / "store").glob("operations/*/*/operation.json")]
-
-
-def test_each_room_asks_for_itself(guarded: Any) -> None:
-    for room, stub, method, request in STARTS:
-        address = guarded.home.running()["services"][room]["address"]
-        for token in (None, "wrong"):
-            channel = connect_sync(address, ClientSettings(token=token))
-            with channel, pytest.raises(Unauthenticated), translated():
-                getattr(stub(channel), method)(request())
-
-
-def test_with_a_token_everything_works_between_the_services_too(
-    guarded: Any, tiny_gguf: Path, tmp_path: Path
-) -> None:
-    store = Store.open(guarded.home.store)
-    staging = store.staging("tests", "golden")
-    even = np.full((4, VOCABULARY), -np.log(VOCABULARY), dtype=np.float16)
-    Golden(np.arange(4, dtype=np.int32), np.array([4], dtype=np.int32), even).write(staging)
-    golden = store.publish(staging, ManifestDraft(kind="report")).digest
-    path = tmp_path / "serve.yaml"
-    path.write_text(
-        f"""
-name: serve
-stages:
-- {{name: file, import: {{source: {tiny_gguf}}}}}
-- {{name: live, deploy: {{model: file, endpoint: live, golden: "{golden}", context: 256,
-    gates: {{serve.smoke: warn}}}}}}
-"""
-    )
-    done = guarded.cli("run", str(path), "--output", "json", ARRIERO_TOKEN=TOKEN)
-    run = json.loads(done.stdout)
-    assert run["state"] == "RUN_STATE_SUCCEEDED"
-    assert run["owner"] == "ada"
-    shown = guarded.cli("endpoints", "get", "live", "--output", "json", ARRIERO_TOKEN=TOKEN)
-    (replica,) = json.loads(shown.stdout)["replicas"]
-    assert replica["kl_divergence"] > 0  # the orchestrator was let in
-    text = guarded.cli("generate", "live", "Name", "--max-tokens", "3", ARRIERO_TOKEN=TOKEN)
-    assert text.stdout.strip("\n")
-    with connect_sync(replica["address"]) as channel:
-        stub = inference_pb2_grpc.InferenceServiceStub(channel)
-        with pytest.raises(Unauthenticated), translated():
-            stub.GetModel(inference_pb2.GetModelRequest())
-    for log in guarded.home.logs.iterdir():
-        assert TOKEN not in log.read_text(), log
