@@ -10,7 +10,9 @@ import asyncio
 from collections.abc import AsyncIterator
 from functools import cached_property
 
+from arriero.operations.intake import operation_id
 from arriero.orchestrator import graph as graphs
+from arriero.orchestrator.clients import room_of
 from arriero.orchestrator.records import ENDED_STAGE, RunRecord
 from arriero.v1 import orchestrator_pb2 as pb
 
@@ -21,6 +23,12 @@ WATCH_SECONDS = 0.5
 def attempt_of(status: pb.StageStatus) -> int:
     """The stage's `try`, which Python takes for a keyword."""
     return int(getattr(status, "try"))
+
+
+def operation_name(run: str, status: pb.StageStatus) -> str:
+    """What the operation is called, had its start arrived without our hearing of it."""
+    request_id = f"{run}/{status.name}/{attempt_of(status)}"
+    return f"operations/{operation_id(room_of(status.kind), request_id)}"
 
 
 class LiveRun:

@@ -32,14 +32,13 @@ from arriero.errors import (
     NotFound,
 )
 from arriero.metrics import Metrics
-from arriero.operations.intake import operation_id
 from arriero.orchestrator import graph as graphs
 from arriero.orchestrator.clients import Rooms, room_of
 from arriero.orchestrator.durable import Workflows
 from arriero.orchestrator.endpoints import Endpoints
 from arriero.orchestrator.inputs import Published
 from arriero.orchestrator.ledger import Ledger, new_record
-from arriero.orchestrator.live import LiveRun, attempt_of
+from arriero.orchestrator.live import LiveRun, attempt_of, operation_name
 from arriero.orchestrator.logs import read_logs
 from arriero.orchestrator.planning import Planner
 from arriero.orchestrator.records import ENDED_STAGE, Records
@@ -214,7 +213,7 @@ class Runs:
         if not record.ended and not record.cancel_requested:
             record.cancel_requested = True
             record.owed = [
-                (s.name, s.operation or _operation_name(live.id, s))
+                (s.name, s.operation or operation_name(live.id, s))
                 for s in record.run.stages
                 if s.state == pb.STAGE_STATE_RUNNING and room_of(s.kind)
             ]
@@ -494,12 +493,6 @@ class Runs:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             _log.error("a background task failed", exc_info=task.exception())
-
-
-def _operation_name(run: str, status: pb.StageStatus) -> str:
-    """What the operation is called, had its start arrived without our hearing of it."""
-    request_id = f"{run}/{status.name}/{attempt_of(status)}"
-    return f"operations/{operation_id(room_of(status.kind), request_id)}"
 
 
 def _plain(outputs: Sequence[types_pb2.StageOutput]) -> list[list[str]]:
