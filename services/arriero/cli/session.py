@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import signal
+import traceback
 from collections.abc import Callable
 from enum import StrEnum
 from typing import Annotated, Any, ParamSpec, TypeVar
@@ -16,7 +17,8 @@ import typer
 
 from arriero.cli import render
 from arriero.client import Client
-from arriero.errors import ArrieroError
+from arriero.errors import ArrieroError, Internal
+from arriero.settings import home
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -66,6 +68,16 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
 
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
+        except (typer.Exit, SystemExit, typer.Abort):
+            raise
+        except Exception as error:
+            # A defect: the traceback is for whoever mends it, one line for whoever typed.
+            log = home() / "logs" / "cli.log"
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with log.open("a") as sink:
+                traceback.print_exc(file=sink)
+            text = f"{type(error).__name__}: {error}; a defect of Arriero, the details are in {log}"
+            render.fail(Internal(text), as_json=as_json())
 
     return wrapped
 

@@ -2,6 +2,7 @@
 
 import json
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -9,6 +10,7 @@ from typer.testing import CliRunner
 
 from arriero.cli import render
 from arriero.cli.__main__ import app
+from arriero.cli.session import command
 from arriero.errors import FieldViolation, InvalidArgument, NotFound
 
 runner = CliRunner()
@@ -92,3 +94,19 @@ def test_elapsed_time_runs_until_it_is_ended() -> None:
     still = render.elapsed(start, Timestamp())
     assert still is not None
     assert still > 30
+
+
+def test_a_defect_is_one_line_and_its_traceback_is_kept(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @command
+    def broken() -> None:
+        raise ZeroDivisionError("oops")
+
+    with pytest.raises(SystemExit) as ended:
+        broken()
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert "ZeroDivisionError: oops" in said
+    assert "Traceback" in (home / "logs" / "cli.log").read_text()
