@@ -43,7 +43,7 @@ demo: $(STAMP) ## From raw data to a served, fine-tuned model, on this machine
 	@$(BIN)/python examples/faq/demo.py
 
 test: $(STAMP) ## Run every test
-	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 verify: $(STAMP) lint types imports proto-lint ## Run every check that is not a test
 

@@ -24,6 +24,8 @@ import pytest
 from arriero.store import FileEntry, ManifestDraft, Store, tags
 from arriero.store.files import remove_tree
 
+pytestmark = pytest.mark.forks
+
 EVENTS = frozenset(
     {
         "open",

@@ -135,7 +135,7 @@ def test_a_failed_gate_quarantines_what_was_made(service: Service) -> None:
 @pytest.mark.parametrize(
     ("rows", "fields", "field"),
     [
-        (lines(ROW) + '{"instruction": ', {}, "sources"),
+        (lines(ROW) + '{"instruction": ', {}, "sources[0]"),
         ("", {}, "sources"),
         (lines(ROW), {"sources": ["/etc/passwd"]}, "sources[0]"),
         (lines(ROW), {"sources": ["../rows.jsonl"]}, "sources[0]"),

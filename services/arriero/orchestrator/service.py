@@ -6,12 +6,13 @@ Responsibility: messages to calls and back. Does not know how anything is done.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, TypeVar
 
 import grpc.aio
 
-from arriero.errors import InvalidArgument
+from arriero.errors import ArrieroError, InvalidArgument
 from arriero.orchestrator.artifacts import Upload, chunks, describe, tags_by_digest
 from arriero.orchestrator.endpoints import Endpoints
 from arriero.orchestrator.runs import Runs
@@ -23,6 +24,8 @@ from arriero.v1 import orchestrator_pb2_grpc
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 _DEFAULT_PAGE, _MAX_PAGE = 100, 1000
+# How much a caller whose upload was refused may still send, and for how long.
+_DRAIN_BYTES, _DRAIN_SECONDS = 256 * 1024 * 1024, 30
 _T = TypeVar("_T")
 
 
@@ -233,6 +236,9 @@ class ArtifactServicer(orchestrator_pb2_grpc.ArtifactServiceServicer):
             if upload is None:
                 raise InvalidArgument.field("header", "is missing: the stream was empty")
             artifact = await asyncio.to_thread(upload.publish)
+        except ArrieroError:
+            await _drain(request_iterator)
+            raise
         finally:
             if upload is not None:
                 await asyncio.to_thread(upload.close)
@@ -245,6 +251,20 @@ class ArtifactServicer(orchestrator_pb2_grpc.ArtifactServiceServicer):
     def _describe(self, manifests: list[Manifest]) -> list[pb.Artifact]:
         tags = tags_by_digest(self._store)
         return [describe(self._store, manifest, tags) for manifest in manifests]
+
+
+async def _drain(requests: AsyncIterator[pb.PushArtifactRequest]) -> None:
+    """Let a caller that was refused finish sending, within reason.
+
+    grpc.aio tells a client that is still sending INTERNAL instead of why.
+    """
+    left = _DRAIN_BYTES
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DRAIN_SECONDS):
+            async for message in requests:
+                left -= len(message.chunk) + 1
+                if left < 0:
+                    return
 
 
 def register(server: Server, runs: Runs, endpoints: Endpoints, store: Store) -> None:

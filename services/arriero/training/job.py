@@ -46,7 +46,7 @@ def train(job: Job) -> Sequence[Output]:
     """
     job.progress(phase="loading", force=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import torch  # five seconds with what follows: said to be loading first
+    import torch  # seconds, with what follows: said to be loading first
 
     from arriero.training import adapter, numerics
 

@@ -141,6 +141,7 @@ class Loop:
         # Prompts need no logits, and those of a large vocabulary are most of the memory.
         forward = inspect.signature(model.get_base_model().forward).parameters
         self._chooses_logits = "logits_to_keep" in forward
+        self._rate = float(self._scheduler.get_last_lr()[0])
         self._order: tuple[int, list[npt.NDArray[np.int64]]] = (-1, [])
         self._speed: deque[tuple[float, int]] = deque(maxlen=_SPEED_STEPS)
         torch.manual_seed(plan.seed)
@@ -211,6 +212,7 @@ class Loop:
         if self._numerics.scaled:
             self._scaler.load_state_dict(tensors["scaler"])
         self._generators = dict(tensors["generators"])
+        self._rate = float(self._scheduler.get_last_lr()[0])
         self.state = State(**state)
 
     def _step(self, should_stop: Callable[[], bool]) -> None:
@@ -232,7 +234,7 @@ class Loop:
                 loss = self._loss(micro) / trained
                 self._scaler.scale(loss).backward()
                 total += loss.detach()
-        value = float(total)
+        value, self._rate = float(total), float(self._scheduler.get_last_lr()[0])
         if trained:
             self._check(value, "loss")
             self._apply()
@@ -259,12 +261,12 @@ class Loop:
         if math.isfinite(value):
             return
         step = self.state.step + 1
-        rate = self._scheduler.get_last_lr()[0]
         lower = self.plan.learning_rate / 3
         raise FailedPrecondition(
             f"the {what} is {value} at step {step} of {self.plan.total_steps} (learning rate "
-            f"{rate:.3g}, {str(self._numerics.dtype).removeprefix('torch.')}); lower learning_rate "
-            f"(such as {lower:.1g}), raise warmup_steps, lower max_grad_norm, or use dtype float32",
+            f"{self._rate:.3g}, {str(self._numerics.dtype).removeprefix('torch.')}); lower "
+            f"learning_rate (such as {lower:.1g}), raise warmup_steps, lower max_grad_norm, "
+            "or use dtype float32",
             reason="LOSS_NOT_FINITE",
             metadata={"step": str(step), "value": str(value)},
         )
@@ -337,7 +339,7 @@ class Loop:
             step=step or self.state.step,
             total=total or self.plan.total_steps,
             loss=self.state.smooth_loss,
-            learning_rate=float(self._scheduler.get_last_lr()[0]),
+            learning_rate=self._rate,
             tokens_per_second=speed,
             tokens=self.state.tokens,
             mfu=flops / self._peak if flops and self._peak else None,

@@ -190,7 +190,7 @@ def test_reports_carry_real_tokens_and_the_scheduled_rate(workshop):
     steps = [r for r in reports if r.phase == "training"]
     assert [r.step for r in steps] == list(range(1, 9))
     assert {r.total for r in steps} == {8}
-    assert [r.learning_rate for r in steps[:4]] == pytest.approx([2.5e-3, 5e-3, 7.5e-3, 1e-2])
+    assert [r.learning_rate for r in steps[:4]] == pytest.approx([0, 2.5e-3, 5e-3, 7.5e-3])
     seen = int(sum(workshop.rows.lengths[loop._batch(step)].sum() for step in range(8)))
     assert steps[-1].tokens == loop.state.tokens == seen
     assert steps[-1].tokens_per_second > 0
