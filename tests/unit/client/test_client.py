@@ -445,7 +445,17 @@ def test_leaving_a_blocking_stream_or_watch_early_ends_it(platform, pipeline_tex
             break
 
 
-def test_an_interrupt_ends_a_blocked_call_and_the_client_goes_on(platform, pipeline_text):
+@pytest.fixture
+def interruptible():
+    """Shells start background jobs with SIGINT ignored, and Python leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_ends_a_blocked_call_and_the_client_goes_on(
+    platform, pipeline_text, interruptible
+):
     platform.runs.hold = asyncio.Event()
     with Client() as client:
         run = client.create_run(parse_pipeline(pipeline_text))
