@@ -7,6 +7,7 @@ often it is tried. Does not know how the outcome came about.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -22,6 +23,8 @@ from arriero.store import Artifact, FileEntry, ManifestDraft, Store
 
 # In `Output.golden` and `Output.parents`: another output of the same job.
 _SIBLING = "output:"
+# Outputs that are published at the same time.
+_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -86,11 +89,15 @@ def publish(
         if not ready:
             names = ", ".join(f"{output.name} -> {_siblings(output)}" for output in left)
             raise Internal(f"outputs refer to each other or to nothing: {names}")
-        for output in ready:
-            artifacts[output.name] = _publish_one(
-                store, service, record, outcome, output, attempt_dir, artifacts
+        with ThreadPoolExecutor(_THREADS) as pool:  # the time goes to hashing, without the GIL
+            made = pool.map(
+                lambda output: _publish_one(
+                    store, service, record, outcome, output, attempt_dir, artifacts
+                ),
+                ready,
             )
-            left.remove(output)
+            artifacts.update(zip((output.name for output in ready), list(made), strict=True))
+        left = [output for output in left if output.name not in artifacts]
     ordered = {output.name: artifacts[output.name] for output in outcome.outputs}
     return Published(ordered, _all_gates(outcome))
 
