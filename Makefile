@@ -14,6 +14,9 @@ LLAMA_CPP_PYTHON := 0.3.36
 JOBS ?= 2
 PYTEST_ARGS ?=
 
+# On a terminal pip shows its bars; elsewhere it would fill the log.
+PIP_INSTALL = $(BIN)/python -m pip install $$([ -t 2 ] || echo --quiet)
+
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.arriero-setup
 export LLAMA_CMAKE_ARGS
@@ -29,13 +32,13 @@ $(STAMP): pyproject.toml constraints.txt docker/build_llama.py
 	@$(PYTHON) docker/check_tools.py
 	@echo "[1/4] virtual environment in $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --upgrade pip setuptools
+	@$(PIP_INSTALL) --upgrade pip setuptools
 	@echo "[2/4] torch ($(TORCH)); the largest download"
-	@$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) "$(TORCH)"
+	@$(PIP_INSTALL) $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) "$(TORCH)"
 	@echo "[3/4] llama.cpp"
 	@$(BIN)/python docker/build_llama.py --python $(BIN)/python --version $(LLAMA_CPP_PYTHON)
 	@echo "[4/4] Arriero and what it needs"
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[all,dev]"
+	@$(PIP_INSTALL) --constraint constraints.txt --editable ".[all,dev]"
 	@touch $@
 	@echo "Set up. Activate with: source $(BIN)/activate"
 
