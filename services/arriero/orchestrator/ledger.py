@@ -70,7 +70,7 @@ class Ledger:
         if live is None:
             record = self.records.run(run_id)
             if record is None:
-                raise NotFound(f"no run {run_id!r}; `runs list` shows what there is")
+                raise NotFound(f"no run {run_id!r}; `arriero runs list` shows what there is")
             live = LiveRun(record)
             if record.active:
                 self._live[run_id] = live
