@@ -132,6 +132,7 @@ def test_a_failed_gate_keeps_the_model_in_quarantine(
 ) -> None:
     from safetensors.numpy import load_file, save_file
 
+    service.finish(merging_pb2.ImportSpec(source=str(sources[0])), "whole")
     broken = tiny_adapter(service.place / "broken", sources[0])
     path = str(broken / "adapter_model.safetensors")
     save_file({n: t * ("lora_A" in n) for n, t in load_file(path).items()}, path)

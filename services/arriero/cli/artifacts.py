@@ -238,7 +238,7 @@ def import_(
     output: Output = Format.TABLE,
 ) -> None:
     """Bring a model, an adapter or a GGUF file into the store."""
-    from arriero.cli.runs import _follow
+    from arriero.cli.runs import follow
 
     pipeline = pipeline_pb2.Pipeline(name="import")
     stage = pipeline.stages.add(name="source")
@@ -251,4 +251,4 @@ def import_(
         pipeline.tags[tag] = "source"
     with client() as api:
         started = api.create_run(pipeline)
-    _follow(started.id)
+    follow(started.id)

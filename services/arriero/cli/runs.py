@@ -59,10 +59,11 @@ def run(
         if detach:
             show(started, lambda: started.id)
             return
-        _follow(started.id)
+        follow(started.id)
 
 
-def _follow(run_id: str) -> None:
+def follow(run_id: str) -> None:
+    """Show a run until it ends; exit 1 when it does not succeed."""
     with client() as api:
         if as_json():
             ended = api.wait(run_id)
@@ -177,7 +178,7 @@ def get(run_id: RunId, output: Output = Format.TABLE) -> None:
 @command
 def watch_(run_id: RunId, output: Output = Format.TABLE) -> None:
     """Follow a run until it ends; exit 1 when it does not succeed."""
-    _follow(run_id)
+    follow(run_id)
 
 
 @app.command()
@@ -226,4 +227,4 @@ def retry(
     if detach:
         show(again, lambda: again.id)
     else:
-        _follow(again.id)
+        follow(again.id)

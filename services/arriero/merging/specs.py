@@ -17,12 +17,12 @@ from arriero.gates import Mode, check_modes
 from arriero.gates.golden import TOKENS
 from arriero.merging import sources
 from arriero.merging.fold import plan_merge
+from arriero.operations.defaults import with_defaults
 from arriero.operations.job import gate_modes
 from arriero.operations.kinds import ResolveContext, Resolved
 from arriero.refs import is_name
 from arriero.store import Artifact
 from arriero.v1 import merging_pb2
-from arriero.weights.writer import DEFAULT_SHARD_SIZE
 
 __all__ = [
     "DTYPES",
@@ -54,12 +54,10 @@ def resolve_import(spec: merging_pb2.ImportSpec, context: ResolveContext) -> Res
         NotFound: a path where nothing is.
     """
     check_modes(spec.gates)
-    resolved = merging_pb2.ImportSpec()
-    resolved.CopyFrom(spec)
-    wanted = getattr(spec, "as") or "auto"
+    resolved = with_defaults(spec)
+    wanted = getattr(resolved, "as")
     if wanted not in _AS_FORMS:
         raise _unknown("as", wanted, _AS_FORMS)
-    resolved.dtype = spec.dtype or "bfloat16"
     if resolved.dtype not in DTYPES:
         raise _unknown("dtype", resolved.dtype, DTYPES)
     if spec.HasField("token_secret"):
@@ -167,14 +165,10 @@ def resolve_merge(spec: merging_pb2.MergeSpec, context: ResolveContext) -> Resol
         DataLoss: damaged files.
     """
     check_merge(spec, context)
-    resolved = merging_pb2.MergeSpec()
-    resolved.CopyFrom(spec)
+    resolved = with_defaults(spec)
     adapters = context.inputs["adapters"]
     if not spec.weights:
         resolved.weights.extend([1.0] * len(adapters))
-    resolved.dtype = spec.dtype or "auto"
-    if not spec.HasField("max_shard_size"):
-        resolved.max_shard_size = DEFAULT_SHARD_SIZE
     [base] = context.inputs["model"]
     plan = plan_merge(
         base.path, [adapter.path for adapter in adapters], resolved.weights, resolved.dtype

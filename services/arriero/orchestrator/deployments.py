@@ -9,6 +9,7 @@ from __future__ import annotations
 from arriero import refs
 from arriero.errors import FailedPrecondition, InvalidArgument
 from arriero.gates import check_modes, remedy
+from arriero.operations.defaults import with_defaults
 from arriero.store import Artifact, Store
 from arriero.v1 import pipeline_pb2
 
@@ -64,18 +65,9 @@ class Deployments:
         golden = spec.golden or model.manifest.golden or ""
         if golden:
             golden = self._artifact(golden, "report", "golden").digest
-        resolved = pipeline_pb2.DeploySpec()
-        resolved.CopyFrom(spec)
+        resolved = with_defaults(spec)
         resolved.model = model.digest
         resolved.golden = golden
-        for field, default in (
-            ("replicas", 1),
-            ("context", 0),
-            ("threads", 0),
-            ("timeout_seconds", 300),
-        ):
-            if not spec.HasField(field):  # type: ignore[arg-type]
-                setattr(resolved, field, default)
         return resolved
 
     def _artifact(self, ref: str, kind: str, field: str) -> Artifact:

@@ -307,8 +307,8 @@ class ScoreResponse(_message.Message):
     tokens: _builtins.int
     seconds: _builtins.float
     confident_disagreements: _builtins.int
-    """Mean KL of the top-1 disagreements' margins: positions where the golden
-    margin is above the measured noise and top-1 still differs.
+    """Positions where top-1 differs although golden's lead over its second is
+    above the measured noise.
     """
     def __init__(
         self,
