@@ -11,6 +11,7 @@ import grpc.aio
 from google.longrunning import operations_pb2
 
 from arriero.dataset.spec import SEMANTICS, check, resolve
+from arriero.errors import Unimplemented
 from arriero.operations.engine import Engine
 from arriero.operations.kinds import WorkKind
 from arriero.v1 import dataset_pb2, dataset_pb2_grpc
@@ -40,3 +41,27 @@ class DatasetServicer(dataset_pb2_grpc.DatasetServiceServicer):
     ) -> operations_pb2.Operation:
         """Start preparing a dataset."""
         return await self._engine.start(DATASET.name, request.spec, request.context)
+
+    async def PreviewDataset(
+        self,
+        request: dataset_pb2.PreviewDatasetRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> dataset_pb2.PreviewDatasetResponse:
+        """Render and count the first rows."""
+        raise Unimplemented("previews are not part of this build yet")
+
+    async def ExtendTokenizer(
+        self,
+        request: dataset_pb2.ExtendTokenizerRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> operations_pb2.Operation:
+        """Start extending a vocabulary."""
+        return await self._engine.start("extend_tokenizer", request.spec, request.context)
+
+    async def Transform(
+        self,
+        request: dataset_pb2.TransformRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> operations_pb2.Operation:
+        """Start rewriting rows through a model."""
+        return await self._engine.start("transform", request.spec, request.context)

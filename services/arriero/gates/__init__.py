@@ -39,12 +39,21 @@ class Verdict(StrEnum):
 # Every gate of this build, with its default mode.
 KNOWN_GATES: Mapping[str, Mode] = {
     "dataset.schema": Mode.ENFORCE,
+    "dataset.truncation": Mode.WARN,
     "dataset.labels": Mode.ENFORCE,
     "dataset.bos": Mode.ENFORCE,
+    "tokenizer.match": Mode.ENFORCE,
+    "train.finite": Mode.ENFORCE,
+    "train.resume": Mode.ENFORCE,
+    "train.improves": Mode.WARN,
     "adapter.health": Mode.ENFORCE,
     "merge.delta": Mode.ENFORCE,
     "merge.logits": Mode.ENFORCE,
+    "merge.vocab": Mode.ENFORCE,
     "gguf.tokens": Mode.ENFORCE,
+    "gguf.template": Mode.ENFORCE,
+    "gguf.rope": Mode.ENFORCE,
+    "quant.kld": Mode.ENFORCE,
     "serve.smoke": Mode.ENFORCE,
 }
 

@@ -61,6 +61,14 @@ class MergingService(merging_pb2_grpc.MergingServiceServicer):
         """Start folding adapters into a model."""
         return await self.engine.start("merge", request.spec, request.context)
 
+    async def Export(
+        self,
+        request: merging_pb2.ExportRequest,
+        context: grpc.aio.ServicerContext,  # type: ignore[type-arg]
+    ) -> operations_pb2.Operation:
+        """Start writing a model in another layout."""
+        return await self.engine.start("export", request.spec, request.context)
+
 
 def register(server: Server, engine: Engine) -> None:
     """Put the service on a server."""

@@ -60,11 +60,26 @@ _WORK: Mapping[str, _Work] = {
         dataset_pb2_grpc.DatasetServiceStub,
         dataset_pb2.PrepareDatasetRequest,
     ),
+    "extend_tokenizer": _Work(
+        "dataset",
+        "ExtendTokenizer",
+        dataset_pb2_grpc.DatasetServiceStub,
+        dataset_pb2.ExtendTokenizerRequest,
+    ),
+    "transform": _Work(
+        "dataset",
+        "Transform",
+        dataset_pb2_grpc.DatasetServiceStub,
+        dataset_pb2.TransformRequest,
+    ),
     "train": _Work(
         "training", "Train", training_pb2_grpc.TrainingServiceStub, training_pb2.TrainRequest
     ),
     "merge": _Work(
         "merging", "Merge", merging_pb2_grpc.MergingServiceStub, merging_pb2.MergeRequest
+    ),
+    "export": _Work(
+        "merging", "Export", merging_pb2_grpc.MergingServiceStub, merging_pb2.ExportRequest
     ),
     "quantize": _Work(
         "quantization",

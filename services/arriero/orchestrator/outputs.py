@@ -18,6 +18,8 @@ STAGE_KINDS = tuple(
 
 # What `import.as` may say; `auto` looks at the source.
 _IMPORT_KINDS = ("model", "adapter", "gguf")
+# Types of `quantize` that are Hugging Face checkpoints, not GGUF files.
+_BNB_TYPES = ("BNB_NF4", "BNB_INT8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +50,23 @@ def outputs_of(stage: pipeline_pb2.Stage) -> tuple[Output, ...]:
             has_val = stage.dataset.val_set_size > 0
             val = (Output("val", "dataset"),) if has_val else ()
             return (Output("train", "dataset"), *val, Output("report", "report"))
+        case "extend_tokenizer":
+            return (Output("model", "model"), Output("report", "report"))
+        case "transform":
+            return (Output("rows", "dataset"), Output("report", "report"))
         case "train":
-            return (Output("adapter", "adapter"), Output("golden", "report"))
+            tuned = "model" if stage.train.method == "full" else "adapter"
+            return (Output(tuned, tuned), Output("golden", "report"))
         case "merge":
             return (Output("model", "model"), Output("golden", "report", certain=False))
         case "quantize":
-            return tuple(Output(name.upper(), "gguf") for name in stage.quantize.types)
+            return tuple(
+                Output(name.upper(), "model" if name.upper() in _BNB_TYPES else "gguf")
+                for name in stage.quantize.types
+            )
+        case "export":
+            # One of them: what was given.
+            return tuple(Output(kind, kind, certain=False) for kind in _IMPORT_KINDS)
         case "evaluate":
             return (Output("chosen", "gguf"), Output("report", "report"))
         case _:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import grpc.aio
 
-from arriero.errors import ArrieroError, InvalidArgument
+from arriero.errors import ArrieroError, InvalidArgument, Unimplemented
 from arriero.orchestrator.artifacts import Upload, chunks, describe, tags_by_digest
 from arriero.orchestrator.endpoints import Endpoints
 from arriero.orchestrator.runs import Runs
@@ -61,6 +61,12 @@ class RunServicer(orchestrator_pb2_grpc.RunServiceServicer):
         """Again from what did not succeed."""
         run = await self._runs.retry(request.id, request_id=request.request_id)
         return pb.RetryRunResponse(run=run)
+
+    async def PreviewStage(
+        self, request: pb.PreviewStageRequest, _: _Context
+    ) -> pb.PreviewStageResponse:
+        """What a dataset stage would make of its first rows."""
+        raise Unimplemented("previews of stages are not part of this build yet")
 
     async def WatchRun(
         self, request: pb.WatchRunRequest, _: _Context
@@ -244,6 +250,13 @@ class ArtifactServicer(orchestrator_pb2_grpc.ArtifactServiceServicer):
                 await asyncio.to_thread(upload.close)
         described = await asyncio.to_thread(self._describe, [artifact.manifest])
         return pb.PushArtifactResponse(artifact=described[0])
+
+    async def VerifyArtifact(
+        self, request: pb.VerifyArtifactRequest, _: _Context
+    ) -> AsyncIterator[pb.VerifyArtifactResponse]:
+        """Every byte again, against the manifest."""
+        raise Unimplemented("verifying artifacts is not part of this build yet")
+        yield  # makes it a stream
 
     def _manifest(self, ref: str) -> Manifest:
         return self._store.manifest(self._store.resolve(ref))

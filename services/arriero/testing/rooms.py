@@ -325,9 +325,14 @@ def _outputs(kind: str, spec: Any) -> list[tuple[str, str]]:
         case "dataset":
             val = [("val", "dataset")] if spec.val_set_size else []
             return [("train", "dataset"), *val, ("report", "report")]
+        case "extend_tokenizer":
+            return [("model", "model"), ("report", "report")]
+        case "transform":
+            return [("rows", "dataset"), ("report", "report")]
         case "train":
-            return [("adapter", "adapter"), ("golden", "report")]
-        case "merge":
+            tuned = "model" if spec.method == "full" else "adapter"
+            return [(tuned, tuned), ("golden", "report")]
+        case "merge" | "export":
             return [("model", "model")]
         case "quantize":
             return [(name.upper(), "gguf") for name in spec.types]
@@ -349,7 +354,11 @@ def _register(server: Server, room: str, fake: FakeRooms) -> None:
             dataset_pb2_grpc.DatasetServiceServicer,
             dataset_pb2_grpc.add_DatasetServiceServicer_to_server,
             "arriero.v1.DatasetService",
-            {"PrepareDataset": "dataset"},
+            {
+                "PrepareDataset": "dataset",
+                "ExtendTokenizer": "extend_tokenizer",
+                "Transform": "transform",
+            },
         ),
         "training": (
             training_pb2_grpc.TrainingServiceServicer,
@@ -361,7 +370,7 @@ def _register(server: Server, room: str, fake: FakeRooms) -> None:
             merging_pb2_grpc.MergingServiceServicer,
             merging_pb2_grpc.add_MergingServiceServicer_to_server,
             "arriero.v1.MergingService",
-            {"Import": "import", "Merge": "merge"},
+            {"Import": "import", "Merge": "merge", "Export": "export"},
         ),
         "quantization": (
             quantization_pb2_grpc.QuantizationServiceServicer,

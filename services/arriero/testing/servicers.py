@@ -22,6 +22,7 @@ from arriero.errors import (
     InvalidArgument,
     NotFound,
     Unavailable,
+    Unimplemented,
 )
 from arriero.settings import ServerSettings
 from arriero.testing.replica import FakeInference
@@ -118,6 +119,12 @@ class FakeRuns(stubs.RunServiceServicer):
                         stage=stage.name, level="INFO", message=f"{stage.name} {what}", attempt=1
                     )
 
+    async def PreviewStage(
+        self, request: pb.PreviewStageRequest, context: Any
+    ) -> pb.PreviewStageResponse:
+        """Knows no rows."""
+        raise Unimplemented("the fake has no rows to preview")
+
     def _get(self, run: str) -> pb.Run:
         if run not in self.runs:
             raise NotFound(f"no run {run!r}")
@@ -133,6 +140,13 @@ class FakeArtifacts(stubs.ArtifactServiceServicer):
         tagged: digest by `kind/name:tag`.
         corrupt: send other bytes than the digests say.
     """
+
+    async def VerifyArtifact(
+        self, request: pb.VerifyArtifactRequest, context: Any
+    ) -> AsyncIterator[pb.VerifyArtifactResponse]:
+        """Knows no manifests."""
+        raise Unimplemented("the fake has no manifests to verify by")
+        yield  # makes it a stream
 
     def __init__(self) -> None:
         self.artifacts: dict[str, pb.Artifact] = {}

@@ -69,6 +69,26 @@ class DatasetSpec(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class ColumnsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     SOURCES_FIELD_NUMBER: _builtins.int
     FORMAT_FIELD_NUMBER: _builtins.int
     TOKENIZER_FIELD_NUMBER: _builtins.int
@@ -81,13 +101,29 @@ class DatasetSpec(_message.Message):
     ON_BAD_ROW_FIELD_NUMBER: _builtins.int
     MAX_ROWS_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    SOURCE_WEIGHTS_FIELD_NUMBER: _builtins.int
     GATES_FIELD_NUMBER: _builtins.int
+    OVER_LENGTH_FIELD_NUMBER: _builtins.int
+    MAX_TRUNCATED_SHARE_FIELD_NUMBER: _builtins.int
+    DEDUP_FIELD_NUMBER: _builtins.int
+    DEDUP_THRESHOLD_FIELD_NUMBER: _builtins.int
+    PACKING_FIELD_NUMBER: _builtins.int
+    NUM_PROC_FIELD_NUMBER: _builtins.int
+    COLUMNS_FIELD_NUMBER: _builtins.int
+    TOKEN_SECRET_FIELD_NUMBER: _builtins.int
     format: _builtins.str
-    """`alpaca` (instruction, input, output, optional system)."""
+    """`alpaca` (instruction, input, output, optional system and history),
+    `sharegpt` (conversations of from and value), `messages` (role and
+    content), `text` (plain text for continued pre-training), or `auto`: by the
+    first row.
+    """
     tokenizer: _builtins.str
     """The model or tokenizer whose tokenizer is used."""
     template: _builtins.str
-    """Template name, or `model` for the tokenizer's own chat template."""
+    """Template name, `model` for the tokenizer's own chat template, or the path of
+    a template file (`.json` as this project writes them, or `.jinja`).
+    """
     cutoff_len: _builtins.int
     """Longest row in tokens."""
     val_set_size: _builtins.float
@@ -101,10 +137,29 @@ class DatasetSpec(_message.Message):
     """`fail` or `skip` (counted, row numbers given)."""
     max_rows: _builtins.int
     """Keep the first n rows after shuffling; 0 keeps all."""
+    over_length: _builtins.str
+    """Rows longer than `cutoff_len`: `truncate`, `drop` (counted) or `fail`."""
+    max_truncated_share: _builtins.float
+    """Share of rows that may be truncated: the threshold of `dataset.truncation`."""
+    dedup: _builtins.str
+    """Rows that are said twice: `none` keeps them, `exact` drops equal rows, `near`
+    also those whose word shingles' Jaccard similarity is at least
+    `dedup_threshold`.
+    """
+    dedup_threshold: _builtins.float
+    packing: _builtins.bool
+    """Fill sequences of `cutoff_len` with several rows: position ids restart at
+    each row, and attention stays within it.
+    """
+    num_proc: _builtins.int
+    """Processes; 0 means one per CPU. Never changes the result."""
+    token_secret: _builtins.str
+    """Name of a secret with the hub's token."""
     @_builtins.property
     def sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Files or directories: paths that the service may read, or `dataset/...`
-        references of raw files in the store.
+        """Files or directories (JSON, JSONL, CSV, Parquet, text; also compressed):
+        paths that the service may read, `dataset/...` references of raw files in
+        the store, `s3://bucket/key`, `hf://datasets/org/name@revision/path`.
         """
 
     @_builtins.property
@@ -114,7 +169,21 @@ class DatasetSpec(_message.Message):
         """
 
     @_builtins.property
+    def rows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Raw rows that other stages made, such as `transform`; they follow `sources`."""
+
+    @_builtins.property
+    def source_weights(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """How often the rows of each source are taken, in the order of `sources` and
+        then `rows`: 2 takes each row twice, 0.5 half of them. Default: 1 each.
+        """
+
+    @_builtins.property
     def gates(self) -> _containers.ScalarMap[_builtins.str, _types_pb2.GateMode.ValueType]: ...
+    @_builtins.property
+    def columns(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Name in the rows of each field of the format: `instruction: question`."""
+
     def __init__(
         self,
         *,
@@ -130,26 +199,50 @@ class DatasetSpec(_message.Message):
         on_bad_row: _builtins.str | None = ...,
         max_rows: _builtins.int | None = ...,
         sha256: _abc.Iterable[_builtins.str] | None = ...,
+        rows: _abc.Iterable[_builtins.str] | None = ...,
+        source_weights: _abc.Iterable[_builtins.float] | None = ...,
         gates: _abc.Mapping[_builtins.str, _types_pb2.GateMode.ValueType] | None = ...,
+        over_length: _builtins.str | None = ...,
+        max_truncated_share: _builtins.float | None = ...,
+        dedup: _builtins.str | None = ...,
+        dedup_threshold: _builtins.float | None = ...,
+        packing: _builtins.bool | None = ...,
+        num_proc: _builtins.int | None = ...,
+        columns: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        token_secret: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_eos_token", b"_add_eos_token", "_cutoff_len", b"_cutoff_len", "_format", b"_format", "_max_rows", b"_max_rows", "_on_bad_row", b"_on_bad_row", "_seed", b"_seed", "_template", b"_template", "_train_on_inputs", b"_train_on_inputs", "_val_set_size", b"_val_set_size", "add_eos_token", b"add_eos_token", "cutoff_len", b"cutoff_len", "format", b"format", "max_rows", b"max_rows", "on_bad_row", b"on_bad_row", "seed", b"seed", "template", b"template", "train_on_inputs", b"train_on_inputs", "val_set_size", b"val_set_size"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_eos_token", b"_add_eos_token", "_cutoff_len", b"_cutoff_len", "_dedup", b"_dedup", "_dedup_threshold", b"_dedup_threshold", "_format", b"_format", "_max_rows", b"_max_rows", "_max_truncated_share", b"_max_truncated_share", "_num_proc", b"_num_proc", "_on_bad_row", b"_on_bad_row", "_over_length", b"_over_length", "_packing", b"_packing", "_seed", b"_seed", "_template", b"_template", "_token_secret", b"_token_secret", "_train_on_inputs", b"_train_on_inputs", "_val_set_size", b"_val_set_size", "add_eos_token", b"add_eos_token", "cutoff_len", b"cutoff_len", "dedup", b"dedup", "dedup_threshold", b"dedup_threshold", "format", b"format", "max_rows", b"max_rows", "max_truncated_share", b"max_truncated_share", "num_proc", b"num_proc", "on_bad_row", b"on_bad_row", "over_length", b"over_length", "packing", b"packing", "seed", b"seed", "template", b"template", "token_secret", b"token_secret", "train_on_inputs", b"train_on_inputs", "val_set_size", b"val_set_size"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_eos_token", b"_add_eos_token", "_cutoff_len", b"_cutoff_len", "_format", b"_format", "_max_rows", b"_max_rows", "_on_bad_row", b"_on_bad_row", "_seed", b"_seed", "_template", b"_template", "_train_on_inputs", b"_train_on_inputs", "_val_set_size", b"_val_set_size", "add_eos_token", b"add_eos_token", "cutoff_len", b"cutoff_len", "format", b"format", "gates", b"gates", "max_rows", b"max_rows", "on_bad_row", b"on_bad_row", "seed", b"seed", "sha256", b"sha256", "sources", b"sources", "template", b"template", "tokenizer", b"tokenizer", "train_on_inputs", b"train_on_inputs", "val_set_size", b"val_set_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_eos_token", b"_add_eos_token", "_cutoff_len", b"_cutoff_len", "_dedup", b"_dedup", "_dedup_threshold", b"_dedup_threshold", "_format", b"_format", "_max_rows", b"_max_rows", "_max_truncated_share", b"_max_truncated_share", "_num_proc", b"_num_proc", "_on_bad_row", b"_on_bad_row", "_over_length", b"_over_length", "_packing", b"_packing", "_seed", b"_seed", "_template", b"_template", "_token_secret", b"_token_secret", "_train_on_inputs", b"_train_on_inputs", "_val_set_size", b"_val_set_size", "add_eos_token", b"add_eos_token", "columns", b"columns", "cutoff_len", b"cutoff_len", "dedup", b"dedup", "dedup_threshold", b"dedup_threshold", "format", b"format", "gates", b"gates", "max_rows", b"max_rows", "max_truncated_share", b"max_truncated_share", "num_proc", b"num_proc", "on_bad_row", b"on_bad_row", "over_length", b"over_length", "packing", b"packing", "rows", b"rows", "seed", b"seed", "sha256", b"sha256", "source_weights", b"source_weights", "sources", b"sources", "template", b"template", "token_secret", b"token_secret", "tokenizer", b"tokenizer", "train_on_inputs", b"train_on_inputs", "val_set_size", b"val_set_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__add_eos_token: _TypeAlias = _typing.Literal["add_eos_token"]  # noqa: Y015
     _WhichOneofArgType__add_eos_token: _TypeAlias = _typing.Literal["_add_eos_token", b"_add_eos_token"]  # noqa: Y015
     _WhichOneofReturnType__cutoff_len: _TypeAlias = _typing.Literal["cutoff_len"]  # noqa: Y015
     _WhichOneofArgType__cutoff_len: _TypeAlias = _typing.Literal["_cutoff_len", b"_cutoff_len"]  # noqa: Y015
+    _WhichOneofReturnType__dedup: _TypeAlias = _typing.Literal["dedup"]  # noqa: Y015
+    _WhichOneofArgType__dedup: _TypeAlias = _typing.Literal["_dedup", b"_dedup"]  # noqa: Y015
+    _WhichOneofReturnType__dedup_threshold: _TypeAlias = _typing.Literal["dedup_threshold"]  # noqa: Y015
+    _WhichOneofArgType__dedup_threshold: _TypeAlias = _typing.Literal["_dedup_threshold", b"_dedup_threshold"]  # noqa: Y015
     _WhichOneofReturnType__format: _TypeAlias = _typing.Literal["format"]  # noqa: Y015
     _WhichOneofArgType__format: _TypeAlias = _typing.Literal["_format", b"_format"]  # noqa: Y015
     _WhichOneofReturnType__max_rows: _TypeAlias = _typing.Literal["max_rows"]  # noqa: Y015
     _WhichOneofArgType__max_rows: _TypeAlias = _typing.Literal["_max_rows", b"_max_rows"]  # noqa: Y015
+    _WhichOneofReturnType__max_truncated_share: _TypeAlias = _typing.Literal["max_truncated_share"]  # noqa: Y015
+    _WhichOneofArgType__max_truncated_share: _TypeAlias = _typing.Literal["_max_truncated_share", b"_max_truncated_share"]  # noqa: Y015
+    _WhichOneofReturnType__num_proc: _TypeAlias = _typing.Literal["num_proc"]  # noqa: Y015
+    _WhichOneofArgType__num_proc: _TypeAlias = _typing.Literal["_num_proc", b"_num_proc"]  # noqa: Y015
     _WhichOneofReturnType__on_bad_row: _TypeAlias = _typing.Literal["on_bad_row"]  # noqa: Y015
     _WhichOneofArgType__on_bad_row: _TypeAlias = _typing.Literal["_on_bad_row", b"_on_bad_row"]  # noqa: Y015
+    _WhichOneofReturnType__over_length: _TypeAlias = _typing.Literal["over_length"]  # noqa: Y015
+    _WhichOneofArgType__over_length: _TypeAlias = _typing.Literal["_over_length", b"_over_length"]  # noqa: Y015
+    _WhichOneofReturnType__packing: _TypeAlias = _typing.Literal["packing"]  # noqa: Y015
+    _WhichOneofArgType__packing: _TypeAlias = _typing.Literal["_packing", b"_packing"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     _WhichOneofReturnType__template: _TypeAlias = _typing.Literal["template"]  # noqa: Y015
     _WhichOneofArgType__template: _TypeAlias = _typing.Literal["_template", b"_template"]  # noqa: Y015
+    _WhichOneofReturnType__token_secret: _TypeAlias = _typing.Literal["token_secret"]  # noqa: Y015
+    _WhichOneofArgType__token_secret: _TypeAlias = _typing.Literal["_token_secret", b"_token_secret"]  # noqa: Y015
     _WhichOneofReturnType__train_on_inputs: _TypeAlias = _typing.Literal["train_on_inputs"]  # noqa: Y015
     _WhichOneofArgType__train_on_inputs: _TypeAlias = _typing.Literal["_train_on_inputs", b"_train_on_inputs"]  # noqa: Y015
     _WhichOneofReturnType__val_set_size: _TypeAlias = _typing.Literal["val_set_size"]  # noqa: Y015
@@ -159,18 +252,563 @@ class DatasetSpec(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__cutoff_len) -> _WhichOneofReturnType__cutoff_len | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__dedup) -> _WhichOneofReturnType__dedup | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__dedup_threshold) -> _WhichOneofReturnType__dedup_threshold | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__format) -> _WhichOneofReturnType__format | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_rows) -> _WhichOneofReturnType__max_rows | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_truncated_share) -> _WhichOneofReturnType__max_truncated_share | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__num_proc) -> _WhichOneofReturnType__num_proc | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__on_bad_row) -> _WhichOneofReturnType__on_bad_row | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__over_length) -> _WhichOneofReturnType__over_length | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__packing) -> _WhichOneofReturnType__packing | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__template) -> _WhichOneofReturnType__template | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__token_secret) -> _WhichOneofReturnType__token_secret | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__train_on_inputs) -> _WhichOneofReturnType__train_on_inputs | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__val_set_size) -> _WhichOneofReturnType__val_set_size | None: ...
 
 Global___DatasetSpec: _TypeAlias = DatasetSpec  # noqa: Y015
+
+@_typing.final
+class PreviewDatasetRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPEC_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    samples: _builtins.int
+    """Rows to render; default 3, at most 20."""
+    rows: _builtins.int
+    """Rows to count over; default 1000, at most 10000."""
+    @_builtins.property
+    def spec(self) -> Global___DatasetSpec:
+        """Inputs are digests, as in PrepareDataset."""
+
+    def __init__(
+        self,
+        *,
+        spec: Global___DatasetSpec | None = ...,
+        samples: _builtins.int = ...,
+        rows: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rows", b"rows", "samples", b"samples", "spec", b"spec"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PreviewDatasetRequest: _TypeAlias = PreviewDatasetRequest  # noqa: Y015
+
+@_typing.final
+class PreviewDatasetResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    ALL_ROWS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    TRAINED_TOKENS_FIELD_NUMBER: _builtins.int
+    TRUNCATED_ROWS_FIELD_NUMBER: _builtins.int
+    DUPLICATE_ROWS_FIELD_NUMBER: _builtins.int
+    LENGTHS_FIELD_NUMBER: _builtins.int
+    BAD_ROWS_FIELD_NUMBER: _builtins.int
+    BAD_ROW_COUNT_FIELD_NUMBER: _builtins.int
+    TEMPLATE_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    rows: _builtins.int
+    """Rows that were looked at, and whether these are all."""
+    all_rows: _builtins.bool
+    tokens: _builtins.int
+    trained_tokens: _builtins.int
+    truncated_rows: _builtins.int
+    duplicate_rows: _builtins.int
+    bad_row_count: _builtins.int
+    template: _builtins.str
+    """Name of the template that the rows were rendered with."""
+    format: _builtins.str
+    """What the format was found to be."""
+    @_builtins.property
+    def samples(self) -> _containers.RepeatedCompositeFieldContainer[Global___PreviewSample]: ...
+    @_builtins.property
+    def lengths(self) -> _containers.RepeatedCompositeFieldContainer[Global___LengthBucket]: ...
+    @_builtins.property
+    def bad_rows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Rows that cannot be used, by file and row, and why; the first ones."""
+
+    def __init__(
+        self,
+        *,
+        samples: _abc.Iterable[Global___PreviewSample] | None = ...,
+        rows: _builtins.int = ...,
+        all_rows: _builtins.bool = ...,
+        tokens: _builtins.int = ...,
+        trained_tokens: _builtins.int = ...,
+        truncated_rows: _builtins.int = ...,
+        duplicate_rows: _builtins.int = ...,
+        lengths: _abc.Iterable[Global___LengthBucket] | None = ...,
+        bad_rows: _abc.Iterable[_builtins.str] | None = ...,
+        bad_row_count: _builtins.int = ...,
+        template: _builtins.str = ...,
+        format: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_rows", b"all_rows", "bad_row_count", b"bad_row_count", "bad_rows", b"bad_rows", "duplicate_rows", b"duplicate_rows", "format", b"format", "lengths", b"lengths", "rows", b"rows", "samples", b"samples", "template", b"template", "tokens", b"tokens", "trained_tokens", b"trained_tokens", "truncated_rows", b"truncated_rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PreviewDatasetResponse: _TypeAlias = PreviewDatasetResponse  # noqa: Y015
+
+@_typing.final
+class PreviewSample(_message.Message):
+    """One row as it will be trained on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILE_FIELD_NUMBER: _builtins.int
+    ROW_FIELD_NUMBER: _builtins.int
+    TRUNCATED_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    file: _builtins.str
+    row: _builtins.int
+    truncated: _builtins.bool
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___PreviewToken]: ...
+    def __init__(
+        self,
+        *,
+        file: _builtins.str = ...,
+        row: _builtins.int = ...,
+        truncated: _builtins.bool = ...,
+        tokens: _abc.Iterable[Global___PreviewToken] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "row", b"row", "tokens", b"tokens", "truncated", b"truncated"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PreviewSample: _TypeAlias = PreviewSample  # noqa: Y015
+
+@_typing.final
+class PreviewToken(_message.Message):
+    """One token: its text, its id, and whether its label counts in the loss."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    TRAINED_FIELD_NUMBER: _builtins.int
+    SPECIAL_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    id: _builtins.int
+    trained: _builtins.bool
+    special: _builtins.bool
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        id: _builtins.int = ...,
+        trained: _builtins.bool = ...,
+        special: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "special", b"special", "text", b"text", "trained", b"trained"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PreviewToken: _TypeAlias = PreviewToken  # noqa: Y015
+
+@_typing.final
+class LengthBucket(_message.Message):
+    """Rows longer than the bucket before, and up to `up_to` tokens."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UP_TO_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    up_to: _builtins.int
+    rows: _builtins.int
+    def __init__(
+        self,
+        *,
+        up_to: _builtins.int = ...,
+        rows: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rows", b"rows", "up_to", b"up_to"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LengthBucket: _TypeAlias = LengthBucket  # noqa: Y015
+
+@_typing.final
+class ExtendTokenizerRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    SPEC_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def context(self) -> _types_pb2.StageContext: ...
+    @_builtins.property
+    def spec(self) -> Global___ExtendTokenizerSpec: ...
+    def __init__(
+        self,
+        *,
+        context: _types_pb2.StageContext | None = ...,
+        spec: Global___ExtendTokenizerSpec | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "spec", b"spec"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExtendTokenizerRequest: _TypeAlias = ExtendTokenizerRequest  # noqa: Y015
+
+@_typing.final
+class ExtendTokenizerSpec(_message.Message):
+    """Stage `extend_tokenizer`: outputs `model` (embeddings resized), `report`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class GatesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _types_pb2.GateMode.ValueType
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _types_pb2.GateMode.ValueType = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    CORPUS_FIELD_NUMBER: _builtins.int
+    VOCAB_SIZE_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    PIECES_FROM_FIELD_NUMBER: _builtins.int
+    MODEL_TYPE_FIELD_NUMBER: _builtins.int
+    CHARACTER_COVERAGE_FIELD_NUMBER: _builtins.int
+    EMBEDDING_INIT_FIELD_NUMBER: _builtins.int
+    PAD_TO_MULTIPLE_OF_FIELD_NUMBER: _builtins.int
+    HELD_OUT_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    MAX_CORPUS_BYTES_FIELD_NUMBER: _builtins.int
+    GATES_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    vocab_size: _builtins.int
+    """Tokens in all afterwards; 0: the old ones and all of `tokens`, or all new
+    pieces of `pieces_from`.
+    """
+    pieces_from: _builtins.str
+    """A tokenizer whose pieces are taken instead of learning from a corpus."""
+    model_type: _builtins.str
+    """SentencePiece trainer: `bpe` or `unigram`."""
+    character_coverage: _builtins.float
+    embedding_init: _builtins.str
+    """Initial rows of new tokens: `mean` of the rows of the old pieces that a new
+    one is made of, or `mean_all` of all rows.
+    """
+    pad_to_multiple_of: _builtins.int
+    """Embedding rows are padded to a multiple of this; 1 adds none."""
+    held_out: _builtins.float
+    """Share of the corpus held out to report the compression gained on."""
+    seed: _builtins.int
+    max_corpus_bytes: _builtins.int
+    """Bytes of text to learn from at most, taken evenly; 0 takes all."""
+    @_builtins.property
+    def corpus(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Text to learn new pieces from, as `DatasetSpec.sources`."""
+
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Tokens to add as they are."""
+
+    @_builtins.property
+    def sha256(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """As in DatasetSpec, of `corpus`."""
+
+    @_builtins.property
+    def gates(self) -> _containers.ScalarMap[_builtins.str, _types_pb2.GateMode.ValueType]: ...
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        corpus: _abc.Iterable[_builtins.str] | None = ...,
+        vocab_size: _builtins.int | None = ...,
+        tokens: _abc.Iterable[_builtins.str] | None = ...,
+        pieces_from: _builtins.str | None = ...,
+        model_type: _builtins.str | None = ...,
+        character_coverage: _builtins.float | None = ...,
+        embedding_init: _builtins.str | None = ...,
+        pad_to_multiple_of: _builtins.int | None = ...,
+        held_out: _builtins.float | None = ...,
+        seed: _builtins.int | None = ...,
+        sha256: _abc.Iterable[_builtins.str] | None = ...,
+        max_corpus_bytes: _builtins.int | None = ...,
+        gates: _abc.Mapping[_builtins.str, _types_pb2.GateMode.ValueType] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_character_coverage", b"_character_coverage", "_embedding_init", b"_embedding_init", "_held_out", b"_held_out", "_max_corpus_bytes", b"_max_corpus_bytes", "_model_type", b"_model_type", "_pad_to_multiple_of", b"_pad_to_multiple_of", "_pieces_from", b"_pieces_from", "_seed", b"_seed", "_vocab_size", b"_vocab_size", "character_coverage", b"character_coverage", "embedding_init", b"embedding_init", "held_out", b"held_out", "max_corpus_bytes", b"max_corpus_bytes", "model_type", b"model_type", "pad_to_multiple_of", b"pad_to_multiple_of", "pieces_from", b"pieces_from", "seed", b"seed", "vocab_size", b"vocab_size"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_character_coverage", b"_character_coverage", "_embedding_init", b"_embedding_init", "_held_out", b"_held_out", "_max_corpus_bytes", b"_max_corpus_bytes", "_model_type", b"_model_type", "_pad_to_multiple_of", b"_pad_to_multiple_of", "_pieces_from", b"_pieces_from", "_seed", b"_seed", "_vocab_size", b"_vocab_size", "character_coverage", b"character_coverage", "corpus", b"corpus", "embedding_init", b"embedding_init", "gates", b"gates", "held_out", b"held_out", "max_corpus_bytes", b"max_corpus_bytes", "model", b"model", "model_type", b"model_type", "pad_to_multiple_of", b"pad_to_multiple_of", "pieces_from", b"pieces_from", "seed", b"seed", "sha256", b"sha256", "tokens", b"tokens", "vocab_size", b"vocab_size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__character_coverage: _TypeAlias = _typing.Literal["character_coverage"]  # noqa: Y015
+    _WhichOneofArgType__character_coverage: _TypeAlias = _typing.Literal["_character_coverage", b"_character_coverage"]  # noqa: Y015
+    _WhichOneofReturnType__embedding_init: _TypeAlias = _typing.Literal["embedding_init"]  # noqa: Y015
+    _WhichOneofArgType__embedding_init: _TypeAlias = _typing.Literal["_embedding_init", b"_embedding_init"]  # noqa: Y015
+    _WhichOneofReturnType__held_out: _TypeAlias = _typing.Literal["held_out"]  # noqa: Y015
+    _WhichOneofArgType__held_out: _TypeAlias = _typing.Literal["_held_out", b"_held_out"]  # noqa: Y015
+    _WhichOneofReturnType__max_corpus_bytes: _TypeAlias = _typing.Literal["max_corpus_bytes"]  # noqa: Y015
+    _WhichOneofArgType__max_corpus_bytes: _TypeAlias = _typing.Literal["_max_corpus_bytes", b"_max_corpus_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__model_type: _TypeAlias = _typing.Literal["model_type"]  # noqa: Y015
+    _WhichOneofArgType__model_type: _TypeAlias = _typing.Literal["_model_type", b"_model_type"]  # noqa: Y015
+    _WhichOneofReturnType__pad_to_multiple_of: _TypeAlias = _typing.Literal["pad_to_multiple_of"]  # noqa: Y015
+    _WhichOneofArgType__pad_to_multiple_of: _TypeAlias = _typing.Literal["_pad_to_multiple_of", b"_pad_to_multiple_of"]  # noqa: Y015
+    _WhichOneofReturnType__pieces_from: _TypeAlias = _typing.Literal["pieces_from"]  # noqa: Y015
+    _WhichOneofArgType__pieces_from: _TypeAlias = _typing.Literal["_pieces_from", b"_pieces_from"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__vocab_size: _TypeAlias = _typing.Literal["vocab_size"]  # noqa: Y015
+    _WhichOneofArgType__vocab_size: _TypeAlias = _typing.Literal["_vocab_size", b"_vocab_size"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__character_coverage) -> _WhichOneofReturnType__character_coverage | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__embedding_init) -> _WhichOneofReturnType__embedding_init | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__held_out) -> _WhichOneofReturnType__held_out | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_corpus_bytes) -> _WhichOneofReturnType__max_corpus_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__model_type) -> _WhichOneofReturnType__model_type | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pad_to_multiple_of) -> _WhichOneofReturnType__pad_to_multiple_of | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pieces_from) -> _WhichOneofReturnType__pieces_from | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__vocab_size) -> _WhichOneofReturnType__vocab_size | None: ...
+
+Global___ExtendTokenizerSpec: _TypeAlias = ExtendTokenizerSpec  # noqa: Y015
+
+@_typing.final
+class TransformRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    SPEC_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def context(self) -> _types_pb2.StageContext: ...
+    @_builtins.property
+    def spec(self) -> Global___TransformSpec: ...
+    def __init__(
+        self,
+        *,
+        context: _types_pb2.StageContext | None = ...,
+        spec: Global___TransformSpec | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "spec", b"spec"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TransformRequest: _TypeAlias = TransformRequest  # noqa: Y015
+
+@_typing.final
+class TransformSpec(_message.Message):
+    """Stage `transform`: outputs `rows` (raw rows), `report`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class GatesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _types_pb2.GateMode.ValueType
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _types_pb2.GateMode.ValueType = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    SOURCES_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    ENDPOINT_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
+    SYSTEM_FIELD_NUMBER: _builtins.int
+    FIELDS_FIELD_NUMBER: _builtins.int
+    API_KEY_SECRET_FIELD_NUMBER: _builtins.int
+    CONCURRENCY_FIELD_NUMBER: _builtins.int
+    REQUESTS_PER_MINUTE_FIELD_NUMBER: _builtins.int
+    TOKENS_PER_MINUTE_FIELD_NUMBER: _builtins.int
+    MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    TEMPERATURE_FIELD_NUMBER: _builtins.int
+    MAX_RETRIES_FIELD_NUMBER: _builtins.int
+    GATES_FIELD_NUMBER: _builtins.int
+    TIMEOUT_SECONDS_FIELD_NUMBER: _builtins.int
+    MAX_FAILED_SHARE_FIELD_NUMBER: _builtins.int
+    MAX_ROWS_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    endpoint: _builtins.str
+    """Base URL of an OpenAI-compatible API, such as `http://host:8000/v1`."""
+    model: _builtins.str
+    """Model name to ask for."""
+    prompt: _builtins.str
+    """Jinja template of the user message; the row's fields are its variables."""
+    system: _builtins.str
+    api_key_secret: _builtins.str
+    """Name of a secret with the API key."""
+    concurrency: _builtins.int
+    """Requests in flight at once."""
+    requests_per_minute: _builtins.int
+    """Limits; 0 means none."""
+    tokens_per_minute: _builtins.int
+    max_tokens: _builtins.int
+    temperature: _builtins.float
+    max_retries: _builtins.int
+    """Tries of one row after the first."""
+    timeout_seconds: _builtins.int
+    """Seconds until an answer must be complete."""
+    max_failed_share: _builtins.float
+    """Share of rows that may fail; they are listed in the report, never dropped
+    silently. Above it the stage fails and keeps the answers for its retry.
+    """
+    max_rows: _builtins.int
+    """Keep the first n rows; 0 keeps all."""
+    seed: _builtins.int
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """As `DatasetSpec.sources`."""
+
+    @_builtins.property
+    def rows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Raw rows that other stages made; they follow `sources`."""
+
+    @_builtins.property
+    def fields(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Fields that the answer gives: one name takes the whole text; several are
+        read from a JSON object in the answer.
+        """
+
+    @_builtins.property
+    def gates(self) -> _containers.ScalarMap[_builtins.str, _types_pb2.GateMode.ValueType]: ...
+    @_builtins.property
+    def sha256(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """As in DatasetSpec, of `sources`."""
+
+    def __init__(
+        self,
+        *,
+        sources: _abc.Iterable[_builtins.str] | None = ...,
+        rows: _abc.Iterable[_builtins.str] | None = ...,
+        endpoint: _builtins.str = ...,
+        model: _builtins.str = ...,
+        prompt: _builtins.str = ...,
+        system: _builtins.str | None = ...,
+        fields: _abc.Iterable[_builtins.str] | None = ...,
+        api_key_secret: _builtins.str | None = ...,
+        concurrency: _builtins.int | None = ...,
+        requests_per_minute: _builtins.int | None = ...,
+        tokens_per_minute: _builtins.int | None = ...,
+        max_tokens: _builtins.int | None = ...,
+        temperature: _builtins.float | None = ...,
+        max_retries: _builtins.int | None = ...,
+        gates: _abc.Mapping[_builtins.str, _types_pb2.GateMode.ValueType] | None = ...,
+        timeout_seconds: _builtins.int | None = ...,
+        max_failed_share: _builtins.float | None = ...,
+        max_rows: _builtins.int | None = ...,
+        seed: _builtins.int | None = ...,
+        sha256: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_api_key_secret", b"_api_key_secret", "_concurrency", b"_concurrency", "_max_failed_share", b"_max_failed_share", "_max_retries", b"_max_retries", "_max_rows", b"_max_rows", "_max_tokens", b"_max_tokens", "_requests_per_minute", b"_requests_per_minute", "_seed", b"_seed", "_system", b"_system", "_temperature", b"_temperature", "_timeout_seconds", b"_timeout_seconds", "_tokens_per_minute", b"_tokens_per_minute", "api_key_secret", b"api_key_secret", "concurrency", b"concurrency", "max_failed_share", b"max_failed_share", "max_retries", b"max_retries", "max_rows", b"max_rows", "max_tokens", b"max_tokens", "requests_per_minute", b"requests_per_minute", "seed", b"seed", "system", b"system", "temperature", b"temperature", "timeout_seconds", b"timeout_seconds", "tokens_per_minute", b"tokens_per_minute"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_api_key_secret", b"_api_key_secret", "_concurrency", b"_concurrency", "_max_failed_share", b"_max_failed_share", "_max_retries", b"_max_retries", "_max_rows", b"_max_rows", "_max_tokens", b"_max_tokens", "_requests_per_minute", b"_requests_per_minute", "_seed", b"_seed", "_system", b"_system", "_temperature", b"_temperature", "_timeout_seconds", b"_timeout_seconds", "_tokens_per_minute", b"_tokens_per_minute", "api_key_secret", b"api_key_secret", "concurrency", b"concurrency", "endpoint", b"endpoint", "fields", b"fields", "gates", b"gates", "max_failed_share", b"max_failed_share", "max_retries", b"max_retries", "max_rows", b"max_rows", "max_tokens", b"max_tokens", "model", b"model", "prompt", b"prompt", "requests_per_minute", b"requests_per_minute", "rows", b"rows", "seed", b"seed", "sha256", b"sha256", "sources", b"sources", "system", b"system", "temperature", b"temperature", "timeout_seconds", b"timeout_seconds", "tokens_per_minute", b"tokens_per_minute"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__api_key_secret: _TypeAlias = _typing.Literal["api_key_secret"]  # noqa: Y015
+    _WhichOneofArgType__api_key_secret: _TypeAlias = _typing.Literal["_api_key_secret", b"_api_key_secret"]  # noqa: Y015
+    _WhichOneofReturnType__concurrency: _TypeAlias = _typing.Literal["concurrency"]  # noqa: Y015
+    _WhichOneofArgType__concurrency: _TypeAlias = _typing.Literal["_concurrency", b"_concurrency"]  # noqa: Y015
+    _WhichOneofReturnType__max_failed_share: _TypeAlias = _typing.Literal["max_failed_share"]  # noqa: Y015
+    _WhichOneofArgType__max_failed_share: _TypeAlias = _typing.Literal["_max_failed_share", b"_max_failed_share"]  # noqa: Y015
+    _WhichOneofReturnType__max_retries: _TypeAlias = _typing.Literal["max_retries"]  # noqa: Y015
+    _WhichOneofArgType__max_retries: _TypeAlias = _typing.Literal["_max_retries", b"_max_retries"]  # noqa: Y015
+    _WhichOneofReturnType__max_rows: _TypeAlias = _typing.Literal["max_rows"]  # noqa: Y015
+    _WhichOneofArgType__max_rows: _TypeAlias = _typing.Literal["_max_rows", b"_max_rows"]  # noqa: Y015
+    _WhichOneofReturnType__max_tokens: _TypeAlias = _typing.Literal["max_tokens"]  # noqa: Y015
+    _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__requests_per_minute: _TypeAlias = _typing.Literal["requests_per_minute"]  # noqa: Y015
+    _WhichOneofArgType__requests_per_minute: _TypeAlias = _typing.Literal["_requests_per_minute", b"_requests_per_minute"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__system: _TypeAlias = _typing.Literal["system"]  # noqa: Y015
+    _WhichOneofArgType__system: _TypeAlias = _typing.Literal["_system", b"_system"]  # noqa: Y015
+    _WhichOneofReturnType__temperature: _TypeAlias = _typing.Literal["temperature"]  # noqa: Y015
+    _WhichOneofArgType__temperature: _TypeAlias = _typing.Literal["_temperature", b"_temperature"]  # noqa: Y015
+    _WhichOneofReturnType__timeout_seconds: _TypeAlias = _typing.Literal["timeout_seconds"]  # noqa: Y015
+    _WhichOneofArgType__timeout_seconds: _TypeAlias = _typing.Literal["_timeout_seconds", b"_timeout_seconds"]  # noqa: Y015
+    _WhichOneofReturnType__tokens_per_minute: _TypeAlias = _typing.Literal["tokens_per_minute"]  # noqa: Y015
+    _WhichOneofArgType__tokens_per_minute: _TypeAlias = _typing.Literal["_tokens_per_minute", b"_tokens_per_minute"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__api_key_secret) -> _WhichOneofReturnType__api_key_secret | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__concurrency) -> _WhichOneofReturnType__concurrency | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_failed_share) -> _WhichOneofReturnType__max_failed_share | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_retries) -> _WhichOneofReturnType__max_retries | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_rows) -> _WhichOneofReturnType__max_rows | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_tokens) -> _WhichOneofReturnType__max_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__requests_per_minute) -> _WhichOneofReturnType__requests_per_minute | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__system) -> _WhichOneofReturnType__system | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature) -> _WhichOneofReturnType__temperature | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__timeout_seconds) -> _WhichOneofReturnType__timeout_seconds | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tokens_per_minute) -> _WhichOneofReturnType__tokens_per_minute | None: ...
+
+Global___TransformSpec: _TypeAlias = TransformSpec  # noqa: Y015

@@ -41,6 +41,21 @@ class DatasetServiceStub:
                 request_serializer=arriero_dot_v1_dot_dataset__pb2.PrepareDatasetRequest.SerializeToString,
                 response_deserializer=google_dot_longrunning_dot_operations__pb2.Operation.FromString,
                 _registered_method=True)
+        self.PreviewDataset = channel.unary_unary(
+                '/arriero.v1.DatasetService/PreviewDataset',
+                request_serializer=arriero_dot_v1_dot_dataset__pb2.PreviewDatasetRequest.SerializeToString,
+                response_deserializer=arriero_dot_v1_dot_dataset__pb2.PreviewDatasetResponse.FromString,
+                _registered_method=True)
+        self.ExtendTokenizer = channel.unary_unary(
+                '/arriero.v1.DatasetService/ExtendTokenizer',
+                request_serializer=arriero_dot_v1_dot_dataset__pb2.ExtendTokenizerRequest.SerializeToString,
+                response_deserializer=google_dot_longrunning_dot_operations__pb2.Operation.FromString,
+                _registered_method=True)
+        self.Transform = channel.unary_unary(
+                '/arriero.v1.DatasetService/Transform',
+                request_serializer=arriero_dot_v1_dot_dataset__pb2.TransformRequest.SerializeToString,
+                response_deserializer=google_dot_longrunning_dot_operations__pb2.Operation.FromString,
+                _registered_method=True)
 
 
 class DatasetServiceServicer:
@@ -56,12 +71,52 @@ class DatasetServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PreviewDataset(self, request, context):
+        """Renders and tokenizes the first rows as PrepareDataset would, and counts
+        what it sees. Read-only, safe to retry; starts no job, stores nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExtendTokenizer(self, request, context):
+        """Starts extending a model's vocabulary. Idempotent by `context.request_id`;
+        retry on UNAVAILABLE. Cancelling publishes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Transform(self, request, context):
+        """Starts rewriting rows by prompting a model. Idempotent by
+        `context.request_id`; retry on UNAVAILABLE. Answers that were paid for
+        survive a kill and a cancel; cancelling publishes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DatasetServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'PrepareDataset': grpc.unary_unary_rpc_method_handler(
                     servicer.PrepareDataset,
                     request_deserializer=arriero_dot_v1_dot_dataset__pb2.PrepareDatasetRequest.FromString,
+                    response_serializer=google_dot_longrunning_dot_operations__pb2.Operation.SerializeToString,
+            ),
+            'PreviewDataset': grpc.unary_unary_rpc_method_handler(
+                    servicer.PreviewDataset,
+                    request_deserializer=arriero_dot_v1_dot_dataset__pb2.PreviewDatasetRequest.FromString,
+                    response_serializer=arriero_dot_v1_dot_dataset__pb2.PreviewDatasetResponse.SerializeToString,
+            ),
+            'ExtendTokenizer': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExtendTokenizer,
+                    request_deserializer=arriero_dot_v1_dot_dataset__pb2.ExtendTokenizerRequest.FromString,
+                    response_serializer=google_dot_longrunning_dot_operations__pb2.Operation.SerializeToString,
+            ),
+            'Transform': grpc.unary_unary_rpc_method_handler(
+                    servicer.Transform,
+                    request_deserializer=arriero_dot_v1_dot_dataset__pb2.TransformRequest.FromString,
                     response_serializer=google_dot_longrunning_dot_operations__pb2.Operation.SerializeToString,
             ),
     }
@@ -92,6 +147,87 @@ class DatasetService:
             target,
             '/arriero.v1.DatasetService/PrepareDataset',
             arriero_dot_v1_dot_dataset__pb2.PrepareDatasetRequest.SerializeToString,
+            google_dot_longrunning_dot_operations__pb2.Operation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PreviewDataset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/arriero.v1.DatasetService/PreviewDataset',
+            arriero_dot_v1_dot_dataset__pb2.PreviewDatasetRequest.SerializeToString,
+            arriero_dot_v1_dot_dataset__pb2.PreviewDatasetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExtendTokenizer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/arriero.v1.DatasetService/ExtendTokenizer',
+            arriero_dot_v1_dot_dataset__pb2.ExtendTokenizerRequest.SerializeToString,
+            google_dot_longrunning_dot_operations__pb2.Operation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Transform(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/arriero.v1.DatasetService/Transform',
+            arriero_dot_v1_dot_dataset__pb2.TransformRequest.SerializeToString,
             google_dot_longrunning_dot_operations__pb2.Operation.FromString,
             options,
             channel_credentials,

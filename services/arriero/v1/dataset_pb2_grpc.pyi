@@ -39,6 +39,19 @@ class DatasetServiceStub:
     UNAVAILABLE. Operations.CancelOperation detaches the caller and stops the
     job when nobody else waits for it; nothing is published then.
     """
+    PreviewDataset: _grpc.UnaryUnaryMultiCallable[_dataset_pb2.PreviewDatasetRequest, _dataset_pb2.PreviewDatasetResponse]
+    """Renders and tokenizes the first rows as PrepareDataset would, and counts
+    what it sees. Read-only, safe to retry; starts no job, stores nothing.
+    """
+    ExtendTokenizer: _grpc.UnaryUnaryMultiCallable[_dataset_pb2.ExtendTokenizerRequest, _operations_pb2.Operation]
+    """Starts extending a model's vocabulary. Idempotent by `context.request_id`;
+    retry on UNAVAILABLE. Cancelling publishes nothing.
+    """
+    Transform: _grpc.UnaryUnaryMultiCallable[_dataset_pb2.TransformRequest, _operations_pb2.Operation]
+    """Starts rewriting rows by prompting a model. Idempotent by
+    `context.request_id`; retry on UNAVAILABLE. Answers that were paid for
+    survive a kill and a cancel; cancelling publishes nothing.
+    """
 
 @_typing.type_check_only
 class DatasetServiceAsyncStub(DatasetServiceStub):
@@ -49,6 +62,19 @@ class DatasetServiceAsyncStub(DatasetServiceStub):
     """Starts preparing a dataset. Idempotent by `context.request_id`; retry on
     UNAVAILABLE. Operations.CancelOperation detaches the caller and stops the
     job when nobody else waits for it; nothing is published then.
+    """
+    PreviewDataset: _aio.UnaryUnaryMultiCallable[_dataset_pb2.PreviewDatasetRequest, _dataset_pb2.PreviewDatasetResponse]  # type: ignore[assignment]
+    """Renders and tokenizes the first rows as PrepareDataset would, and counts
+    what it sees. Read-only, safe to retry; starts no job, stores nothing.
+    """
+    ExtendTokenizer: _aio.UnaryUnaryMultiCallable[_dataset_pb2.ExtendTokenizerRequest, _operations_pb2.Operation]  # type: ignore[assignment]
+    """Starts extending a model's vocabulary. Idempotent by `context.request_id`;
+    retry on UNAVAILABLE. Cancelling publishes nothing.
+    """
+    Transform: _aio.UnaryUnaryMultiCallable[_dataset_pb2.TransformRequest, _operations_pb2.Operation]  # type: ignore[assignment]
+    """Starts rewriting rows by prompting a model. Idempotent by
+    `context.request_id`; retry on UNAVAILABLE. Answers that were paid for
+    survive a kill and a cancel; cancelling publishes nothing.
     """
 
 class DatasetServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -63,6 +89,37 @@ class DatasetServiceServicer(metaclass=_abc_1.ABCMeta):
         """Starts preparing a dataset. Idempotent by `context.request_id`; retry on
         UNAVAILABLE. Operations.CancelOperation detaches the caller and stops the
         job when nobody else waits for it; nothing is published then.
+        """
+
+    @_abc_1.abstractmethod
+    def PreviewDataset(
+        self,
+        request: _dataset_pb2.PreviewDatasetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_dataset_pb2.PreviewDatasetResponse, _abc.Awaitable[_dataset_pb2.PreviewDatasetResponse]]:
+        """Renders and tokenizes the first rows as PrepareDataset would, and counts
+        what it sees. Read-only, safe to retry; starts no job, stores nothing.
+        """
+
+    @_abc_1.abstractmethod
+    def ExtendTokenizer(
+        self,
+        request: _dataset_pb2.ExtendTokenizerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operations_pb2.Operation, _abc.Awaitable[_operations_pb2.Operation]]:
+        """Starts extending a model's vocabulary. Idempotent by `context.request_id`;
+        retry on UNAVAILABLE. Cancelling publishes nothing.
+        """
+
+    @_abc_1.abstractmethod
+    def Transform(
+        self,
+        request: _dataset_pb2.TransformRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operations_pb2.Operation, _abc.Awaitable[_operations_pb2.Operation]]:
+        """Starts rewriting rows by prompting a model. Idempotent by
+        `context.request_id`; retry on UNAVAILABLE. Answers that were paid for
+        survive a kill and a cancel; cancelling publishes nothing.
         """
 
 def add_DatasetServiceServicer_to_server(servicer: DatasetServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -26,7 +26,7 @@ from arriero.v1 import types_pb2 as arriero_dot_v1_dot_types__pb2
 from google.longrunning import operations_pb2 as google_dot_longrunning_dot_operations__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x61rriero/v1/merging.proto\x12\narriero.v1\x1a\x16\x61rriero/v1/types.proto\x1a#google/longrunning/operations.proto\"`\n\rImportRequest\x12)\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x18.arriero.v1.StageContext\x12$\n\x04spec\x18\x02 \x01(\x0b\x32\x16.arriero.v1.ImportSpec\"\xc8\x02\n\nImportSpec\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x19\n\x02\x61s\x18\x02 \x01(\tB\x08\xd2\xe4\x1d\x04\x61utoH\x00\x88\x01\x01\x12\x11\n\x04name\x18\x03 \x01(\tH\x01\x88\x01\x01\x12\x19\n\x0ctoken_secret\x18\x04 \x01(\tH\x02\x88\x01\x01\x12\x13\n\x06sha256\x18\x05 \x01(\tH\x03\x88\x01\x01\x12 \n\x05\x64type\x18\x06 \x01(\tB\x0c\xd2\xe4\x1d\x08\x62\x66loat16H\x04\x88\x01\x01\x12\x30\n\x05gates\x18\x0f \x03(\x0b\x32!.arriero.v1.ImportSpec.GatesEntry\x1a\x42\n\nGatesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0e\x32\x14.arriero.v1.GateMode:\x02\x38\x01\x42\x05\n\x03_asB\x07\n\x05_nameB\x0f\n\r_token_secretB\t\n\x07_sha256B\x08\n\x06_dtype\"^\n\x0cMergeRequest\x12)\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x18.arriero.v1.StageContext\x12#\n\x04spec\x18\x02 \x01(\x0b\x32\x15.arriero.v1.MergeSpec\"\xe4\x02\n\tMergeSpec\x12\x1a\n\x05model\x18\x01 \x01(\tB\x0b\xca\xe4\x1d\x07\n\x05model\x12\x1f\n\x08\x61\x64\x61pters\x18\x02 \x03(\tB\r\xca\xe4\x1d\t\n\x07\x61\x64\x61pter\x12\x0f\n\x07weights\x18\x03 \x03(\x01\x12!\n\x06golden\x18\x04 \x01(\tB\x0c\xca\xe4\x1d\x08\n\x06reportH\x00\x88\x01\x01\x12\x1c\n\x05\x64type\x18\x05 \x01(\tB\x08\xd2\xe4\x1d\x04\x61utoH\x01\x88\x01\x01\x12+\n\x0emax_shard_size\x18\x06 \x01(\x03\x42\x0e\xd2\xe4\x1d\n5000000000H\x02\x88\x01\x01\x12/\n\x05gates\x18\x0f \x03(\x0b\x32 .arriero.v1.MergeSpec.GatesEntry\x1a\x42\n\nGatesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0e\x32\x14.arriero.v1.GateMode:\x02\x38\x01\x42\t\n\x07_goldenB\x08\n\x06_dtypeB\x11\n\x0f_max_shard_size2\xee\x01\n\x0eMergingService\x12n\n\x06Import\x12\x19.arriero.v1.ImportRequest\x1a\x1d.google.longrunning.Operation\"*\x90\x02\x02\xca\x41$\n\x0fOperationResult\x12\x11OperationMetadata\x12l\n\x05Merge\x12\x18.arriero.v1.MergeRequest\x1a\x1d.google.longrunning.Operation\"*\x90\x02\x02\xca\x41$\n\x0fOperationResult\x12\x11OperationMetadatab\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x61rriero/v1/merging.proto\x12\narriero.v1\x1a\x16\x61rriero/v1/types.proto\x1a#google/longrunning/operations.proto\"`\n\rImportRequest\x12)\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x18.arriero.v1.StageContext\x12$\n\x04spec\x18\x02 \x01(\x0b\x32\x16.arriero.v1.ImportSpec\"\xee\x02\n\nImportSpec\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x19\n\x02\x61s\x18\x02 \x01(\tB\x08\xd2\xe4\x1d\x04\x61utoH\x00\x88\x01\x01\x12\x11\n\x04name\x18\x03 \x01(\tH\x01\x88\x01\x01\x12\x19\n\x0ctoken_secret\x18\x04 \x01(\tH\x02\x88\x01\x01\x12\x13\n\x06sha256\x18\x05 \x01(\tH\x03\x88\x01\x01\x12 \n\x05\x64type\x18\x06 \x01(\tB\x0c\xd2\xe4\x1d\x08\x62\x66loat16H\x04\x88\x01\x01\x12\x16\n\ttokenizer\x18\x07 \x01(\tH\x05\x88\x01\x01\x12\x30\n\x05gates\x18\x0f \x03(\x0b\x32!.arriero.v1.ImportSpec.GatesEntry\x1a\x42\n\nGatesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0e\x32\x14.arriero.v1.GateMode:\x02\x38\x01\x42\x05\n\x03_asB\x07\n\x05_nameB\x0f\n\r_token_secretB\t\n\x07_sha256B\x08\n\x06_dtypeB\x0c\n\n_tokenizer\"^\n\x0cMergeRequest\x12)\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x18.arriero.v1.StageContext\x12#\n\x04spec\x18\x02 \x01(\x0b\x32\x15.arriero.v1.MergeSpec\"\x96\x03\n\tMergeSpec\x12\x1a\n\x05model\x18\x01 \x01(\tB\x0b\xca\xe4\x1d\x07\n\x05model\x12\x1f\n\x08\x61\x64\x61pters\x18\x02 \x03(\tB\r\xca\xe4\x1d\t\n\x07\x61\x64\x61pter\x12\x0f\n\x07weights\x18\x03 \x03(\x01\x12!\n\x06golden\x18\x04 \x01(\tB\x0c\xca\xe4\x1d\x08\n\x06reportH\x00\x88\x01\x01\x12\x1c\n\x05\x64type\x18\x05 \x01(\tB\x08\xd2\xe4\x1d\x04\x61utoH\x01\x88\x01\x01\x12+\n\x0emax_shard_size\x18\x06 \x01(\x03\x42\x0e\xd2\xe4\x1d\n5000000000H\x02\x88\x01\x01\x12!\n\nqlora_base\x18\x07 \x01(\tB\x08\xd2\xe4\x1d\x04\x61utoH\x03\x88\x01\x01\x12/\n\x05gates\x18\x0f \x03(\x0b\x32 .arriero.v1.MergeSpec.GatesEntry\x1a\x42\n\nGatesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0e\x32\x14.arriero.v1.GateMode:\x02\x38\x01\x42\t\n\x07_goldenB\x08\n\x06_dtypeB\x11\n\x0f_max_shard_sizeB\r\n\x0b_qlora_base\"`\n\rExportRequest\x12)\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x18.arriero.v1.StageContext\x12$\n\x04spec\x18\x02 \x01(\x0b\x32\x16.arriero.v1.ExportSpec\"\xdc\x03\n\nExportSpec\x12)\n\x05model\x18\x01 \x01(\tB\x1a\xca\xe4\x1d\x16\n\x05model\n\x07\x61\x64\x61pter\n\x04gguf\x12\x1b\n\x06\x66ormat\x18\x02 \x01(\tB\x06\xd2\xe4\x1d\x02hfH\x00\x88\x01\x01\x12+\n\x0emax_shard_size\x18\x03 \x01(\x03\x42\x0e\xd2\xe4\x1d\n5000000000H\x01\x88\x01\x01\x12\x1a\n\x06shards\x18\x04 \x01(\x05\x42\x05\xd2\xe4\x1d\x01\x30H\x02\x88\x01\x01\x12\x1c\n\x05\x64type\x18\x05 \x01(\tB\x08\xd2\xe4\x1d\x04\x61utoH\x03\x88\x01\x01\x12\x13\n\x06target\x18\x06 \x01(\tH\x04\x88\x01\x01\x12\x19\n\x0ctoken_secret\x18\x07 \x01(\tH\x05\x88\x01\x01\x12\x1e\n\x07private\x18\x08 \x01(\x08\x42\x08\xd2\xe4\x1d\x04trueH\x06\x88\x01\x01\x12\x30\n\x05gates\x18\x0f \x03(\x0b\x32!.arriero.v1.ExportSpec.GatesEntry\x1a\x42\n\nGatesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0e\x32\x14.arriero.v1.GateMode:\x02\x38\x01\x42\t\n\x07_formatB\x11\n\x0f_max_shard_sizeB\t\n\x07_shardsB\x08\n\x06_dtypeB\t\n\x07_targetB\x0f\n\r_token_secretB\n\n\x08_private2\xde\x02\n\x0eMergingService\x12n\n\x06Import\x12\x19.arriero.v1.ImportRequest\x1a\x1d.google.longrunning.Operation\"*\x90\x02\x02\xca\x41$\n\x0fOperationResult\x12\x11OperationMetadata\x12l\n\x05Merge\x12\x18.arriero.v1.MergeRequest\x1a\x1d.google.longrunning.Operation\"*\x90\x02\x02\xca\x41$\n\x0fOperationResult\x12\x11OperationMetadata\x12n\n\x06\x45xport\x12\x19.arriero.v1.ExportRequest\x1a\x1d.google.longrunning.Operation\"*\x90\x02\x02\xca\x41$\n\x0fOperationResult\x12\x11OperationMetadatab\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -51,22 +51,46 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MERGESPEC'].fields_by_name['dtype']._serialized_options = b'\322\344\035\004auto'
   _globals['_MERGESPEC'].fields_by_name['max_shard_size']._loaded_options = None
   _globals['_MERGESPEC'].fields_by_name['max_shard_size']._serialized_options = b'\322\344\035\n5000000000'
+  _globals['_MERGESPEC'].fields_by_name['qlora_base']._loaded_options = None
+  _globals['_MERGESPEC'].fields_by_name['qlora_base']._serialized_options = b'\322\344\035\004auto'
+  _globals['_EXPORTSPEC_GATESENTRY']._loaded_options = None
+  _globals['_EXPORTSPEC_GATESENTRY']._serialized_options = b'8\001'
+  _globals['_EXPORTSPEC'].fields_by_name['model']._loaded_options = None
+  _globals['_EXPORTSPEC'].fields_by_name['model']._serialized_options = b'\312\344\035\026\n\005model\n\007adapter\n\004gguf'
+  _globals['_EXPORTSPEC'].fields_by_name['format']._loaded_options = None
+  _globals['_EXPORTSPEC'].fields_by_name['format']._serialized_options = b'\322\344\035\002hf'
+  _globals['_EXPORTSPEC'].fields_by_name['max_shard_size']._loaded_options = None
+  _globals['_EXPORTSPEC'].fields_by_name['max_shard_size']._serialized_options = b'\322\344\035\n5000000000'
+  _globals['_EXPORTSPEC'].fields_by_name['shards']._loaded_options = None
+  _globals['_EXPORTSPEC'].fields_by_name['shards']._serialized_options = b'\322\344\035\0010'
+  _globals['_EXPORTSPEC'].fields_by_name['dtype']._loaded_options = None
+  _globals['_EXPORTSPEC'].fields_by_name['dtype']._serialized_options = b'\322\344\035\004auto'
+  _globals['_EXPORTSPEC'].fields_by_name['private']._loaded_options = None
+  _globals['_EXPORTSPEC'].fields_by_name['private']._serialized_options = b'\322\344\035\004true'
   _globals['_MERGINGSERVICE'].methods_by_name['Import']._loaded_options = None
   _globals['_MERGINGSERVICE'].methods_by_name['Import']._serialized_options = b'\220\002\002\312A$\n\017OperationResult\022\021OperationMetadata'
   _globals['_MERGINGSERVICE'].methods_by_name['Merge']._loaded_options = None
   _globals['_MERGINGSERVICE'].methods_by_name['Merge']._serialized_options = b'\220\002\002\312A$\n\017OperationResult\022\021OperationMetadata'
+  _globals['_MERGINGSERVICE'].methods_by_name['Export']._loaded_options = None
+  _globals['_MERGINGSERVICE'].methods_by_name['Export']._serialized_options = b'\220\002\002\312A$\n\017OperationResult\022\021OperationMetadata'
   _globals['_IMPORTREQUEST']._serialized_start=101
   _globals['_IMPORTREQUEST']._serialized_end=197
   _globals['_IMPORTSPEC']._serialized_start=200
-  _globals['_IMPORTSPEC']._serialized_end=528
-  _globals['_IMPORTSPEC_GATESENTRY']._serialized_start=408
-  _globals['_IMPORTSPEC_GATESENTRY']._serialized_end=474
-  _globals['_MERGEREQUEST']._serialized_start=530
-  _globals['_MERGEREQUEST']._serialized_end=624
-  _globals['_MERGESPEC']._serialized_start=627
-  _globals['_MERGESPEC']._serialized_end=983
-  _globals['_MERGESPEC_GATESENTRY']._serialized_start=408
-  _globals['_MERGESPEC_GATESENTRY']._serialized_end=474
-  _globals['_MERGINGSERVICE']._serialized_start=986
-  _globals['_MERGINGSERVICE']._serialized_end=1224
+  _globals['_IMPORTSPEC']._serialized_end=566
+  _globals['_IMPORTSPEC_GATESENTRY']._serialized_start=432
+  _globals['_IMPORTSPEC_GATESENTRY']._serialized_end=498
+  _globals['_MERGEREQUEST']._serialized_start=568
+  _globals['_MERGEREQUEST']._serialized_end=662
+  _globals['_MERGESPEC']._serialized_start=665
+  _globals['_MERGESPEC']._serialized_end=1071
+  _globals['_MERGESPEC_GATESENTRY']._serialized_start=432
+  _globals['_MERGESPEC_GATESENTRY']._serialized_end=498
+  _globals['_EXPORTREQUEST']._serialized_start=1073
+  _globals['_EXPORTREQUEST']._serialized_end=1169
+  _globals['_EXPORTSPEC']._serialized_start=1172
+  _globals['_EXPORTSPEC']._serialized_end=1648
+  _globals['_EXPORTSPEC_GATESENTRY']._serialized_start=432
+  _globals['_EXPORTSPEC_GATESENTRY']._serialized_end=498
+  _globals['_MERGINGSERVICE']._serialized_start=1651
+  _globals['_MERGINGSERVICE']._serialized_end=2001
 # @@protoc_insertion_point(module_scope)

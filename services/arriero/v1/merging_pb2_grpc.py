@@ -27,7 +27,8 @@ if _version_not_supported:
 
 
 class MergingServiceStub:
-    """Brings weights in and folds adapters into them. Knows nothing of training.
+    """Brings weights in and out, and folds adapters into them. Knows nothing of
+    training.
     """
 
     def __init__(self, channel):
@@ -46,10 +47,16 @@ class MergingServiceStub:
                 request_serializer=arriero_dot_v1_dot_merging__pb2.MergeRequest.SerializeToString,
                 response_deserializer=google_dot_longrunning_dot_operations__pb2.Operation.FromString,
                 _registered_method=True)
+        self.Export = channel.unary_unary(
+                '/arriero.v1.MergingService/Export',
+                request_serializer=arriero_dot_v1_dot_merging__pb2.ExportRequest.SerializeToString,
+                response_deserializer=google_dot_longrunning_dot_operations__pb2.Operation.FromString,
+                _registered_method=True)
 
 
 class MergingServiceServicer:
-    """Brings weights in and folds adapters into them. Knows nothing of training.
+    """Brings weights in and out, and folds adapters into them. Knows nothing of
+    training.
     """
 
     def Import(self, request, context):
@@ -68,6 +75,15 @@ class MergingServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Export(self, request, context):
+        """Starts writing a model in another layout, or sending it to a hub. Idempotent
+        by `context.request_id`; retry on UNAVAILABLE. Cancelling publishes nothing;
+        what a hub has received stays there uncommitted.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MergingServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -81,6 +97,11 @@ def add_MergingServiceServicer_to_server(servicer, server):
                     request_deserializer=arriero_dot_v1_dot_merging__pb2.MergeRequest.FromString,
                     response_serializer=google_dot_longrunning_dot_operations__pb2.Operation.SerializeToString,
             ),
+            'Export': grpc.unary_unary_rpc_method_handler(
+                    servicer.Export,
+                    request_deserializer=arriero_dot_v1_dot_merging__pb2.ExportRequest.FromString,
+                    response_serializer=google_dot_longrunning_dot_operations__pb2.Operation.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'arriero.v1.MergingService', rpc_method_handlers)
@@ -90,7 +111,8 @@ def add_MergingServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class MergingService:
-    """Brings weights in and folds adapters into them. Knows nothing of training.
+    """Brings weights in and out, and folds adapters into them. Knows nothing of
+    training.
     """
 
     @staticmethod
@@ -136,6 +158,33 @@ class MergingService:
             target,
             '/arriero.v1.MergingService/Merge',
             arriero_dot_v1_dot_merging__pb2.MergeRequest.SerializeToString,
+            google_dot_longrunning_dot_operations__pb2.Operation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Export(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/arriero.v1.MergingService/Export',
+            arriero_dot_v1_dot_merging__pb2.ExportRequest.SerializeToString,
             google_dot_longrunning_dot_operations__pb2.Operation.FromString,
             options,
             channel_credentials,

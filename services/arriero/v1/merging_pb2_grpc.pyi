@@ -28,7 +28,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class MergingServiceStub:
-    """Brings weights in and folds adapters into them. Knows nothing of training."""
+    """Brings weights in and out, and folds adapters into them. Knows nothing of
+    training.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -42,10 +44,17 @@ class MergingServiceStub:
     """Starts folding adapters into a model. Idempotent by `context.request_id`;
     retry on UNAVAILABLE. Cancelling publishes nothing.
     """
+    Export: _grpc.UnaryUnaryMultiCallable[_merging_pb2.ExportRequest, _operations_pb2.Operation]
+    """Starts writing a model in another layout, or sending it to a hub. Idempotent
+    by `context.request_id`; retry on UNAVAILABLE. Cancelling publishes nothing;
+    what a hub has received stays there uncommitted.
+    """
 
 @_typing.type_check_only
 class MergingServiceAsyncStub(MergingServiceStub):
-    """Brings weights in and folds adapters into them. Knows nothing of training."""
+    """Brings weights in and out, and folds adapters into them. Knows nothing of
+    training.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Import: _aio.UnaryUnaryMultiCallable[_merging_pb2.ImportRequest, _operations_pb2.Operation]  # type: ignore[assignment]
@@ -56,9 +65,16 @@ class MergingServiceAsyncStub(MergingServiceStub):
     """Starts folding adapters into a model. Idempotent by `context.request_id`;
     retry on UNAVAILABLE. Cancelling publishes nothing.
     """
+    Export: _aio.UnaryUnaryMultiCallable[_merging_pb2.ExportRequest, _operations_pb2.Operation]  # type: ignore[assignment]
+    """Starts writing a model in another layout, or sending it to a hub. Idempotent
+    by `context.request_id`; retry on UNAVAILABLE. Cancelling publishes nothing;
+    what a hub has received stays there uncommitted.
+    """
 
 class MergingServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Brings weights in and folds adapters into them. Knows nothing of training."""
+    """Brings weights in and out, and folds adapters into them. Knows nothing of
+    training.
+    """
 
     @_abc_1.abstractmethod
     def Import(
@@ -78,6 +94,17 @@ class MergingServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_operations_pb2.Operation, _abc.Awaitable[_operations_pb2.Operation]]:
         """Starts folding adapters into a model. Idempotent by `context.request_id`;
         retry on UNAVAILABLE. Cancelling publishes nothing.
+        """
+
+    @_abc_1.abstractmethod
+    def Export(
+        self,
+        request: _merging_pb2.ExportRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operations_pb2.Operation, _abc.Awaitable[_operations_pb2.Operation]]:
+        """Starts writing a model in another layout, or sending it to a hub. Idempotent
+        by `context.request_id`; retry on UNAVAILABLE. Cancelling publishes nothing;
+        what a hub has received stays there uncommitted.
         """
 
 def add_MergingServiceServicer_to_server(servicer: MergingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

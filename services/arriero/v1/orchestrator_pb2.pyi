@@ -3,6 +3,7 @@
 isort:skip_file
 """
 
+from arriero.v1 import dataset_pb2 as _dataset_pb2
 from arriero.v1 import pipeline_pb2 as _pipeline_pb2
 from arriero.v1 import types_pb2 as _types_pb2
 from collections import abc as _abc
@@ -390,21 +391,57 @@ class RetryRunRequest(_message.Message):
 
     ID_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    WAIVERS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     request_id: _builtins.str
+    @_builtins.property
+    def waivers(self) -> _containers.RepeatedCompositeFieldContainer[Global___GateWaiver]:
+        """Gates that failed and may be passed: only their verdict is repeated."""
+
     def __init__(
         self,
         *,
         id: _builtins.str = ...,
         request_id: _builtins.str = ...,
+        waivers: _abc.Iterable[Global___GateWaiver] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "request_id", b"request_id", "waivers", b"waivers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RetryRunRequest: _TypeAlias = RetryRunRequest  # noqa: Y015
+
+@_typing.final
+class GateWaiver(_message.Message):
+    """A person's word that a failed gate may be passed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GATE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    STAGE_FIELD_NUMBER: _builtins.int
+    gate: _builtins.str
+    """Such as `merge.logits`."""
+    reason: _builtins.str
+    """Why; shown in the lineage and on the endpoint."""
+    stage: _builtins.str
+    """The stage whose gate it is; empty: whichever stage failed by that gate."""
+    def __init__(
+        self,
+        *,
+        gate: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        stage: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gate", b"gate", "reason", b"reason", "stage", b"stage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GateWaiver: _TypeAlias = GateWaiver  # noqa: Y015
 
 @_typing.final
 class RetryRunResponse(_message.Message):
@@ -425,6 +462,60 @@ class RetryRunResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RetryRunResponse: _TypeAlias = RetryRunResponse  # noqa: Y015
+
+@_typing.final
+class PreviewStageRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PIPELINE_FIELD_NUMBER: _builtins.int
+    STAGE_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    stage: _builtins.str
+    """A `dataset` stage; empty when the pipeline has only one."""
+    samples: _builtins.int
+    """As in PreviewDatasetRequest."""
+    rows: _builtins.int
+    @_builtins.property
+    def pipeline(self) -> _pipeline_pb2.Pipeline: ...
+    def __init__(
+        self,
+        *,
+        pipeline: _pipeline_pb2.Pipeline | None = ...,
+        stage: _builtins.str = ...,
+        samples: _builtins.int = ...,
+        rows: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["pipeline", b"pipeline"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pipeline", b"pipeline", "rows", b"rows", "samples", b"samples", "stage", b"stage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PreviewStageRequest: _TypeAlias = PreviewStageRequest  # noqa: Y015
+
+@_typing.final
+class PreviewStageResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STAGE_FIELD_NUMBER: _builtins.int
+    DATASET_FIELD_NUMBER: _builtins.int
+    stage: _builtins.str
+    @_builtins.property
+    def dataset(self) -> _dataset_pb2.PreviewDatasetResponse: ...
+    def __init__(
+        self,
+        *,
+        stage: _builtins.str = ...,
+        dataset: _dataset_pb2.PreviewDatasetResponse | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset", "stage", b"stage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PreviewStageResponse: _TypeAlias = PreviewStageResponse  # noqa: Y015
 
 @_typing.final
 class WatchRunRequest(_message.Message):
@@ -1481,3 +1572,57 @@ class PushArtifactResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PushArtifactResponse: _TypeAlias = PushArtifactResponse  # noqa: Y015
+
+@_typing.final
+class VerifyArtifactRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REF_FIELD_NUMBER: _builtins.int
+    ref: _builtins.str
+    def __init__(
+        self,
+        *,
+        ref: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyArtifactRequest: _TypeAlias = VerifyArtifactRequest  # noqa: Y015
+
+@_typing.final
+class VerifyArtifactResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    BYTES_DONE_FIELD_NUMBER: _builtins.int
+    BYTES_TOTAL_FIELD_NUMBER: _builtins.int
+    PROBLEMS_FIELD_NUMBER: _builtins.int
+    DONE_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    bytes_done: _builtins.int
+    bytes_total: _builtins.int
+    done: _builtins.bool
+    """Set in the last message."""
+    @_builtins.property
+    def problems(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Files that differ from the manifest, and how."""
+
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+        bytes_done: _builtins.int = ...,
+        bytes_total: _builtins.int = ...,
+        problems: _abc.Iterable[_builtins.str] | None = ...,
+        done: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_done", b"bytes_done", "bytes_total", b"bytes_total", "digest", b"digest", "done", b"done", "problems", b"problems"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyArtifactResponse: _TypeAlias = VerifyArtifactResponse  # noqa: Y015

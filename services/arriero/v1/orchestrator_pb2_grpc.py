@@ -70,6 +70,11 @@ class RunServiceStub:
                 request_serializer=arriero_dot_v1_dot_orchestrator__pb2.ReadRunLogsRequest.SerializeToString,
                 response_deserializer=arriero_dot_v1_dot_orchestrator__pb2.ReadRunLogsResponse.FromString,
                 _registered_method=True)
+        self.PreviewStage = channel.unary_unary(
+                '/arriero.v1.RunService/PreviewStage',
+                request_serializer=arriero_dot_v1_dot_orchestrator__pb2.PreviewStageRequest.SerializeToString,
+                response_deserializer=arriero_dot_v1_dot_orchestrator__pb2.PreviewStageResponse.FromString,
+                _registered_method=True)
 
 
 class RunServiceServicer:
@@ -131,6 +136,15 @@ class RunServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PreviewStage(self, request, context):
+        """What a `dataset` stage of a pipeline would make of its first rows.
+        Read-only, safe to retry; FAILED_PRECONDITION while the store does not have
+        what the stage needs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RunServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -168,6 +182,11 @@ def add_RunServiceServicer_to_server(servicer, server):
                     servicer.ReadRunLogs,
                     request_deserializer=arriero_dot_v1_dot_orchestrator__pb2.ReadRunLogsRequest.FromString,
                     response_serializer=arriero_dot_v1_dot_orchestrator__pb2.ReadRunLogsResponse.SerializeToString,
+            ),
+            'PreviewStage': grpc.unary_unary_rpc_method_handler(
+                    servicer.PreviewStage,
+                    request_deserializer=arriero_dot_v1_dot_orchestrator__pb2.PreviewStageRequest.FromString,
+                    response_serializer=arriero_dot_v1_dot_orchestrator__pb2.PreviewStageResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -360,6 +379,33 @@ class RunService:
             '/arriero.v1.RunService/ReadRunLogs',
             arriero_dot_v1_dot_orchestrator__pb2.ReadRunLogsRequest.SerializeToString,
             arriero_dot_v1_dot_orchestrator__pb2.ReadRunLogsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PreviewStage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/arriero.v1.RunService/PreviewStage',
+            arriero_dot_v1_dot_orchestrator__pb2.PreviewStageRequest.SerializeToString,
+            arriero_dot_v1_dot_orchestrator__pb2.PreviewStageResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -719,6 +765,11 @@ class ArtifactServiceStub:
                 request_serializer=arriero_dot_v1_dot_orchestrator__pb2.PushArtifactRequest.SerializeToString,
                 response_deserializer=arriero_dot_v1_dot_orchestrator__pb2.PushArtifactResponse.FromString,
                 _registered_method=True)
+        self.VerifyArtifact = channel.unary_stream(
+                '/arriero.v1.ArtifactService/VerifyArtifact',
+                request_serializer=arriero_dot_v1_dot_orchestrator__pb2.VerifyArtifactRequest.SerializeToString,
+                response_deserializer=arriero_dot_v1_dot_orchestrator__pb2.VerifyArtifactResponse.FromString,
+                _registered_method=True)
 
 
 class ArtifactServiceServicer:
@@ -784,6 +835,14 @@ class ArtifactServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def VerifyArtifact(self, request, context):
+        """Reads every byte of an artifact again and compares it with the manifest.
+        Read-only, safe to retry; cancelling ends the stream alone.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ArtifactServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -826,6 +885,11 @@ def add_ArtifactServiceServicer_to_server(servicer, server):
                     servicer.PushArtifact,
                     request_deserializer=arriero_dot_v1_dot_orchestrator__pb2.PushArtifactRequest.FromString,
                     response_serializer=arriero_dot_v1_dot_orchestrator__pb2.PushArtifactResponse.SerializeToString,
+            ),
+            'VerifyArtifact': grpc.unary_stream_rpc_method_handler(
+                    servicer.VerifyArtifact,
+                    request_deserializer=arriero_dot_v1_dot_orchestrator__pb2.VerifyArtifactRequest.FromString,
+                    response_serializer=arriero_dot_v1_dot_orchestrator__pb2.VerifyArtifactResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1045,6 +1109,33 @@ class ArtifactService:
             '/arriero.v1.ArtifactService/PushArtifact',
             arriero_dot_v1_dot_orchestrator__pb2.PushArtifactRequest.SerializeToString,
             arriero_dot_v1_dot_orchestrator__pb2.PushArtifactResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifyArtifact(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/arriero.v1.ArtifactService/VerifyArtifact',
+            arriero_dot_v1_dot_orchestrator__pb2.VerifyArtifactRequest.SerializeToString,
+            arriero_dot_v1_dot_orchestrator__pb2.VerifyArtifactResponse.FromString,
             options,
             channel_credentials,
             insecure,

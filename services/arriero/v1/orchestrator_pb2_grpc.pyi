@@ -57,6 +57,11 @@ class RunServiceStub:
     """
     ReadRunLogs: _grpc.UnaryStreamMultiCallable[_orchestrator_pb2.ReadRunLogsRequest, _orchestrator_pb2.ReadRunLogsResponse]
     """Log lines of a run's stages. Read-only; cancelling ends the stream alone."""
+    PreviewStage: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.PreviewStageRequest, _orchestrator_pb2.PreviewStageResponse]
+    """What a `dataset` stage of a pipeline would make of its first rows.
+    Read-only, safe to retry; FAILED_PRECONDITION while the store does not have
+    what the stage needs.
+    """
 
 @_typing.type_check_only
 class RunServiceAsyncStub(RunServiceStub):
@@ -87,6 +92,11 @@ class RunServiceAsyncStub(RunServiceStub):
     """
     ReadRunLogs: _aio.UnaryStreamMultiCallable[_orchestrator_pb2.ReadRunLogsRequest, _orchestrator_pb2.ReadRunLogsResponse]  # type: ignore[assignment]
     """Log lines of a run's stages. Read-only; cancelling ends the stream alone."""
+    PreviewStage: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.PreviewStageRequest, _orchestrator_pb2.PreviewStageResponse]  # type: ignore[assignment]
+    """What a `dataset` stage of a pipeline would make of its first rows.
+    Read-only, safe to retry; FAILED_PRECONDITION while the store does not have
+    what the stage needs.
+    """
 
 class RunServiceServicer(metaclass=_abc_1.ABCMeta):
     """Drives runs. Knows nothing of what a stage does inside."""
@@ -156,6 +166,17 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_orchestrator_pb2.ReadRunLogsResponse], _abc.AsyncIterator[_orchestrator_pb2.ReadRunLogsResponse]]:
         """Log lines of a run's stages. Read-only; cancelling ends the stream alone."""
+
+    @_abc_1.abstractmethod
+    def PreviewStage(
+        self,
+        request: _orchestrator_pb2.PreviewStageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_orchestrator_pb2.PreviewStageResponse, _abc.Awaitable[_orchestrator_pb2.PreviewStageResponse]]:
+        """What a `dataset` stage of a pipeline would make of its first rows.
+        Read-only, safe to retry; FAILED_PRECONDITION while the store does not have
+        what the stage needs.
+        """
 
 def add_RunServiceServicer_to_server(servicer: RunServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
@@ -290,6 +311,10 @@ class ArtifactServiceStub:
     """Publishes uploaded files as an artifact: a header first, then the files in
     chunks. Nothing is published unless the stream ends well. Not retried.
     """
+    VerifyArtifact: _grpc.UnaryStreamMultiCallable[_orchestrator_pb2.VerifyArtifactRequest, _orchestrator_pb2.VerifyArtifactResponse]
+    """Reads every byte of an artifact again and compares it with the manifest.
+    Read-only, safe to retry; cancelling ends the stream alone.
+    """
 
 @_typing.type_check_only
 class ArtifactServiceAsyncStub(ArtifactServiceStub):
@@ -316,6 +341,10 @@ class ArtifactServiceAsyncStub(ArtifactServiceStub):
     PushArtifact: _aio.StreamUnaryMultiCallable[_orchestrator_pb2.PushArtifactRequest, _orchestrator_pb2.PushArtifactResponse]  # type: ignore[assignment]
     """Publishes uploaded files as an artifact: a header first, then the files in
     chunks. Nothing is published unless the stream ends well. Not retried.
+    """
+    VerifyArtifact: _aio.UnaryStreamMultiCallable[_orchestrator_pb2.VerifyArtifactRequest, _orchestrator_pb2.VerifyArtifactResponse]  # type: ignore[assignment]
+    """Reads every byte of an artifact again and compares it with the manifest.
+    Read-only, safe to retry; cancelling ends the stream alone.
     """
 
 class ArtifactServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -388,6 +417,16 @@ class ArtifactServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_orchestrator_pb2.PushArtifactResponse, _abc.Awaitable[_orchestrator_pb2.PushArtifactResponse]]:
         """Publishes uploaded files as an artifact: a header first, then the files in
         chunks. Nothing is published unless the stream ends well. Not retried.
+        """
+
+    @_abc_1.abstractmethod
+    def VerifyArtifact(
+        self,
+        request: _orchestrator_pb2.VerifyArtifactRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_orchestrator_pb2.VerifyArtifactResponse], _abc.AsyncIterator[_orchestrator_pb2.VerifyArtifactResponse]]:
+        """Reads every byte of an artifact again and compares it with the manifest.
+        Read-only, safe to retry; cancelling ends the stream alone.
         """
 
 def add_ArtifactServiceServicer_to_server(servicer: ArtifactServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -115,6 +115,9 @@ class Stage(_message.Message):
     QUANTIZE_FIELD_NUMBER: _builtins.int
     EVALUATE_FIELD_NUMBER: _builtins.int
     DEPLOY_FIELD_NUMBER: _builtins.int
+    EXTEND_TOKENIZER_FIELD_NUMBER: _builtins.int
+    TRANSFORM_FIELD_NUMBER: _builtins.int
+    EXPORT_FIELD_NUMBER: _builtins.int
     FORCE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Lower case letters, digits, dashes and underscores; unique in the pipeline."""
@@ -132,6 +135,12 @@ class Stage(_message.Message):
     def evaluate(self) -> _quantization_pb2.EvaluateSpec: ...
     @_builtins.property
     def deploy(self) -> Global___DeploySpec: ...
+    @_builtins.property
+    def extend_tokenizer(self) -> _dataset_pb2.ExtendTokenizerSpec: ...
+    @_builtins.property
+    def transform(self) -> _dataset_pb2.TransformSpec: ...
+    @_builtins.property
+    def export(self) -> _merging_pb2.ExportSpec: ...
     def __init__(
         self,
         *,
@@ -142,13 +151,16 @@ class Stage(_message.Message):
         quantize: _quantization_pb2.QuantizeSpec | None = ...,
         evaluate: _quantization_pb2.EvaluateSpec | None = ...,
         deploy: Global___DeploySpec | None = ...,
+        extend_tokenizer: _dataset_pb2.ExtendTokenizerSpec | None = ...,
+        transform: _dataset_pb2.TransformSpec | None = ...,
+        export: _merging_pb2.ExportSpec | None = ...,
         force: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset", "deploy", b"deploy", "evaluate", b"evaluate", "import", b"import", "merge", b"merge", "quantize", b"quantize", "train", b"train", "work", b"work"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset", "deploy", b"deploy", "evaluate", b"evaluate", "export", b"export", "extend_tokenizer", b"extend_tokenizer", "import", b"import", "merge", b"merge", "quantize", b"quantize", "train", b"train", "transform", b"transform", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset", "deploy", b"deploy", "evaluate", b"evaluate", "force", b"force", "import", b"import", "merge", b"merge", "name", b"name", "quantize", b"quantize", "train", b"train", "work", b"work"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset", "deploy", b"deploy", "evaluate", b"evaluate", "export", b"export", "extend_tokenizer", b"extend_tokenizer", "force", b"force", "import", b"import", "merge", b"merge", "name", b"name", "quantize", b"quantize", "train", b"train", "transform", b"transform", "work", b"work"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_work: _TypeAlias = _typing.Literal["import", "dataset", "train", "merge", "quantize", "evaluate", "deploy"]  # noqa: Y015
+    _WhichOneofReturnType_work: _TypeAlias = _typing.Literal["import", "dataset", "train", "merge", "quantize", "evaluate", "deploy", "extend_tokenizer", "transform", "export"]  # noqa: Y015
     _WhichOneofArgType_work: _TypeAlias = _typing.Literal["work", b"work"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_work) -> _WhichOneofReturnType_work | None: ...
 

@@ -26,13 +26,15 @@ from arriero.v1 import types_pb2 as arriero_dot_v1_dot_types__pb2
 from google.longrunning import operations_pb2 as google_dot_longrunning_dot_operations__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x61rriero/v1/quantization.proto\x12\narriero.v1\x1a\x16\x61rriero/v1/types.proto\x1a#google/longrunning/operations.proto\"d\n\x0fQuantizeRequest\x12)\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x18.arriero.v1.StageContext\x12&\n\x04spec\x18\x02 \x01(\x0b\x32\x18.arriero.v1.QuantizeSpec\"\x88\x02\n\x0cQuantizeSpec\x12\x1a\n\x05model\x18\x01 \x01(\tB\x0b\xca\xe4\x1d\x07\n\x05model\x12\r\n\x05types\x18\x02 \x03(\t\x12!\n\x06golden\x18\x03 \x01(\tB\x0c\xca\xe4\x1d\x08\n\x06reportH\x00\x88\x01\x01\x12\x1b\n\x07threads\x18\x04 \x01(\x05\x42\x05\xd2\xe4\x1d\x01\x30H\x01\x88\x01\x01\x12\x32\n\x05gates\x18\x0f \x03(\x0b\x32#.arriero.v1.QuantizeSpec.GatesEntry\x1a\x42\n\nGatesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0e\x32\x14.arriero.v1.GateMode:\x02\x38\x01\x42\t\n\x07_goldenB\n\n\x08_threads\"d\n\x0f\x45valuateRequest\x12)\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x18.arriero.v1.StageContext\x12&\n\x04spec\x18\x02 \x01(\x0b\x32\x18.arriero.v1.EvaluateSpec\"\xf6\x01\n\x0c\x45valuateSpec\x12\x1c\n\x06models\x18\x01 \x03(\tB\x0c\xca\xe4\x1d\x08\n\x04gguf\x10\x01\x12!\n\x06golden\x18\x02 \x01(\tB\x0c\xca\xe4\x1d\x08\n\x06reportH\x00\x88\x01\x01\x12\"\n\x06\x63hoose\x18\x03 \x01(\x0b\x32\x12.arriero.v1.Choose\x12\x32\n\x05gates\x18\x0f \x03(\x0b\x32#.arriero.v1.EvaluateSpec.GatesEntry\x1a\x42\n\nGatesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0e\x32\x14.arriero.v1.GateMode:\x02\x38\x01\x42\t\n\x07_golden\"0\n\x06\x43hoose\x12&\n\x08smallest\x18\x01 \x01(\x0b\x32\x14.arriero.v1.Smallest\"6\n\x08Smallest\x12\x1e\n\x07max_kld\x18\x01 \x01(\x01\x42\x08\xd2\xe4\x1d\x04\x30.05H\x00\x88\x01\x01\x42\n\n\x08_max_kld2\xfd\x01\n\x13QuantizationService\x12r\n\x08Quantize\x12\x1b.arriero.v1.QuantizeRequest\x1a\x1d.google.longrunning.Operation\"*\x90\x02\x02\xca\x41$\n\x0fOperationResult\x12\x11OperationMetadata\x12r\n\x08\x45valuate\x12\x1b.arriero.v1.EvaluateRequest\x1a\x1d.google.longrunning.Operation\"*\x90\x02\x02\xca\x41$\n\x0fOperationResult\x12\x11OperationMetadatab\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x61rriero/v1/quantization.proto\x12\narriero.v1\x1a\x16\x61rriero/v1/types.proto\x1a#google/longrunning/operations.proto\"d\n\x0fQuantizeRequest\x12)\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x18.arriero.v1.StageContext\x12&\n\x04spec\x18\x02 \x01(\x0b\x32\x18.arriero.v1.QuantizeSpec\"\xf8\x05\n\x0cQuantizeSpec\x12\x1a\n\x05model\x18\x01 \x01(\tB\x0b\xca\xe4\x1d\x07\n\x05model\x12\r\n\x05types\x18\x02 \x03(\t\x12!\n\x06golden\x18\x03 \x01(\tB\x0c\xca\xe4\x1d\x08\n\x06reportH\x00\x88\x01\x01\x12\x1b\n\x07threads\x18\x04 \x01(\x05\x42\x05\xd2\xe4\x1d\x01\x30H\x01\x88\x01\x01\x12\x1f\n\x08\x61\x64\x61pters\x18\x05 \x03(\tB\r\xca\xe4\x1d\t\n\x07\x61\x64\x61pter\x12\x0f\n\x07weights\x18\x06 \x03(\x01\x12+\n\x07imatrix\x18\x07 \x01(\tB\x15\xca\xe4\x1d\x11\n\x07\x64\x61taset\n\x06reportH\x02\x88\x01\x01\x12&\n\x0eimatrix_tokens\x18\x08 \x01(\x05\x42\t\xd2\xe4\x1d\x05\x36\x35\x35\x33\x36H\x03\x88\x01\x01\x12?\n\x0ctensor_types\x18\t \x03(\x0b\x32).arriero.v1.QuantizeSpec.TensorTypesEntry\x12\x1f\n\x12output_tensor_type\x18\n \x01(\tH\x04\x88\x01\x01\x12!\n\x14token_embedding_type\x18\x0b \x01(\tH\x05\x88\x01\x01\x12\x1d\n\x06method\x18\x0c \x01(\tB\x08\xd2\xe4\x1d\x04\x61utoH\x06\x88\x01\x01\x12$\n\x0c\x61\x64\x61pter_only\x18\r \x01(\x08\x42\t\xd2\xe4\x1d\x05\x66\x61lseH\x07\x88\x01\x01\x12\x32\n\x05gates\x18\x0f \x03(\x0b\x32#.arriero.v1.QuantizeSpec.GatesEntry\x1a\x32\n\x10TensorTypesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x42\n\nGatesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0e\x32\x14.arriero.v1.GateMode:\x02\x38\x01\x42\t\n\x07_goldenB\n\n\x08_threadsB\n\n\x08_imatrixB\x11\n\x0f_imatrix_tokensB\x15\n\x13_output_tensor_typeB\x17\n\x15_token_embedding_typeB\t\n\x07_methodB\x0f\n\r_adapter_only\"d\n\x0f\x45valuateRequest\x12)\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x18.arriero.v1.StageContext\x12&\n\x04spec\x18\x02 \x01(\x0b\x32\x18.arriero.v1.EvaluateSpec\"\x90\x04\n\x0c\x45valuateSpec\x12\x1c\n\x06models\x18\x01 \x03(\tB\x0c\xca\xe4\x1d\x08\n\x04gguf\x10\x01\x12!\n\x06golden\x18\x02 \x01(\tB\x0c\xca\xe4\x1d\x08\n\x06reportH\x00\x88\x01\x01\x12\"\n\x06\x63hoose\x18\x03 \x01(\x0b\x32\x12.arriero.v1.Choose\x12\"\n\treference\x18\x04 \x01(\tB\n\xca\xe4\x1d\x06\n\x04ggufH\x01\x88\x01\x01\x12#\n\x07\x64\x61taset\x18\x05 \x01(\tB\r\xca\xe4\x1d\t\n\x07\x64\x61tasetH\x02\x88\x01\x01\x12\x11\n\x04text\x18\x06 \x01(\tH\x03\x88\x01\x01\x12\x1d\n\x07\x63ontext\x18\x07 \x01(\x05\x42\x07\xd2\xe4\x1d\x03\x35\x31\x32H\x04\x88\x01\x01\x12\x1a\n\x06\x63hunks\x18\x08 \x01(\x05\x42\x05\xd2\xe4\x1d\x01\x30H\x05\x88\x01\x01\x12\x1d\n\x05speed\x18\t \x01(\x08\x42\t\xd2\xe4\x1d\x05\x66\x61lseH\x06\x88\x01\x01\x12\x13\n\x06sha256\x18\n \x01(\tH\x07\x88\x01\x01\x12\x32\n\x05gates\x18\x0f \x03(\x0b\x32#.arriero.v1.EvaluateSpec.GatesEntry\x1a\x42\n\nGatesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0e\x32\x14.arriero.v1.GateMode:\x02\x38\x01\x42\t\n\x07_goldenB\x0c\n\n_referenceB\n\n\x08_datasetB\x07\n\x05_textB\n\n\x08_contextB\t\n\x07_chunksB\x08\n\x06_speedB\t\n\x07_sha256\"0\n\x06\x43hoose\x12&\n\x08smallest\x18\x01 \x01(\x0b\x32\x14.arriero.v1.Smallest\"6\n\x08Smallest\x12\x1e\n\x07max_kld\x18\x01 \x01(\x01\x42\x08\xd2\xe4\x1d\x04\x30.05H\x00\x88\x01\x01\x42\n\n\x08_max_kld2\xfd\x01\n\x13QuantizationService\x12r\n\x08Quantize\x12\x1b.arriero.v1.QuantizeRequest\x1a\x1d.google.longrunning.Operation\"*\x90\x02\x02\xca\x41$\n\x0fOperationResult\x12\x11OperationMetadata\x12r\n\x08\x45valuate\x12\x1b.arriero.v1.EvaluateRequest\x1a\x1d.google.longrunning.Operation\"*\x90\x02\x02\xca\x41$\n\x0fOperationResult\x12\x11OperationMetadatab\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'arriero.v1.quantization_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_QUANTIZESPEC_TENSORTYPESENTRY']._loaded_options = None
+  _globals['_QUANTIZESPEC_TENSORTYPESENTRY']._serialized_options = b'8\001'
   _globals['_QUANTIZESPEC_GATESENTRY']._loaded_options = None
   _globals['_QUANTIZESPEC_GATESENTRY']._serialized_options = b'8\001'
   _globals['_QUANTIZESPEC'].fields_by_name['model']._loaded_options = None
@@ -41,12 +43,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_QUANTIZESPEC'].fields_by_name['golden']._serialized_options = b'\312\344\035\010\n\006report'
   _globals['_QUANTIZESPEC'].fields_by_name['threads']._loaded_options = None
   _globals['_QUANTIZESPEC'].fields_by_name['threads']._serialized_options = b'\322\344\035\0010'
+  _globals['_QUANTIZESPEC'].fields_by_name['adapters']._loaded_options = None
+  _globals['_QUANTIZESPEC'].fields_by_name['adapters']._serialized_options = b'\312\344\035\t\n\007adapter'
+  _globals['_QUANTIZESPEC'].fields_by_name['imatrix']._loaded_options = None
+  _globals['_QUANTIZESPEC'].fields_by_name['imatrix']._serialized_options = b'\312\344\035\021\n\007dataset\n\006report'
+  _globals['_QUANTIZESPEC'].fields_by_name['imatrix_tokens']._loaded_options = None
+  _globals['_QUANTIZESPEC'].fields_by_name['imatrix_tokens']._serialized_options = b'\322\344\035\00565536'
+  _globals['_QUANTIZESPEC'].fields_by_name['method']._loaded_options = None
+  _globals['_QUANTIZESPEC'].fields_by_name['method']._serialized_options = b'\322\344\035\004auto'
+  _globals['_QUANTIZESPEC'].fields_by_name['adapter_only']._loaded_options = None
+  _globals['_QUANTIZESPEC'].fields_by_name['adapter_only']._serialized_options = b'\322\344\035\005false'
   _globals['_EVALUATESPEC_GATESENTRY']._loaded_options = None
   _globals['_EVALUATESPEC_GATESENTRY']._serialized_options = b'8\001'
   _globals['_EVALUATESPEC'].fields_by_name['models']._loaded_options = None
   _globals['_EVALUATESPEC'].fields_by_name['models']._serialized_options = b'\312\344\035\010\n\004gguf\020\001'
   _globals['_EVALUATESPEC'].fields_by_name['golden']._loaded_options = None
   _globals['_EVALUATESPEC'].fields_by_name['golden']._serialized_options = b'\312\344\035\010\n\006report'
+  _globals['_EVALUATESPEC'].fields_by_name['reference']._loaded_options = None
+  _globals['_EVALUATESPEC'].fields_by_name['reference']._serialized_options = b'\312\344\035\006\n\004gguf'
+  _globals['_EVALUATESPEC'].fields_by_name['dataset']._loaded_options = None
+  _globals['_EVALUATESPEC'].fields_by_name['dataset']._serialized_options = b'\312\344\035\t\n\007dataset'
+  _globals['_EVALUATESPEC'].fields_by_name['context']._loaded_options = None
+  _globals['_EVALUATESPEC'].fields_by_name['context']._serialized_options = b'\322\344\035\003512'
+  _globals['_EVALUATESPEC'].fields_by_name['chunks']._loaded_options = None
+  _globals['_EVALUATESPEC'].fields_by_name['chunks']._serialized_options = b'\322\344\035\0010'
+  _globals['_EVALUATESPEC'].fields_by_name['speed']._loaded_options = None
+  _globals['_EVALUATESPEC'].fields_by_name['speed']._serialized_options = b'\322\344\035\005false'
   _globals['_SMALLEST'].fields_by_name['max_kld']._loaded_options = None
   _globals['_SMALLEST'].fields_by_name['max_kld']._serialized_options = b'\322\344\035\0040.05'
   _globals['_QUANTIZATIONSERVICE'].methods_by_name['Quantize']._loaded_options = None
@@ -56,19 +78,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_QUANTIZEREQUEST']._serialized_start=106
   _globals['_QUANTIZEREQUEST']._serialized_end=206
   _globals['_QUANTIZESPEC']._serialized_start=209
-  _globals['_QUANTIZESPEC']._serialized_end=473
-  _globals['_QUANTIZESPEC_GATESENTRY']._serialized_start=384
-  _globals['_QUANTIZESPEC_GATESENTRY']._serialized_end=450
-  _globals['_EVALUATEREQUEST']._serialized_start=475
-  _globals['_EVALUATEREQUEST']._serialized_end=575
-  _globals['_EVALUATESPEC']._serialized_start=578
-  _globals['_EVALUATESPEC']._serialized_end=824
-  _globals['_EVALUATESPEC_GATESENTRY']._serialized_start=384
-  _globals['_EVALUATESPEC_GATESENTRY']._serialized_end=450
-  _globals['_CHOOSE']._serialized_start=826
-  _globals['_CHOOSE']._serialized_end=874
-  _globals['_SMALLEST']._serialized_start=876
-  _globals['_SMALLEST']._serialized_end=930
-  _globals['_QUANTIZATIONSERVICE']._serialized_start=933
-  _globals['_QUANTIZATIONSERVICE']._serialized_end=1186
+  _globals['_QUANTIZESPEC']._serialized_end=969
+  _globals['_QUANTIZESPEC_TENSORTYPESENTRY']._serialized_start=721
+  _globals['_QUANTIZESPEC_TENSORTYPESENTRY']._serialized_end=771
+  _globals['_QUANTIZESPEC_GATESENTRY']._serialized_start=773
+  _globals['_QUANTIZESPEC_GATESENTRY']._serialized_end=839
+  _globals['_EVALUATEREQUEST']._serialized_start=971
+  _globals['_EVALUATEREQUEST']._serialized_end=1071
+  _globals['_EVALUATESPEC']._serialized_start=1074
+  _globals['_EVALUATESPEC']._serialized_end=1602
+  _globals['_EVALUATESPEC_GATESENTRY']._serialized_start=773
+  _globals['_EVALUATESPEC_GATESENTRY']._serialized_end=839
+  _globals['_CHOOSE']._serialized_start=1604
+  _globals['_CHOOSE']._serialized_end=1652
+  _globals['_SMALLEST']._serialized_start=1654
+  _globals['_SMALLEST']._serialized_end=1708
+  _globals['_QUANTIZATIONSERVICE']._serialized_start=1711
+  _globals['_QUANTIZATIONSERVICE']._serialized_end=1964
 # @@protoc_insertion_point(module_scope)

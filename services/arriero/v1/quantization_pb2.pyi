@@ -45,11 +45,31 @@ Global___QuantizeRequest: _TypeAlias = QuantizeRequest  # noqa: Y015
 
 @_typing.final
 class QuantizeSpec(_message.Message):
-    """Stage `quantize`: one gguf output per type, by the type's name, in the order
-    given.
+    """Stage `quantize`: one output per type, by the type's name, in the order given:
+    gguf, or model for bitsandbytes' types.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class TensorTypesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     @_typing.final
     class GatesEntry(_message.Message):
@@ -75,6 +95,15 @@ class QuantizeSpec(_message.Message):
     TYPES_FIELD_NUMBER: _builtins.int
     GOLDEN_FIELD_NUMBER: _builtins.int
     THREADS_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FIELD_NUMBER: _builtins.int
+    IMATRIX_FIELD_NUMBER: _builtins.int
+    IMATRIX_TOKENS_FIELD_NUMBER: _builtins.int
+    TENSOR_TYPES_FIELD_NUMBER: _builtins.int
+    OUTPUT_TENSOR_TYPE_FIELD_NUMBER: _builtins.int
+    TOKEN_EMBEDDING_TYPE_FIELD_NUMBER: _builtins.int
+    METHOD_FIELD_NUMBER: _builtins.int
+    ADAPTER_ONLY_FIELD_NUMBER: _builtins.int
     GATES_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     golden: _builtins.str
@@ -83,9 +112,38 @@ class QuantizeSpec(_message.Message):
     """
     threads: _builtins.int
     """Threads of the quantizer; 0 means all cores."""
+    imatrix: _builtins.str
+    """Rows to compute an importance matrix from, or a report that holds one."""
+    imatrix_tokens: _builtins.int
+    """Tokens that the importance matrix is computed over, at most."""
+    output_tensor_type: _builtins.str
+    token_embedding_type: _builtins.str
+    method: _builtins.str
+    """`onepass`: tensor by tensor into every type at once; `reference`: merge,
+    convert and quantize one after the other with llama.cpp's own tools; `auto`:
+    one pass where it can.
+    """
+    adapter_only: _builtins.bool
+    """Convert the one adapter alone, for hot swapping: types `F32`, `F16`, `Q8_0`."""
     @_builtins.property
     def types(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """llama.cpp's names, in any case: `Q4_K_M`, `Q8_0`, `F16`..."""
+        """llama.cpp's names, in any case: `Q4_K_M`, `Q8_0`, `F16`...; `BNB_NF4` and
+        `BNB_INT8` make Hugging Face checkpoints of bitsandbytes.
+        """
+
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Folded into the model on the way, without a merged model on disk."""
+
+    @_builtins.property
+    def weights(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Weight of each adapter; default 1.0 each."""
+
+    @_builtins.property
+    def tensor_types(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Quant type of the tensors whose GGUF name a pattern matches, as
+        llama-quantize's `--tensor-type`: `ffn_down: Q6_K`.
+        """
 
     @_builtins.property
     def gates(self) -> _containers.ScalarMap[_builtins.str, _types_pb2.GateMode.ValueType]: ...
@@ -96,20 +154,53 @@ class QuantizeSpec(_message.Message):
         types: _abc.Iterable[_builtins.str] | None = ...,
         golden: _builtins.str | None = ...,
         threads: _builtins.int | None = ...,
+        adapters: _abc.Iterable[_builtins.str] | None = ...,
+        weights: _abc.Iterable[_builtins.float] | None = ...,
+        imatrix: _builtins.str | None = ...,
+        imatrix_tokens: _builtins.int | None = ...,
+        tensor_types: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        output_tensor_type: _builtins.str | None = ...,
+        token_embedding_type: _builtins.str | None = ...,
+        method: _builtins.str | None = ...,
+        adapter_only: _builtins.bool | None = ...,
         gates: _abc.Mapping[_builtins.str, _types_pb2.GateMode.ValueType] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_golden", b"_golden", "_threads", b"_threads", "golden", b"golden", "threads", b"threads"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_adapter_only", b"_adapter_only", "_golden", b"_golden", "_imatrix", b"_imatrix", "_imatrix_tokens", b"_imatrix_tokens", "_method", b"_method", "_output_tensor_type", b"_output_tensor_type", "_threads", b"_threads", "_token_embedding_type", b"_token_embedding_type", "adapter_only", b"adapter_only", "golden", b"golden", "imatrix", b"imatrix", "imatrix_tokens", b"imatrix_tokens", "method", b"method", "output_tensor_type", b"output_tensor_type", "threads", b"threads", "token_embedding_type", b"token_embedding_type"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_golden", b"_golden", "_threads", b"_threads", "gates", b"gates", "golden", b"golden", "model", b"model", "threads", b"threads", "types", b"types"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adapter_only", b"_adapter_only", "_golden", b"_golden", "_imatrix", b"_imatrix", "_imatrix_tokens", b"_imatrix_tokens", "_method", b"_method", "_output_tensor_type", b"_output_tensor_type", "_threads", b"_threads", "_token_embedding_type", b"_token_embedding_type", "adapter_only", b"adapter_only", "adapters", b"adapters", "gates", b"gates", "golden", b"golden", "imatrix", b"imatrix", "imatrix_tokens", b"imatrix_tokens", "method", b"method", "model", b"model", "output_tensor_type", b"output_tensor_type", "tensor_types", b"tensor_types", "threads", b"threads", "token_embedding_type", b"token_embedding_type", "types", b"types", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__adapter_only: _TypeAlias = _typing.Literal["adapter_only"]  # noqa: Y015
+    _WhichOneofArgType__adapter_only: _TypeAlias = _typing.Literal["_adapter_only", b"_adapter_only"]  # noqa: Y015
     _WhichOneofReturnType__golden: _TypeAlias = _typing.Literal["golden"]  # noqa: Y015
     _WhichOneofArgType__golden: _TypeAlias = _typing.Literal["_golden", b"_golden"]  # noqa: Y015
+    _WhichOneofReturnType__imatrix: _TypeAlias = _typing.Literal["imatrix"]  # noqa: Y015
+    _WhichOneofArgType__imatrix: _TypeAlias = _typing.Literal["_imatrix", b"_imatrix"]  # noqa: Y015
+    _WhichOneofReturnType__imatrix_tokens: _TypeAlias = _typing.Literal["imatrix_tokens"]  # noqa: Y015
+    _WhichOneofArgType__imatrix_tokens: _TypeAlias = _typing.Literal["_imatrix_tokens", b"_imatrix_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__method: _TypeAlias = _typing.Literal["method"]  # noqa: Y015
+    _WhichOneofArgType__method: _TypeAlias = _typing.Literal["_method", b"_method"]  # noqa: Y015
+    _WhichOneofReturnType__output_tensor_type: _TypeAlias = _typing.Literal["output_tensor_type"]  # noqa: Y015
+    _WhichOneofArgType__output_tensor_type: _TypeAlias = _typing.Literal["_output_tensor_type", b"_output_tensor_type"]  # noqa: Y015
     _WhichOneofReturnType__threads: _TypeAlias = _typing.Literal["threads"]  # noqa: Y015
     _WhichOneofArgType__threads: _TypeAlias = _typing.Literal["_threads", b"_threads"]  # noqa: Y015
+    _WhichOneofReturnType__token_embedding_type: _TypeAlias = _typing.Literal["token_embedding_type"]  # noqa: Y015
+    _WhichOneofArgType__token_embedding_type: _TypeAlias = _typing.Literal["_token_embedding_type", b"_token_embedding_type"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__adapter_only) -> _WhichOneofReturnType__adapter_only | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__golden) -> _WhichOneofReturnType__golden | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__imatrix) -> _WhichOneofReturnType__imatrix | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__imatrix_tokens) -> _WhichOneofReturnType__imatrix_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__method) -> _WhichOneofReturnType__method | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__output_tensor_type) -> _WhichOneofReturnType__output_tensor_type | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__threads) -> _WhichOneofReturnType__threads | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__token_embedding_type) -> _WhichOneofReturnType__token_embedding_type | None: ...
 
 Global___QuantizeSpec: _TypeAlias = QuantizeSpec  # noqa: Y015
 
@@ -168,11 +259,31 @@ class EvaluateSpec(_message.Message):
     MODELS_FIELD_NUMBER: _builtins.int
     GOLDEN_FIELD_NUMBER: _builtins.int
     CHOOSE_FIELD_NUMBER: _builtins.int
+    REFERENCE_FIELD_NUMBER: _builtins.int
+    DATASET_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    CHUNKS_FIELD_NUMBER: _builtins.int
+    SPEED_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
     GATES_FIELD_NUMBER: _builtins.int
     golden: _builtins.str
     """Golden logits of the model that the files should equal; default: those
     that the first file carries.
     """
+    reference: _builtins.str
+    """A file to compute the KL divergence against too, such as F16."""
+    dataset: _builtins.str
+    """Rows to compute the perplexity on."""
+    text: _builtins.str
+    """A text to compute the perplexity on: a path that the service may read."""
+    context: _builtins.int
+    """Tokens of each perplexity window, and windows at most (0: all)."""
+    chunks: _builtins.int
+    speed: _builtins.bool
+    """Measure prompt and generation speed on this machine."""
+    sha256: _builtins.str
+    """`sha256:...` that `text` must have; the room fills it in."""
     @_builtins.property
     def models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -185,15 +296,51 @@ class EvaluateSpec(_message.Message):
         models: _abc.Iterable[_builtins.str] | None = ...,
         golden: _builtins.str | None = ...,
         choose: Global___Choose | None = ...,
+        reference: _builtins.str | None = ...,
+        dataset: _builtins.str | None = ...,
+        text: _builtins.str | None = ...,
+        context: _builtins.int | None = ...,
+        chunks: _builtins.int | None = ...,
+        speed: _builtins.bool | None = ...,
+        sha256: _builtins.str | None = ...,
         gates: _abc.Mapping[_builtins.str, _types_pb2.GateMode.ValueType] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_golden", b"_golden", "choose", b"choose", "golden", b"golden"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_chunks", b"_chunks", "_context", b"_context", "_dataset", b"_dataset", "_golden", b"_golden", "_reference", b"_reference", "_sha256", b"_sha256", "_speed", b"_speed", "_text", b"_text", "choose", b"choose", "chunks", b"chunks", "context", b"context", "dataset", b"dataset", "golden", b"golden", "reference", b"reference", "sha256", b"sha256", "speed", b"speed", "text", b"text"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_golden", b"_golden", "choose", b"choose", "gates", b"gates", "golden", b"golden", "models", b"models"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_chunks", b"_chunks", "_context", b"_context", "_dataset", b"_dataset", "_golden", b"_golden", "_reference", b"_reference", "_sha256", b"_sha256", "_speed", b"_speed", "_text", b"_text", "choose", b"choose", "chunks", b"chunks", "context", b"context", "dataset", b"dataset", "gates", b"gates", "golden", b"golden", "models", b"models", "reference", b"reference", "sha256", b"sha256", "speed", b"speed", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__chunks: _TypeAlias = _typing.Literal["chunks"]  # noqa: Y015
+    _WhichOneofArgType__chunks: _TypeAlias = _typing.Literal["_chunks", b"_chunks"]  # noqa: Y015
+    _WhichOneofReturnType__context: _TypeAlias = _typing.Literal["context"]  # noqa: Y015
+    _WhichOneofArgType__context: _TypeAlias = _typing.Literal["_context", b"_context"]  # noqa: Y015
+    _WhichOneofReturnType__dataset: _TypeAlias = _typing.Literal["dataset"]  # noqa: Y015
+    _WhichOneofArgType__dataset: _TypeAlias = _typing.Literal["_dataset", b"_dataset"]  # noqa: Y015
     _WhichOneofReturnType__golden: _TypeAlias = _typing.Literal["golden"]  # noqa: Y015
     _WhichOneofArgType__golden: _TypeAlias = _typing.Literal["_golden", b"_golden"]  # noqa: Y015
+    _WhichOneofReturnType__reference: _TypeAlias = _typing.Literal["reference"]  # noqa: Y015
+    _WhichOneofArgType__reference: _TypeAlias = _typing.Literal["_reference", b"_reference"]  # noqa: Y015
+    _WhichOneofReturnType__sha256: _TypeAlias = _typing.Literal["sha256"]  # noqa: Y015
+    _WhichOneofArgType__sha256: _TypeAlias = _typing.Literal["_sha256", b"_sha256"]  # noqa: Y015
+    _WhichOneofReturnType__speed: _TypeAlias = _typing.Literal["speed"]  # noqa: Y015
+    _WhichOneofArgType__speed: _TypeAlias = _typing.Literal["_speed", b"_speed"]  # noqa: Y015
+    _WhichOneofReturnType__text: _TypeAlias = _typing.Literal["text"]  # noqa: Y015
+    _WhichOneofArgType__text: _TypeAlias = _typing.Literal["_text", b"_text"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__chunks) -> _WhichOneofReturnType__chunks | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__context) -> _WhichOneofReturnType__context | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__dataset) -> _WhichOneofReturnType__dataset | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__golden) -> _WhichOneofReturnType__golden | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__reference) -> _WhichOneofReturnType__reference | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sha256) -> _WhichOneofReturnType__sha256 | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__speed) -> _WhichOneofReturnType__speed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__text) -> _WhichOneofReturnType__text | None: ...
 
 Global___EvaluateSpec: _TypeAlias = EvaluateSpec  # noqa: Y015
 

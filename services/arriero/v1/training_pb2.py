@@ -26,7 +26,7 @@ from arriero.v1 import types_pb2 as arriero_dot_v1_dot_types__pb2
 from google.longrunning import operations_pb2 as google_dot_longrunning_dot_operations__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x61rriero/v1/training.proto\x12\narriero.v1\x1a\x16\x61rriero/v1/types.proto\x1a#google/longrunning/operations.proto\"^\n\x0cTrainRequest\x12)\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x18.arriero.v1.StageContext\x12#\n\x04spec\x18\x02 \x01(\x0b\x32\x15.arriero.v1.TrainSpec\"\x9c\t\n\tTrainSpec\x12\x1a\n\x05model\x18\x01 \x01(\tB\x0b\xca\xe4\x1d\x07\n\x05model\x12\x1e\n\x07\x64\x61taset\x18\x02 \x01(\tB\r\xca\xe4\x1d\t\n\x07\x64\x61taset\x12\x34\n\x0bval_dataset\x18\x03 \x01(\tB\x1a\xca\xe4\x1d\x16\n\x07\x64\x61taset\x1a\x0b\x64\x61taset.valH\x00\x88\x01\x01\x12$\n\x04lora\x18\x04 \x01(\x0b\x32\x16.arriero.v1.LoraConfig\x12\x1e\n\nnum_epochs\x18\x05 \x01(\x01\x42\x05\xd2\xe4\x1d\x01\x33H\x01\x88\x01\x01\x12\x1d\n\tmax_steps\x18\x06 \x01(\x03\x42\x05\xd2\xe4\x1d\x01\x30H\x02\x88\x01\x01\x12\x1f\n\nbatch_size\x18\x07 \x01(\x05\x42\x06\xd2\xe4\x1d\x02\x31\x36H\x03\x88\x01\x01\x12$\n\x10micro_batch_size\x18\x08 \x01(\x05\x42\x05\xd2\xe4\x1d\x01\x34H\x04\x88\x01\x01\x12$\n\rlearning_rate\x18\t \x01(\x01\x42\x08\xd2\xe4\x1d\x04\x33\x65-4H\x05\x88\x01\x01\x12*\n\x11lr_scheduler_type\x18\n \x01(\tB\n\xd2\xe4\x1d\x06linearH\x06\x88\x01\x01\x12#\n\x0cwarmup_steps\x18\x0b \x01(\x01\x42\x08\xd2\xe4\x1d\x04\x30.05H\x07\x88\x01\x01\x12#\n\x05optim\x18\x0c \x01(\tB\x0f\xd2\xe4\x1d\x0b\x61\x64\x61mw_torchH\x08\x88\x01\x01\x12 \n\x0cweight_decay\x18\r \x01(\x01\x42\x05\xd2\xe4\x1d\x01\x30H\t\x88\x01\x01\x12#\n\rmax_grad_norm\x18\x0e \x01(\x01\x42\x07\xd2\xe4\x1d\x03\x31.0H\n\x88\x01\x01\x12\'\n\x0fgroup_by_length\x18\x0f \x01(\x08\x42\t\xd2\xe4\x1d\x05\x66\x61lseH\x0b\x88\x01\x01\x12\x19\n\x04seed\x18\x10 \x01(\x03\x42\x06\xd2\xe4\x1d\x02\x34\x32H\x0c\x88\x01\x01\x12\x1c\n\x05\x64type\x18\x11 \x01(\tB\x08\xd2\xe4\x1d\x04\x61utoH\r\x88\x01\x01\x12\x1e\n\nsave_steps\x18\x12 \x01(\x05\x42\x05\xd2\xe4\x1d\x01\x30H\x0e\x88\x01\x01\x12$\n\x10save_total_limit\x18\x13 \x01(\x05\x42\x05\xd2\xe4\x1d\x01\x32H\x0f\x88\x01\x01\x12.\n\x16gradient_checkpointing\x18\x14 \x01(\x08\x42\t\xd2\xe4\x1d\x05\x66\x61lseH\x10\x88\x01\x01\x12\x16\n\tresources\x18\x15 \x01(\tH\x11\x88\x01\x01\x12/\n\x05gates\x18\x19 \x03(\x0b\x32 .arriero.v1.TrainSpec.GatesEntry\x1a\x42\n\nGatesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0e\x32\x14.arriero.v1.GateMode:\x02\x38\x01\x42\x0e\n\x0c_val_datasetB\r\n\x0b_num_epochsB\x0c\n\n_max_stepsB\r\n\x0b_batch_sizeB\x13\n\x11_micro_batch_sizeB\x10\n\x0e_learning_rateB\x14\n\x12_lr_scheduler_typeB\x0f\n\r_warmup_stepsB\x08\n\x06_optimB\x0f\n\r_weight_decayB\x10\n\x0e_max_grad_normB\x12\n\x10_group_by_lengthB\x07\n\x05_seedB\x08\n\x06_dtypeB\r\n\x0b_save_stepsB\x13\n\x11_save_total_limitB\x19\n\x17_gradient_checkpointingB\x0c\n\n_resources\"\xee\x01\n\nLoraConfig\x12\x15\n\x01r\x18\x01 \x01(\x05\x42\x05\xd2\xe4\x1d\x01\x38H\x00\x88\x01\x01\x12\x1f\n\nlora_alpha\x18\x02 \x01(\x01\x42\x06\xd2\xe4\x1d\x02\x31\x36H\x01\x88\x01\x01\x12#\n\x0clora_dropout\x18\x03 \x01(\x01\x42\x08\xd2\xe4\x1d\x04\x30.05H\x02\x88\x01\x01\x12*\n\x0etarget_modules\x18\x04 \x03(\tB\x12\xd2\xe4\x1d\x0eq_proj, v_proj\x12\"\n\nuse_rslora\x18\x05 \x01(\x08\x42\t\xd2\xe4\x1d\x05\x66\x61lseH\x03\x88\x01\x01\x42\x04\n\x02_rB\r\n\x0b_lora_alphaB\x0f\n\r_lora_dropoutB\r\n\x0b_use_rslora2\x7f\n\x0fTrainingService\x12l\n\x05Train\x12\x18.arriero.v1.TrainRequest\x1a\x1d.google.longrunning.Operation\"*\x90\x02\x02\xca\x41$\n\x0fOperationResult\x12\x11OperationMetadatab\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x61rriero/v1/training.proto\x12\narriero.v1\x1a\x16\x61rriero/v1/types.proto\x1a#google/longrunning/operations.proto\"^\n\x0cTrainRequest\x12)\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x18.arriero.v1.StageContext\x12#\n\x04spec\x18\x02 \x01(\x0b\x32\x15.arriero.v1.TrainSpec\"\xc6\x10\n\tTrainSpec\x12\x1a\n\x05model\x18\x01 \x01(\tB\x0b\xca\xe4\x1d\x07\n\x05model\x12\x1e\n\x07\x64\x61taset\x18\x02 \x01(\tB\r\xca\xe4\x1d\t\n\x07\x64\x61taset\x12\x34\n\x0bval_dataset\x18\x03 \x01(\tB\x1a\xca\xe4\x1d\x16\n\x07\x64\x61taset\x1a\x0b\x64\x61taset.valH\x00\x88\x01\x01\x12$\n\x04lora\x18\x04 \x01(\x0b\x32\x16.arriero.v1.LoraConfig\x12\x1e\n\nnum_epochs\x18\x05 \x01(\x01\x42\x05\xd2\xe4\x1d\x01\x33H\x01\x88\x01\x01\x12\x1d\n\tmax_steps\x18\x06 \x01(\x03\x42\x05\xd2\xe4\x1d\x01\x30H\x02\x88\x01\x01\x12\x1f\n\nbatch_size\x18\x07 \x01(\x05\x42\x06\xd2\xe4\x1d\x02\x31\x36H\x03\x88\x01\x01\x12$\n\x10micro_batch_size\x18\x08 \x01(\x05\x42\x05\xd2\xe4\x1d\x01\x34H\x04\x88\x01\x01\x12$\n\rlearning_rate\x18\t \x01(\x01\x42\x08\xd2\xe4\x1d\x04\x33\x65-4H\x05\x88\x01\x01\x12*\n\x11lr_scheduler_type\x18\n \x01(\tB\n\xd2\xe4\x1d\x06linearH\x06\x88\x01\x01\x12#\n\x0cwarmup_steps\x18\x0b \x01(\x01\x42\x08\xd2\xe4\x1d\x04\x30.05H\x07\x88\x01\x01\x12#\n\x05optim\x18\x0c \x01(\tB\x0f\xd2\xe4\x1d\x0b\x61\x64\x61mw_torchH\x08\x88\x01\x01\x12 \n\x0cweight_decay\x18\r \x01(\x01\x42\x05\xd2\xe4\x1d\x01\x30H\t\x88\x01\x01\x12#\n\rmax_grad_norm\x18\x0e \x01(\x01\x42\x07\xd2\xe4\x1d\x03\x31.0H\n\x88\x01\x01\x12\'\n\x0fgroup_by_length\x18\x0f \x01(\x08\x42\t\xd2\xe4\x1d\x05\x66\x61lseH\x0b\x88\x01\x01\x12\x19\n\x04seed\x18\x10 \x01(\x03\x42\x06\xd2\xe4\x1d\x02\x34\x32H\x0c\x88\x01\x01\x12\x1c\n\x05\x64type\x18\x11 \x01(\tB\x08\xd2\xe4\x1d\x04\x61utoH\r\x88\x01\x01\x12\x1e\n\nsave_steps\x18\x12 \x01(\x05\x42\x05\xd2\xe4\x1d\x01\x30H\x0e\x88\x01\x01\x12$\n\x10save_total_limit\x18\x13 \x01(\x05\x42\x05\xd2\xe4\x1d\x01\x32H\x0f\x88\x01\x01\x12.\n\x16gradient_checkpointing\x18\x14 \x01(\x08\x42\t\xd2\xe4\x1d\x05\x66\x61lseH\x10\x88\x01\x01\x12\x16\n\tresources\x18\x15 \x01(\tH\x11\x88\x01\x01\x12\x1d\n\x06method\x18\x16 \x01(\tB\x08\xd2\xe4\x1d\x04loraH\x12\x88\x01\x01\x12$\n\x0cload_in_4bit\x18\x17 \x01(\x08\x42\t\xd2\xe4\x1d\x05\x66\x61lseH\x13\x88\x01\x01\x12$\n\x0cload_in_8bit\x18\x18 \x01(\x08\x42\t\xd2\xe4\x1d\x05\x66\x61lseH\x14\x88\x01\x01\x12/\n\x05gates\x18\x19 \x03(\x0b\x32 .arriero.v1.TrainSpec.GatesEntry\x12)\n\x13\x62nb_4bit_quant_type\x18\x1a \x01(\tB\x07\xd2\xe4\x1d\x03nf4H\x15\x88\x01\x01\x12\x30\n\x19\x62nb_4bit_use_double_quant\x18\x1b \x01(\x08\x42\x08\xd2\xe4\x1d\x04trueH\x16\x88\x01\x01\x12\'\n\x13neftune_noise_alpha\x18\x1c \x01(\x01\x42\x05\xd2\xe4\x1d\x01\x30H\x17\x88\x01\x01\x12\x1e\n\neval_steps\x18\x1d \x01(\x05\x42\x05\xd2\xe4\x1d\x01\x30H\x18\x88\x01\x01\x12+\n\x17\x65\x61rly_stopping_patience\x18\x1e \x01(\x05\x42\x05\xd2\xe4\x1d\x01\x30H\x19\x88\x01\x01\x12,\n\x18\x65\x61rly_stopping_threshold\x18\x1f \x01(\x01\x42\x05\xd2\xe4\x1d\x01\x30H\x1a\x88\x01\x01\x12.\n\x16load_best_model_at_end\x18  \x01(\x08\x42\t\xd2\xe4\x1d\x05\x66\x61lseH\x1b\x88\x01\x01\x12 \n\nadam_beta1\x18! \x01(\x01\x42\x07\xd2\xe4\x1d\x03\x30.9H\x1c\x88\x01\x01\x12\"\n\nadam_beta2\x18\" \x01(\x01\x42\t\xd2\xe4\x1d\x05\x30.999H\x1d\x88\x01\x01\x12#\n\x0c\x61\x64\x61m_epsilon\x18# \x01(\x01\x42\x08\xd2\xe4\x1d\x04\x31\x65-8H\x1e\x88\x01\x01\x12\x19\n\x05nodes\x18$ \x01(\x05\x42\x05\xd2\xe4\x1d\x01\x31H\x1f\x88\x01\x01\x12\"\n\x0enproc_per_node\x18% \x01(\x05\x42\x05\xd2\xe4\x1d\x01\x30H \x88\x01\x01\x12\x1c\n\x04\x66sdp\x18& \x01(\x08\x42\t\xd2\xe4\x1d\x05\x66\x61lseH!\x88\x01\x01\x12\x11\n\treport_to\x18\' \x03(\t\x1a\x42\n\nGatesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0e\x32\x14.arriero.v1.GateMode:\x02\x38\x01\x42\x0e\n\x0c_val_datasetB\r\n\x0b_num_epochsB\x0c\n\n_max_stepsB\r\n\x0b_batch_sizeB\x13\n\x11_micro_batch_sizeB\x10\n\x0e_learning_rateB\x14\n\x12_lr_scheduler_typeB\x0f\n\r_warmup_stepsB\x08\n\x06_optimB\x0f\n\r_weight_decayB\x10\n\x0e_max_grad_normB\x12\n\x10_group_by_lengthB\x07\n\x05_seedB\x08\n\x06_dtypeB\r\n\x0b_save_stepsB\x13\n\x11_save_total_limitB\x19\n\x17_gradient_checkpointingB\x0c\n\n_resourcesB\t\n\x07_methodB\x0f\n\r_load_in_4bitB\x0f\n\r_load_in_8bitB\x16\n\x14_bnb_4bit_quant_typeB\x1c\n\x1a_bnb_4bit_use_double_quantB\x16\n\x14_neftune_noise_alphaB\r\n\x0b_eval_stepsB\x1a\n\x18_early_stopping_patienceB\x1b\n\x19_early_stopping_thresholdB\x19\n\x17_load_best_model_at_endB\r\n\x0b_adam_beta1B\r\n\x0b_adam_beta2B\x0f\n\r_adam_epsilonB\x08\n\x06_nodesB\x11\n\x0f_nproc_per_nodeB\x07\n\x05_fsdp\"\x9f\x04\n\nLoraConfig\x12\x15\n\x01r\x18\x01 \x01(\x05\x42\x05\xd2\xe4\x1d\x01\x38H\x00\x88\x01\x01\x12\x1f\n\nlora_alpha\x18\x02 \x01(\x01\x42\x06\xd2\xe4\x1d\x02\x31\x36H\x01\x88\x01\x01\x12#\n\x0clora_dropout\x18\x03 \x01(\x01\x42\x08\xd2\xe4\x1d\x04\x30.05H\x02\x88\x01\x01\x12*\n\x0etarget_modules\x18\x04 \x03(\tB\x12\xd2\xe4\x1d\x0eq_proj, v_proj\x12\"\n\nuse_rslora\x18\x05 \x01(\x08\x42\t\xd2\xe4\x1d\x05\x66\x61lseH\x03\x88\x01\x01\x12 \n\x08use_dora\x18\x06 \x01(\x08\x42\t\xd2\xe4\x1d\x05\x66\x61lseH\x04\x88\x01\x01\x12\x17\n\x0fmodules_to_save\x18\x07 \x03(\t\x12=\n\x0crank_pattern\x18\x08 \x03(\x0b\x32\'.arriero.v1.LoraConfig.RankPatternEntry\x12?\n\ralpha_pattern\x18\t \x03(\x0b\x32(.arriero.v1.LoraConfig.AlphaPatternEntry\x1a\x32\n\x10RankPatternEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\x1a\x33\n\x11\x41lphaPatternEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x04\n\x02_rB\r\n\x0b_lora_alphaB\x0f\n\r_lora_dropoutB\r\n\x0b_use_rsloraB\x0b\n\t_use_dora2\x7f\n\x0fTrainingService\x12l\n\x05Train\x12\x18.arriero.v1.TrainRequest\x1a\x1d.google.longrunning.Operation\"*\x90\x02\x02\xca\x41$\n\x0fOperationResult\x12\x11OperationMetadatab\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -73,6 +73,42 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TRAINSPEC'].fields_by_name['save_total_limit']._serialized_options = b'\322\344\035\0012'
   _globals['_TRAINSPEC'].fields_by_name['gradient_checkpointing']._loaded_options = None
   _globals['_TRAINSPEC'].fields_by_name['gradient_checkpointing']._serialized_options = b'\322\344\035\005false'
+  _globals['_TRAINSPEC'].fields_by_name['method']._loaded_options = None
+  _globals['_TRAINSPEC'].fields_by_name['method']._serialized_options = b'\322\344\035\004lora'
+  _globals['_TRAINSPEC'].fields_by_name['load_in_4bit']._loaded_options = None
+  _globals['_TRAINSPEC'].fields_by_name['load_in_4bit']._serialized_options = b'\322\344\035\005false'
+  _globals['_TRAINSPEC'].fields_by_name['load_in_8bit']._loaded_options = None
+  _globals['_TRAINSPEC'].fields_by_name['load_in_8bit']._serialized_options = b'\322\344\035\005false'
+  _globals['_TRAINSPEC'].fields_by_name['bnb_4bit_quant_type']._loaded_options = None
+  _globals['_TRAINSPEC'].fields_by_name['bnb_4bit_quant_type']._serialized_options = b'\322\344\035\003nf4'
+  _globals['_TRAINSPEC'].fields_by_name['bnb_4bit_use_double_quant']._loaded_options = None
+  _globals['_TRAINSPEC'].fields_by_name['bnb_4bit_use_double_quant']._serialized_options = b'\322\344\035\004true'
+  _globals['_TRAINSPEC'].fields_by_name['neftune_noise_alpha']._loaded_options = None
+  _globals['_TRAINSPEC'].fields_by_name['neftune_noise_alpha']._serialized_options = b'\322\344\035\0010'
+  _globals['_TRAINSPEC'].fields_by_name['eval_steps']._loaded_options = None
+  _globals['_TRAINSPEC'].fields_by_name['eval_steps']._serialized_options = b'\322\344\035\0010'
+  _globals['_TRAINSPEC'].fields_by_name['early_stopping_patience']._loaded_options = None
+  _globals['_TRAINSPEC'].fields_by_name['early_stopping_patience']._serialized_options = b'\322\344\035\0010'
+  _globals['_TRAINSPEC'].fields_by_name['early_stopping_threshold']._loaded_options = None
+  _globals['_TRAINSPEC'].fields_by_name['early_stopping_threshold']._serialized_options = b'\322\344\035\0010'
+  _globals['_TRAINSPEC'].fields_by_name['load_best_model_at_end']._loaded_options = None
+  _globals['_TRAINSPEC'].fields_by_name['load_best_model_at_end']._serialized_options = b'\322\344\035\005false'
+  _globals['_TRAINSPEC'].fields_by_name['adam_beta1']._loaded_options = None
+  _globals['_TRAINSPEC'].fields_by_name['adam_beta1']._serialized_options = b'\322\344\035\0030.9'
+  _globals['_TRAINSPEC'].fields_by_name['adam_beta2']._loaded_options = None
+  _globals['_TRAINSPEC'].fields_by_name['adam_beta2']._serialized_options = b'\322\344\035\0050.999'
+  _globals['_TRAINSPEC'].fields_by_name['adam_epsilon']._loaded_options = None
+  _globals['_TRAINSPEC'].fields_by_name['adam_epsilon']._serialized_options = b'\322\344\035\0041e-8'
+  _globals['_TRAINSPEC'].fields_by_name['nodes']._loaded_options = None
+  _globals['_TRAINSPEC'].fields_by_name['nodes']._serialized_options = b'\322\344\035\0011'
+  _globals['_TRAINSPEC'].fields_by_name['nproc_per_node']._loaded_options = None
+  _globals['_TRAINSPEC'].fields_by_name['nproc_per_node']._serialized_options = b'\322\344\035\0010'
+  _globals['_TRAINSPEC'].fields_by_name['fsdp']._loaded_options = None
+  _globals['_TRAINSPEC'].fields_by_name['fsdp']._serialized_options = b'\322\344\035\005false'
+  _globals['_LORACONFIG_RANKPATTERNENTRY']._loaded_options = None
+  _globals['_LORACONFIG_RANKPATTERNENTRY']._serialized_options = b'8\001'
+  _globals['_LORACONFIG_ALPHAPATTERNENTRY']._loaded_options = None
+  _globals['_LORACONFIG_ALPHAPATTERNENTRY']._serialized_options = b'8\001'
   _globals['_LORACONFIG'].fields_by_name['r']._loaded_options = None
   _globals['_LORACONFIG'].fields_by_name['r']._serialized_options = b'\322\344\035\0018'
   _globals['_LORACONFIG'].fields_by_name['lora_alpha']._loaded_options = None
@@ -83,16 +119,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LORACONFIG'].fields_by_name['target_modules']._serialized_options = b'\322\344\035\016q_proj, v_proj'
   _globals['_LORACONFIG'].fields_by_name['use_rslora']._loaded_options = None
   _globals['_LORACONFIG'].fields_by_name['use_rslora']._serialized_options = b'\322\344\035\005false'
+  _globals['_LORACONFIG'].fields_by_name['use_dora']._loaded_options = None
+  _globals['_LORACONFIG'].fields_by_name['use_dora']._serialized_options = b'\322\344\035\005false'
   _globals['_TRAININGSERVICE'].methods_by_name['Train']._loaded_options = None
   _globals['_TRAININGSERVICE'].methods_by_name['Train']._serialized_options = b'\220\002\002\312A$\n\017OperationResult\022\021OperationMetadata'
   _globals['_TRAINREQUEST']._serialized_start=102
   _globals['_TRAINREQUEST']._serialized_end=196
   _globals['_TRAINSPEC']._serialized_start=199
-  _globals['_TRAINSPEC']._serialized_end=1379
-  _globals['_TRAINSPEC_GATESENTRY']._serialized_start=1014
-  _globals['_TRAINSPEC_GATESENTRY']._serialized_end=1080
-  _globals['_LORACONFIG']._serialized_start=1382
-  _globals['_LORACONFIG']._serialized_end=1620
-  _globals['_TRAININGSERVICE']._serialized_start=1622
-  _globals['_TRAININGSERVICE']._serialized_end=1749
+  _globals['_TRAINSPEC']._serialized_end=2317
+  _globals['_TRAINSPEC_GATESENTRY']._serialized_start=1645
+  _globals['_TRAINSPEC_GATESENTRY']._serialized_end=1711
+  _globals['_LORACONFIG']._serialized_start=2320
+  _globals['_LORACONFIG']._serialized_end=2863
+  _globals['_LORACONFIG_RANKPATTERNENTRY']._serialized_start=2694
+  _globals['_LORACONFIG_RANKPATTERNENTRY']._serialized_end=2744
+  _globals['_LORACONFIG_ALPHAPATTERNENTRY']._serialized_start=2746
+  _globals['_LORACONFIG_ALPHAPATTERNENTRY']._serialized_end=2797
+  _globals['_TRAININGSERVICE']._serialized_start=2865
+  _globals['_TRAININGSERVICE']._serialized_end=2992
 # @@protoc_insertion_point(module_scope)

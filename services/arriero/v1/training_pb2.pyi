@@ -45,7 +45,9 @@ Global___TrainRequest: _TypeAlias = TrainRequest  # noqa: Y015
 
 @_typing.final
 class TrainSpec(_message.Message):
-    """Stage `train`: outputs `adapter`, `golden` (report)."""
+    """Stage `train`: outputs `adapter` (`model` with `method: full`), `golden`
+    (report).
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -90,7 +92,24 @@ class TrainSpec(_message.Message):
     SAVE_TOTAL_LIMIT_FIELD_NUMBER: _builtins.int
     GRADIENT_CHECKPOINTING_FIELD_NUMBER: _builtins.int
     RESOURCES_FIELD_NUMBER: _builtins.int
+    METHOD_FIELD_NUMBER: _builtins.int
+    LOAD_IN_4BIT_FIELD_NUMBER: _builtins.int
+    LOAD_IN_8BIT_FIELD_NUMBER: _builtins.int
     GATES_FIELD_NUMBER: _builtins.int
+    BNB_4BIT_QUANT_TYPE_FIELD_NUMBER: _builtins.int
+    BNB_4BIT_USE_DOUBLE_QUANT_FIELD_NUMBER: _builtins.int
+    NEFTUNE_NOISE_ALPHA_FIELD_NUMBER: _builtins.int
+    EVAL_STEPS_FIELD_NUMBER: _builtins.int
+    EARLY_STOPPING_PATIENCE_FIELD_NUMBER: _builtins.int
+    EARLY_STOPPING_THRESHOLD_FIELD_NUMBER: _builtins.int
+    LOAD_BEST_MODEL_AT_END_FIELD_NUMBER: _builtins.int
+    ADAM_BETA1_FIELD_NUMBER: _builtins.int
+    ADAM_BETA2_FIELD_NUMBER: _builtins.int
+    ADAM_EPSILON_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
+    NPROC_PER_NODE_FIELD_NUMBER: _builtins.int
+    FSDP_FIELD_NUMBER: _builtins.int
+    REPORT_TO_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     dataset: _builtins.str
     val_dataset: _builtins.str
@@ -101,13 +120,14 @@ class TrainSpec(_message.Message):
     batch_size: _builtins.int
     """Rows per optimizer step, all processes together."""
     micro_batch_size: _builtins.int
-    """Rows per forward pass."""
+    """Rows per forward pass and process; halved by itself when memory runs out."""
     learning_rate: _builtins.float
     lr_scheduler_type: _builtins.str
     """transformers' scheduler names."""
     warmup_steps: _builtins.float
     """Steps, or below 1 a share of all steps."""
     optim: _builtins.str
+    """transformers' names: `adamw_torch`, `adamw_8bit`, `paged_adamw_8bit`."""
     weight_decay: _builtins.float
     max_grad_norm: _builtins.float
     group_by_length: _builtins.bool
@@ -121,10 +141,41 @@ class TrainSpec(_message.Message):
     gradient_checkpointing: _builtins.bool
     resources: _builtins.str
     """Name of an administrator's resource profile; not part of the result key."""
+    method: _builtins.str
+    """`lora`, or `full`: every weight is trained."""
+    load_in_4bit: _builtins.bool
+    """QLoRA: hold the base in 4 bits (`bnb_4bit_quant_type`) or 8 bits."""
+    load_in_8bit: _builtins.bool
+    bnb_4bit_quant_type: _builtins.str
+    """`nf4` or `fp4`."""
+    bnb_4bit_use_double_quant: _builtins.bool
+    neftune_noise_alpha: _builtins.float
+    """Noise on the embeddings (NEFTune's alpha); 0 means none."""
+    eval_steps: _builtins.int
+    """Optimizer steps between validations; 0 means at the end of each epoch."""
+    early_stopping_patience: _builtins.int
+    """Validations without an improvement of at least
+    `early_stopping_threshold` nats after which the training ends; 0 never.
+    """
+    early_stopping_threshold: _builtins.float
+    load_best_model_at_end: _builtins.bool
+    """Hand on the weights of the lowest validation loss, not the last ones."""
+    adam_beta1: _builtins.float
+    adam_beta2: _builtins.float
+    adam_epsilon: _builtins.float
+    nodes: _builtins.int
+    """Machines, and processes on each; 0 processes means one per GPU, or one."""
+    nproc_per_node: _builtins.int
+    fsdp: _builtins.bool
+    """Shard the base over the processes (FSDP2): for one that does not fit."""
     @_builtins.property
     def lora(self) -> Global___LoraConfig: ...
     @_builtins.property
     def gates(self) -> _containers.ScalarMap[_builtins.str, _types_pb2.GateMode.ValueType]: ...
+    @_builtins.property
+    def report_to(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """`tensorboard`, `wandb`, `mlflow`: where the curves are sent too."""
+
     def __init__(
         self,
         *,
@@ -149,30 +200,79 @@ class TrainSpec(_message.Message):
         save_total_limit: _builtins.int | None = ...,
         gradient_checkpointing: _builtins.bool | None = ...,
         resources: _builtins.str | None = ...,
+        method: _builtins.str | None = ...,
+        load_in_4bit: _builtins.bool | None = ...,
+        load_in_8bit: _builtins.bool | None = ...,
         gates: _abc.Mapping[_builtins.str, _types_pb2.GateMode.ValueType] | None = ...,
+        bnb_4bit_quant_type: _builtins.str | None = ...,
+        bnb_4bit_use_double_quant: _builtins.bool | None = ...,
+        neftune_noise_alpha: _builtins.float | None = ...,
+        eval_steps: _builtins.int | None = ...,
+        early_stopping_patience: _builtins.int | None = ...,
+        early_stopping_threshold: _builtins.float | None = ...,
+        load_best_model_at_end: _builtins.bool | None = ...,
+        adam_beta1: _builtins.float | None = ...,
+        adam_beta2: _builtins.float | None = ...,
+        adam_epsilon: _builtins.float | None = ...,
+        nodes: _builtins.int | None = ...,
+        nproc_per_node: _builtins.int | None = ...,
+        fsdp: _builtins.bool | None = ...,
+        report_to: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_dtype", b"_dtype", "_gradient_checkpointing", b"_gradient_checkpointing", "_group_by_length", b"_group_by_length", "_learning_rate", b"_learning_rate", "_lr_scheduler_type", b"_lr_scheduler_type", "_max_grad_norm", b"_max_grad_norm", "_max_steps", b"_max_steps", "_micro_batch_size", b"_micro_batch_size", "_num_epochs", b"_num_epochs", "_optim", b"_optim", "_resources", b"_resources", "_save_steps", b"_save_steps", "_save_total_limit", b"_save_total_limit", "_seed", b"_seed", "_val_dataset", b"_val_dataset", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "batch_size", b"batch_size", "dtype", b"dtype", "gradient_checkpointing", b"gradient_checkpointing", "group_by_length", b"group_by_length", "learning_rate", b"learning_rate", "lora", b"lora", "lr_scheduler_type", b"lr_scheduler_type", "max_grad_norm", b"max_grad_norm", "max_steps", b"max_steps", "micro_batch_size", b"micro_batch_size", "num_epochs", b"num_epochs", "optim", b"optim", "resources", b"resources", "save_steps", b"save_steps", "save_total_limit", b"save_total_limit", "seed", b"seed", "val_dataset", b"val_dataset", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_adam_beta1", b"_adam_beta1", "_adam_beta2", b"_adam_beta2", "_adam_epsilon", b"_adam_epsilon", "_batch_size", b"_batch_size", "_bnb_4bit_quant_type", b"_bnb_4bit_quant_type", "_bnb_4bit_use_double_quant", b"_bnb_4bit_use_double_quant", "_dtype", b"_dtype", "_early_stopping_patience", b"_early_stopping_patience", "_early_stopping_threshold", b"_early_stopping_threshold", "_eval_steps", b"_eval_steps", "_fsdp", b"_fsdp", "_gradient_checkpointing", b"_gradient_checkpointing", "_group_by_length", b"_group_by_length", "_learning_rate", b"_learning_rate", "_load_best_model_at_end", b"_load_best_model_at_end", "_load_in_4bit", b"_load_in_4bit", "_load_in_8bit", b"_load_in_8bit", "_lr_scheduler_type", b"_lr_scheduler_type", "_max_grad_norm", b"_max_grad_norm", "_max_steps", b"_max_steps", "_method", b"_method", "_micro_batch_size", b"_micro_batch_size", "_neftune_noise_alpha", b"_neftune_noise_alpha", "_nodes", b"_nodes", "_nproc_per_node", b"_nproc_per_node", "_num_epochs", b"_num_epochs", "_optim", b"_optim", "_resources", b"_resources", "_save_steps", b"_save_steps", "_save_total_limit", b"_save_total_limit", "_seed", b"_seed", "_val_dataset", b"_val_dataset", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "adam_beta1", b"adam_beta1", "adam_beta2", b"adam_beta2", "adam_epsilon", b"adam_epsilon", "batch_size", b"batch_size", "bnb_4bit_quant_type", b"bnb_4bit_quant_type", "bnb_4bit_use_double_quant", b"bnb_4bit_use_double_quant", "dtype", b"dtype", "early_stopping_patience", b"early_stopping_patience", "early_stopping_threshold", b"early_stopping_threshold", "eval_steps", b"eval_steps", "fsdp", b"fsdp", "gradient_checkpointing", b"gradient_checkpointing", "group_by_length", b"group_by_length", "learning_rate", b"learning_rate", "load_best_model_at_end", b"load_best_model_at_end", "load_in_4bit", b"load_in_4bit", "load_in_8bit", b"load_in_8bit", "lora", b"lora", "lr_scheduler_type", b"lr_scheduler_type", "max_grad_norm", b"max_grad_norm", "max_steps", b"max_steps", "method", b"method", "micro_batch_size", b"micro_batch_size", "neftune_noise_alpha", b"neftune_noise_alpha", "nodes", b"nodes", "nproc_per_node", b"nproc_per_node", "num_epochs", b"num_epochs", "optim", b"optim", "resources", b"resources", "save_steps", b"save_steps", "save_total_limit", b"save_total_limit", "seed", b"seed", "val_dataset", b"val_dataset", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_dtype", b"_dtype", "_gradient_checkpointing", b"_gradient_checkpointing", "_group_by_length", b"_group_by_length", "_learning_rate", b"_learning_rate", "_lr_scheduler_type", b"_lr_scheduler_type", "_max_grad_norm", b"_max_grad_norm", "_max_steps", b"_max_steps", "_micro_batch_size", b"_micro_batch_size", "_num_epochs", b"_num_epochs", "_optim", b"_optim", "_resources", b"_resources", "_save_steps", b"_save_steps", "_save_total_limit", b"_save_total_limit", "_seed", b"_seed", "_val_dataset", b"_val_dataset", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "batch_size", b"batch_size", "dataset", b"dataset", "dtype", b"dtype", "gates", b"gates", "gradient_checkpointing", b"gradient_checkpointing", "group_by_length", b"group_by_length", "learning_rate", b"learning_rate", "lora", b"lora", "lr_scheduler_type", b"lr_scheduler_type", "max_grad_norm", b"max_grad_norm", "max_steps", b"max_steps", "micro_batch_size", b"micro_batch_size", "model", b"model", "num_epochs", b"num_epochs", "optim", b"optim", "resources", b"resources", "save_steps", b"save_steps", "save_total_limit", b"save_total_limit", "seed", b"seed", "val_dataset", b"val_dataset", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adam_beta1", b"_adam_beta1", "_adam_beta2", b"_adam_beta2", "_adam_epsilon", b"_adam_epsilon", "_batch_size", b"_batch_size", "_bnb_4bit_quant_type", b"_bnb_4bit_quant_type", "_bnb_4bit_use_double_quant", b"_bnb_4bit_use_double_quant", "_dtype", b"_dtype", "_early_stopping_patience", b"_early_stopping_patience", "_early_stopping_threshold", b"_early_stopping_threshold", "_eval_steps", b"_eval_steps", "_fsdp", b"_fsdp", "_gradient_checkpointing", b"_gradient_checkpointing", "_group_by_length", b"_group_by_length", "_learning_rate", b"_learning_rate", "_load_best_model_at_end", b"_load_best_model_at_end", "_load_in_4bit", b"_load_in_4bit", "_load_in_8bit", b"_load_in_8bit", "_lr_scheduler_type", b"_lr_scheduler_type", "_max_grad_norm", b"_max_grad_norm", "_max_steps", b"_max_steps", "_method", b"_method", "_micro_batch_size", b"_micro_batch_size", "_neftune_noise_alpha", b"_neftune_noise_alpha", "_nodes", b"_nodes", "_nproc_per_node", b"_nproc_per_node", "_num_epochs", b"_num_epochs", "_optim", b"_optim", "_resources", b"_resources", "_save_steps", b"_save_steps", "_save_total_limit", b"_save_total_limit", "_seed", b"_seed", "_val_dataset", b"_val_dataset", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "adam_beta1", b"adam_beta1", "adam_beta2", b"adam_beta2", "adam_epsilon", b"adam_epsilon", "batch_size", b"batch_size", "bnb_4bit_quant_type", b"bnb_4bit_quant_type", "bnb_4bit_use_double_quant", b"bnb_4bit_use_double_quant", "dataset", b"dataset", "dtype", b"dtype", "early_stopping_patience", b"early_stopping_patience", "early_stopping_threshold", b"early_stopping_threshold", "eval_steps", b"eval_steps", "fsdp", b"fsdp", "gates", b"gates", "gradient_checkpointing", b"gradient_checkpointing", "group_by_length", b"group_by_length", "learning_rate", b"learning_rate", "load_best_model_at_end", b"load_best_model_at_end", "load_in_4bit", b"load_in_4bit", "load_in_8bit", b"load_in_8bit", "lora", b"lora", "lr_scheduler_type", b"lr_scheduler_type", "max_grad_norm", b"max_grad_norm", "max_steps", b"max_steps", "method", b"method", "micro_batch_size", b"micro_batch_size", "model", b"model", "neftune_noise_alpha", b"neftune_noise_alpha", "nodes", b"nodes", "nproc_per_node", b"nproc_per_node", "num_epochs", b"num_epochs", "optim", b"optim", "report_to", b"report_to", "resources", b"resources", "save_steps", b"save_steps", "save_total_limit", b"save_total_limit", "seed", b"seed", "val_dataset", b"val_dataset", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__adam_beta1: _TypeAlias = _typing.Literal["adam_beta1"]  # noqa: Y015
+    _WhichOneofArgType__adam_beta1: _TypeAlias = _typing.Literal["_adam_beta1", b"_adam_beta1"]  # noqa: Y015
+    _WhichOneofReturnType__adam_beta2: _TypeAlias = _typing.Literal["adam_beta2"]  # noqa: Y015
+    _WhichOneofArgType__adam_beta2: _TypeAlias = _typing.Literal["_adam_beta2", b"_adam_beta2"]  # noqa: Y015
+    _WhichOneofReturnType__adam_epsilon: _TypeAlias = _typing.Literal["adam_epsilon"]  # noqa: Y015
+    _WhichOneofArgType__adam_epsilon: _TypeAlias = _typing.Literal["_adam_epsilon", b"_adam_epsilon"]  # noqa: Y015
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
+    _WhichOneofReturnType__bnb_4bit_quant_type: _TypeAlias = _typing.Literal["bnb_4bit_quant_type"]  # noqa: Y015
+    _WhichOneofArgType__bnb_4bit_quant_type: _TypeAlias = _typing.Literal["_bnb_4bit_quant_type", b"_bnb_4bit_quant_type"]  # noqa: Y015
+    _WhichOneofReturnType__bnb_4bit_use_double_quant: _TypeAlias = _typing.Literal["bnb_4bit_use_double_quant"]  # noqa: Y015
+    _WhichOneofArgType__bnb_4bit_use_double_quant: _TypeAlias = _typing.Literal["_bnb_4bit_use_double_quant", b"_bnb_4bit_use_double_quant"]  # noqa: Y015
     _WhichOneofReturnType__dtype: _TypeAlias = _typing.Literal["dtype"]  # noqa: Y015
     _WhichOneofArgType__dtype: _TypeAlias = _typing.Literal["_dtype", b"_dtype"]  # noqa: Y015
+    _WhichOneofReturnType__early_stopping_patience: _TypeAlias = _typing.Literal["early_stopping_patience"]  # noqa: Y015
+    _WhichOneofArgType__early_stopping_patience: _TypeAlias = _typing.Literal["_early_stopping_patience", b"_early_stopping_patience"]  # noqa: Y015
+    _WhichOneofReturnType__early_stopping_threshold: _TypeAlias = _typing.Literal["early_stopping_threshold"]  # noqa: Y015
+    _WhichOneofArgType__early_stopping_threshold: _TypeAlias = _typing.Literal["_early_stopping_threshold", b"_early_stopping_threshold"]  # noqa: Y015
+    _WhichOneofReturnType__eval_steps: _TypeAlias = _typing.Literal["eval_steps"]  # noqa: Y015
+    _WhichOneofArgType__eval_steps: _TypeAlias = _typing.Literal["_eval_steps", b"_eval_steps"]  # noqa: Y015
+    _WhichOneofReturnType__fsdp: _TypeAlias = _typing.Literal["fsdp"]  # noqa: Y015
+    _WhichOneofArgType__fsdp: _TypeAlias = _typing.Literal["_fsdp", b"_fsdp"]  # noqa: Y015
     _WhichOneofReturnType__gradient_checkpointing: _TypeAlias = _typing.Literal["gradient_checkpointing"]  # noqa: Y015
     _WhichOneofArgType__gradient_checkpointing: _TypeAlias = _typing.Literal["_gradient_checkpointing", b"_gradient_checkpointing"]  # noqa: Y015
     _WhichOneofReturnType__group_by_length: _TypeAlias = _typing.Literal["group_by_length"]  # noqa: Y015
     _WhichOneofArgType__group_by_length: _TypeAlias = _typing.Literal["_group_by_length", b"_group_by_length"]  # noqa: Y015
     _WhichOneofReturnType__learning_rate: _TypeAlias = _typing.Literal["learning_rate"]  # noqa: Y015
     _WhichOneofArgType__learning_rate: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate"]  # noqa: Y015
+    _WhichOneofReturnType__load_best_model_at_end: _TypeAlias = _typing.Literal["load_best_model_at_end"]  # noqa: Y015
+    _WhichOneofArgType__load_best_model_at_end: _TypeAlias = _typing.Literal["_load_best_model_at_end", b"_load_best_model_at_end"]  # noqa: Y015
+    _WhichOneofReturnType__load_in_4bit: _TypeAlias = _typing.Literal["load_in_4bit"]  # noqa: Y015
+    _WhichOneofArgType__load_in_4bit: _TypeAlias = _typing.Literal["_load_in_4bit", b"_load_in_4bit"]  # noqa: Y015
+    _WhichOneofReturnType__load_in_8bit: _TypeAlias = _typing.Literal["load_in_8bit"]  # noqa: Y015
+    _WhichOneofArgType__load_in_8bit: _TypeAlias = _typing.Literal["_load_in_8bit", b"_load_in_8bit"]  # noqa: Y015
     _WhichOneofReturnType__lr_scheduler_type: _TypeAlias = _typing.Literal["lr_scheduler_type"]  # noqa: Y015
     _WhichOneofArgType__lr_scheduler_type: _TypeAlias = _typing.Literal["_lr_scheduler_type", b"_lr_scheduler_type"]  # noqa: Y015
     _WhichOneofReturnType__max_grad_norm: _TypeAlias = _typing.Literal["max_grad_norm"]  # noqa: Y015
     _WhichOneofArgType__max_grad_norm: _TypeAlias = _typing.Literal["_max_grad_norm", b"_max_grad_norm"]  # noqa: Y015
     _WhichOneofReturnType__max_steps: _TypeAlias = _typing.Literal["max_steps"]  # noqa: Y015
     _WhichOneofArgType__max_steps: _TypeAlias = _typing.Literal["_max_steps", b"_max_steps"]  # noqa: Y015
+    _WhichOneofReturnType__method: _TypeAlias = _typing.Literal["method"]  # noqa: Y015
+    _WhichOneofArgType__method: _TypeAlias = _typing.Literal["_method", b"_method"]  # noqa: Y015
     _WhichOneofReturnType__micro_batch_size: _TypeAlias = _typing.Literal["micro_batch_size"]  # noqa: Y015
     _WhichOneofArgType__micro_batch_size: _TypeAlias = _typing.Literal["_micro_batch_size", b"_micro_batch_size"]  # noqa: Y015
+    _WhichOneofReturnType__neftune_noise_alpha: _TypeAlias = _typing.Literal["neftune_noise_alpha"]  # noqa: Y015
+    _WhichOneofArgType__neftune_noise_alpha: _TypeAlias = _typing.Literal["_neftune_noise_alpha", b"_neftune_noise_alpha"]  # noqa: Y015
+    _WhichOneofReturnType__nodes: _TypeAlias = _typing.Literal["nodes"]  # noqa: Y015
+    _WhichOneofArgType__nodes: _TypeAlias = _typing.Literal["_nodes", b"_nodes"]  # noqa: Y015
+    _WhichOneofReturnType__nproc_per_node: _TypeAlias = _typing.Literal["nproc_per_node"]  # noqa: Y015
+    _WhichOneofArgType__nproc_per_node: _TypeAlias = _typing.Literal["_nproc_per_node", b"_nproc_per_node"]  # noqa: Y015
     _WhichOneofReturnType__num_epochs: _TypeAlias = _typing.Literal["num_epochs"]  # noqa: Y015
     _WhichOneofArgType__num_epochs: _TypeAlias = _typing.Literal["_num_epochs", b"_num_epochs"]  # noqa: Y015
     _WhichOneofReturnType__optim: _TypeAlias = _typing.Literal["optim"]  # noqa: Y015
@@ -192,9 +292,27 @@ class TrainSpec(_message.Message):
     _WhichOneofReturnType__weight_decay: _TypeAlias = _typing.Literal["weight_decay"]  # noqa: Y015
     _WhichOneofArgType__weight_decay: _TypeAlias = _typing.Literal["_weight_decay", b"_weight_decay"]  # noqa: Y015
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__adam_beta1) -> _WhichOneofReturnType__adam_beta1 | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__adam_beta2) -> _WhichOneofReturnType__adam_beta2 | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__adam_epsilon) -> _WhichOneofReturnType__adam_epsilon | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_size) -> _WhichOneofReturnType__batch_size | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__bnb_4bit_quant_type) -> _WhichOneofReturnType__bnb_4bit_quant_type | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__bnb_4bit_use_double_quant) -> _WhichOneofReturnType__bnb_4bit_use_double_quant | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__dtype) -> _WhichOneofReturnType__dtype | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__early_stopping_patience) -> _WhichOneofReturnType__early_stopping_patience | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__early_stopping_threshold) -> _WhichOneofReturnType__early_stopping_threshold | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__eval_steps) -> _WhichOneofReturnType__eval_steps | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__fsdp) -> _WhichOneofReturnType__fsdp | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__gradient_checkpointing) -> _WhichOneofReturnType__gradient_checkpointing | None: ...
     @_typing.overload
@@ -202,13 +320,27 @@ class TrainSpec(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate) -> _WhichOneofReturnType__learning_rate | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__load_best_model_at_end) -> _WhichOneofReturnType__load_best_model_at_end | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__load_in_4bit) -> _WhichOneofReturnType__load_in_4bit | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__load_in_8bit) -> _WhichOneofReturnType__load_in_8bit | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__lr_scheduler_type) -> _WhichOneofReturnType__lr_scheduler_type | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_grad_norm) -> _WhichOneofReturnType__max_grad_norm | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_steps) -> _WhichOneofReturnType__max_steps | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__method) -> _WhichOneofReturnType__method | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__micro_batch_size) -> _WhichOneofReturnType__micro_batch_size | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__neftune_noise_alpha) -> _WhichOneofReturnType__neftune_noise_alpha | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__nodes) -> _WhichOneofReturnType__nodes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__nproc_per_node) -> _WhichOneofReturnType__nproc_per_node | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__num_epochs) -> _WhichOneofReturnType__num_epochs | None: ...
     @_typing.overload
@@ -236,19 +368,76 @@ class LoraConfig(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class RankPatternEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class AlphaPatternEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     R_FIELD_NUMBER: _builtins.int
     LORA_ALPHA_FIELD_NUMBER: _builtins.int
     LORA_DROPOUT_FIELD_NUMBER: _builtins.int
     TARGET_MODULES_FIELD_NUMBER: _builtins.int
     USE_RSLORA_FIELD_NUMBER: _builtins.int
+    USE_DORA_FIELD_NUMBER: _builtins.int
+    MODULES_TO_SAVE_FIELD_NUMBER: _builtins.int
+    RANK_PATTERN_FIELD_NUMBER: _builtins.int
+    ALPHA_PATTERN_FIELD_NUMBER: _builtins.int
     r: _builtins.int
     lora_alpha: _builtins.float
     lora_dropout: _builtins.float
     use_rslora: _builtins.bool
+    use_dora: _builtins.bool
     @_builtins.property
     def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Module names, or `all-linear`."""
 
+    @_builtins.property
+    def modules_to_save(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Modules that are trained whole and saved with the adapter, such as
+        `embed_tokens` and `lm_head`.
+        """
+
+    @_builtins.property
+    def rank_pattern(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Rank and alpha of the modules that a pattern matches."""
+
+    @_builtins.property
+    def alpha_pattern(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]: ...
     def __init__(
         self,
         *,
@@ -257,10 +446,14 @@ class LoraConfig(_message.Message):
         lora_dropout: _builtins.float | None = ...,
         target_modules: _abc.Iterable[_builtins.str] | None = ...,
         use_rslora: _builtins.bool | None = ...,
+        use_dora: _builtins.bool | None = ...,
+        modules_to_save: _abc.Iterable[_builtins.str] | None = ...,
+        rank_pattern: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        alpha_pattern: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_lora_alpha", b"_lora_alpha", "_lora_dropout", b"_lora_dropout", "_r", b"_r", "_use_rslora", b"_use_rslora", "lora_alpha", b"lora_alpha", "lora_dropout", b"lora_dropout", "r", b"r", "use_rslora", b"use_rslora"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_lora_alpha", b"_lora_alpha", "_lora_dropout", b"_lora_dropout", "_r", b"_r", "_use_dora", b"_use_dora", "_use_rslora", b"_use_rslora", "lora_alpha", b"lora_alpha", "lora_dropout", b"lora_dropout", "r", b"r", "use_dora", b"use_dora", "use_rslora", b"use_rslora"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_lora_alpha", b"_lora_alpha", "_lora_dropout", b"_lora_dropout", "_r", b"_r", "_use_rslora", b"_use_rslora", "lora_alpha", b"lora_alpha", "lora_dropout", b"lora_dropout", "r", b"r", "target_modules", b"target_modules", "use_rslora", b"use_rslora"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_lora_alpha", b"_lora_alpha", "_lora_dropout", b"_lora_dropout", "_r", b"_r", "_use_dora", b"_use_dora", "_use_rslora", b"_use_rslora", "alpha_pattern", b"alpha_pattern", "lora_alpha", b"lora_alpha", "lora_dropout", b"lora_dropout", "modules_to_save", b"modules_to_save", "r", b"r", "rank_pattern", b"rank_pattern", "target_modules", b"target_modules", "use_dora", b"use_dora", "use_rslora", b"use_rslora"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__lora_alpha: _TypeAlias = _typing.Literal["lora_alpha"]  # noqa: Y015
     _WhichOneofArgType__lora_alpha: _TypeAlias = _typing.Literal["_lora_alpha", b"_lora_alpha"]  # noqa: Y015
@@ -268,6 +461,8 @@ class LoraConfig(_message.Message):
     _WhichOneofArgType__lora_dropout: _TypeAlias = _typing.Literal["_lora_dropout", b"_lora_dropout"]  # noqa: Y015
     _WhichOneofReturnType__r: _TypeAlias = _typing.Literal["r"]  # noqa: Y015
     _WhichOneofArgType__r: _TypeAlias = _typing.Literal["_r", b"_r"]  # noqa: Y015
+    _WhichOneofReturnType__use_dora: _TypeAlias = _typing.Literal["use_dora"]  # noqa: Y015
+    _WhichOneofArgType__use_dora: _TypeAlias = _typing.Literal["_use_dora", b"_use_dora"]  # noqa: Y015
     _WhichOneofReturnType__use_rslora: _TypeAlias = _typing.Literal["use_rslora"]  # noqa: Y015
     _WhichOneofArgType__use_rslora: _TypeAlias = _typing.Literal["_use_rslora", b"_use_rslora"]  # noqa: Y015
     @_typing.overload
@@ -276,6 +471,8 @@ class LoraConfig(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__lora_dropout) -> _WhichOneofReturnType__lora_dropout | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__r) -> _WhichOneofReturnType__r | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__use_dora) -> _WhichOneofReturnType__use_dora | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__use_rslora) -> _WhichOneofReturnType__use_rslora | None: ...
 
