@@ -6,19 +6,26 @@ client takes from its environment. Does not know what the settings are used for.
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
+from urllib.parse import SplitResult, urlsplit
 
-from arriero.errors import InvalidArgument, NotFound
+from arriero.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 
 __all__ = [
     "ClientSettings",
     "ServerSettings",
     "SourceSettings",
     "StoreSettings",
+    "check_secret_name",
     "home",
+    "secret",
 ]
 
 Environment = Mapping[str, str]
@@ -28,6 +35,43 @@ def home(env: Environment | None = None) -> Path:
     """Where local state lives: `ARRIERO_HOME`, else `~/.arriero`."""
     text = (os.environ if env is None else env).get("ARRIERO_HOME", "")
     return Path(text).expanduser().absolute() if text else Path.home() / ".arriero"
+
+
+# Names are words; tokens are long, or begin as the hub, clouds and forges begin theirs.
+_SECRET_NAME = re.compile(r"(?!hf_|sk-|ghp_|AKIA)[A-Za-z][A-Za-z0-9_-]{0,39}")
+
+
+def secret(name: str, *, field: str, env: Environment | None = None) -> str:
+    """The secret that a spec names: the value of `ARRIERO_SECRET_<NAME>`.
+
+    Raises:
+        InvalidArgument: this is no name; perhaps a token itself, which specs never hold.
+        FailedPrecondition: the environment has no such secret.
+    """
+    check_secret_name(name, field=field)
+    variable = f"ARRIERO_SECRET_{name.upper().replace('-', '_')}"
+    value = (os.environ if env is None else env).get(variable, "").strip()
+    if not value:
+        raise FailedPrecondition(
+            f"{field}: there is no secret {name!r}; start the services with {variable} set",
+            reason="NO_SECRET",
+            metadata={"field": field},
+        )
+    return value
+
+
+def check_secret_name(name: str, *, field: str) -> None:
+    """Refuse what is not the name of a secret, without repeating it.
+
+    Raises:
+        InvalidArgument: it is none.
+    """
+    if not _SECRET_NAME.fullmatch(name):
+        raise InvalidArgument.field(
+            field,
+            "is not the name of a secret; expected at most 40 letters, digits, '_' and '-' such as "
+            "'hub', whose value the services find in ARRIERO_SECRET_HUB (never a token itself)",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,10 +194,15 @@ class StoreSettings:
 
 @dataclass(frozen=True, slots=True)
 class SourceSettings:
-    """Which files a service may read for its callers. Read from `ARRIERO_ALLOWED_PATHS`."""
+    """What a service may read for its callers.
+
+    Read from `ARRIERO_ALLOWED_PATHS` and `ARRIERO_ALLOWED_HOSTS`.
+    """
 
     allowed_paths: tuple[Path, ...] = ()
     """Directories (or files), separated by `:`; nothing is readable when empty."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Hosts that may be called, separated by `,`, such as `*.example.org`; all when empty."""
 
     @classmethod
     def from_env(cls, env: Environment | None = None) -> SourceSettings:
@@ -162,14 +211,51 @@ class SourceSettings:
         Raises:
             InvalidArgument: a path is not absolute.
         """
-        text = (os.environ if env is None else env).get("ARRIERO_ALLOWED_PATHS", "")
+        env = os.environ if env is None else env
+        text = env.get("ARRIERO_ALLOWED_PATHS", "")
         paths = tuple(Path(part) for part in text.split(os.pathsep) if part)
         for path in paths:
             if not path.is_absolute():
                 raise InvalidArgument.field(
                     "ARRIERO_ALLOWED_PATHS", f"{str(path)!r} is not an absolute path"
                 )
-        return cls(paths)
+        hosts = env.get("ARRIERO_ALLOWED_HOSTS", "").lower().split(",")
+        return cls(paths, tuple(host.strip() for host in hosts if host.strip()))
+
+    def check_url(self, text: str, *, field: str, resolve: bool = False) -> str:
+        """The URL that a caller asks for, if its host may be called.
+
+        Link-local addresses are never called: clouds hand out credentials there.
+
+        Args:
+            text: `http://` or `https://`.
+            field: what errors name.
+            resolve: look the name up too, and refuse it for any address behind it.
+
+        Raises:
+            InvalidArgument: no such URL, credentials in it, or a host that is not allowed.
+            Unavailable: the name cannot be looked up now.
+        """
+        url = _split_url(text, field)
+        host = (url.hostname or "").lower().rstrip(".")
+        if self.allowed_hosts and not any(fnmatch(host, item) for item in self.allowed_hosts):
+            raise InvalidArgument.field(
+                field,
+                f"{host!r} is not one of the hosts that this service may call "
+                f"({', '.join(self.allowed_hosts)}); add it to ARRIERO_ALLOWED_HOSTS",
+            )
+        found = [host]
+        if resolve:
+            try:
+                found += [str(item[4][0]) for item in socket.getaddrinfo(host, url.port or 443)]
+            except OSError as error:
+                raise Unavailable(f"{field}: {host!r} cannot be looked up: {error}") from error
+        for address in found:
+            if _is_link_local(address):
+                raise InvalidArgument.field(
+                    field, f"{host!r} is link-local ({address}), which no service calls"
+                )
+        return text
 
     def check(self, text: str, *, field: str) -> Path:
         """The path that a caller asks for, links resolved, if it may be read.
@@ -198,6 +284,29 @@ class SourceSettings:
         if not real.exists():
             raise NotFound(f"{text!r} does not exist").at(field)
         return real
+
+
+def _split_url(text: str, field: str) -> SplitResult:
+    try:
+        url = urlsplit(text)
+        valid = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:
+        valid = False
+    if not valid or any(character.isspace() for character in text):
+        raise InvalidArgument.field(field, f"{text!r} is not a URL; expected http://host:port/path")
+    if url.username is not None or url.password is not None:
+        raise InvalidArgument.field(field, "holds credentials; name a secret instead")
+    return url
+
+
+def _is_link_local(text: str) -> bool:
+    try:
+        address = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return False
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    return address.is_link_local
 
 
 class _Reader:

@@ -5,8 +5,14 @@ from pathlib import Path
 import pytest
 
 from arriero import settings
-from arriero.errors import InvalidArgument, NotFound
-from arriero.settings import ClientSettings, ServerSettings, SourceSettings, StoreSettings
+from arriero.errors import FailedPrecondition, InvalidArgument, NotFound
+from arriero.settings import (
+    ClientSettings,
+    ServerSettings,
+    SourceSettings,
+    StoreSettings,
+    secret,
+)
 
 
 def test_an_empty_environment_gives_loopback_without_credentials():
@@ -90,3 +96,58 @@ def test_sources_outside_of_the_allowed_paths_are_refused(tmp_path):
         sources.check(str(allowed / "none.json"), field="sources[0]")
     with pytest.raises(InvalidArgument):
         SourceSettings().check(str(Path("/")), field="source")
+
+
+def test_a_secret_is_named_and_its_value_comes_from_the_environment():
+    env = {"ARRIERO_SECRET_MY_HUB": "value\n"}
+    assert secret("my-hub", field="token_secret", env=env) == "value"
+    with pytest.raises(FailedPrecondition, match="ARRIERO_SECRET_OTHER set"):
+        secret("other", field="token_secret", env=env)
+
+
+@pytest.mark.parametrize("token", ["hf_abcdefghij", "sk-abcdef", "a" * 41, "two words", ""])
+def test_a_token_in_place_of_a_name_is_refused_and_not_repeated(token):
+    with pytest.raises(InvalidArgument, match="is not the name of a secret") as caught:
+        secret(token, field="token_secret", env={})
+    assert not token or token not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://169.254.169.254/latest",
+        "http://[fe80::1]:80/",
+        "http://[::ffff:169.254.0.1]/",
+    ],
+)
+def test_link_local_addresses_are_never_called(url):
+    with pytest.raises(InvalidArgument, match="link-local"):
+        SourceSettings().check_url(url, field="endpoint")
+
+
+def test_a_link_local_address_behind_another_spelling_is_found_when_it_is_looked_up():
+    sources = SourceSettings()
+    decimal = "http://2852039166/v1"  # 169.254.169.254
+    assert sources.check_url(decimal, field="endpoint") == decimal
+    with pytest.raises(InvalidArgument, match="link-local"):
+        sources.check_url(decimal, field="endpoint", resolve=True)
+
+
+def test_only_allowed_hosts_are_called_where_there_is_a_list():
+    sources = SourceSettings.from_env({"ARRIERO_ALLOWED_HOSTS": "localhost, *.example.org"})
+    assert sources.check_url("https://a.example.org/v1", field="endpoint")
+    assert sources.check_url("http://LOCALHOST:80/v1", field="endpoint")
+    with pytest.raises(InvalidArgument, match="add it to ARRIERO_ALLOWED_HOSTS"):
+        sources.check_url("https://example.com/v1", field="endpoint")
+
+
+@pytest.mark.parametrize("url", ["localhost:80", "ftp://a/b", "http:///v1", "http://a:b/v1", ""])
+def test_what_is_no_url_is_refused(url):
+    with pytest.raises(InvalidArgument, match="is not a URL"):
+        SourceSettings().check_url(url, field="endpoint")
+
+
+def test_credentials_in_a_url_are_refused_and_not_repeated():
+    with pytest.raises(InvalidArgument, match="name a secret instead") as caught:
+        SourceSettings().check_url("https://me:hunter2@example.org/v1", field="endpoint")
+    assert "hunter2" not in caught.value.message
