@@ -16,7 +16,7 @@ from rich.text import Text
 
 from arriero.cli import render, watch
 from arriero.cli.session import Format, Output, as_json, client, command, show
-from arriero.client import load_pipeline
+from arriero.client import load_pipeline, pipeline_schema
 from arriero.v1 import orchestrator_pb2 as pb
 
 app = typer.Typer(no_args_is_help=True, help="Runs: list, follow, cancel, retry.")
@@ -60,6 +60,12 @@ def run(
             show(started, lambda: started.id)
             return
         follow(started.id)
+
+
+@command
+def schema() -> None:
+    """Print the JSON Schema of pipeline files, for editors."""
+    render.print_json(pipeline_schema())
 
 
 def follow(run_id: str) -> None:

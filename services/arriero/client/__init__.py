@@ -5,6 +5,7 @@ how the platform does it.
 
     Client, AsyncClient    runs, artifacts, endpoints, and text from endpoints
     load_pipeline          a pipeline file to a message, with positions
+    pipeline_schema        the JSON Schema of pipeline files, for editors
     Sampling               parameters of generate and chat
 
 The asyncio client is the implementation; `Client` runs it on a loop of its own
@@ -21,6 +22,7 @@ from arriero.client.pipeline import (
     load_pipeline,
     parse_pipeline,
 )
+from arriero.client.schema import pipeline_schema
 from arriero.client.sync import Artifacts, Client, Endpoints
 from arriero.client.sync_endpoint import Endpoint, Stream
 
@@ -42,4 +44,5 @@ __all__ = [
     "load_pipeline",
     "orchestrator_address",
     "parse_pipeline",
+    "pipeline_schema",
 ]
