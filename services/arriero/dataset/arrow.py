@@ -1,4 +1,4 @@
-"""Prepared rows on disk: a spool while they are made, an Arrow file at the end.
+"""Prepared samples on disk: a spool while they are made, an Arrow file at the end.
 
 Responsibility: hold token ids outside of memory, and write a split as a
 memory-mappable Arrow IPC file. Does not know what the ids mean.
@@ -6,8 +6,9 @@ memory-mappable Arrow IPC file. Does not know what the ids mean.
 
 from __future__ import annotations
 
+import os
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,22 +17,31 @@ import numpy as np
 import numpy.typing as npt
 
 FILE_NAME = "data.arrow"
-_BATCH = 1024
+# Tokens of a record batch, more or less.
+_BATCH_TOKENS = 1 << 19
+
+Ids = npt.NDArray[np.int32]
+Numbers = npt.NDArray[np.int64]
+
+
+def marked(ids: Ids, trained: npt.NDArray[np.bool_]) -> Ids:
+    """Ids and labels in one array: the id where it is trained on, its complement where not."""
+    return np.where(trained, ids, ~ids)
 
 
 class Spool:
-    """Rows of token ids in one flat file, in the order of their arrival.
+    """Samples of marked token ids in one flat file, in the order of their arrival.
 
-    Memory is 16 bytes a row, whatever its length. A context manager; rows can
-    be read after `flush`.
+    Memory is 12 bytes a sample, whatever its length. A context manager; samples
+    can be read after `flush`. They are read, not mapped: the pages of a large
+    file would count as this process's memory.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = path.open("wb")
-        self._ends = array("q", [0])
-        self._trained_from = array("q")
-        self._map: npt.NDArray[np.int32] | None = None
+        self._file = path.open("wb+")
+        self._lengths = array("i")
+        self._ends: Numbers = np.zeros(1, dtype=np.int64)
 
     def __enter__(self) -> Spool:
         return self
@@ -43,81 +53,112 @@ class Spool:
         trace: TracebackType | None,
     ) -> None:
         self._file.close()
-        self._map = None
         self._path.unlink(missing_ok=True)
 
     def __len__(self) -> int:
-        return len(self._trained_from)
+        return len(self._lengths)
 
-    def append(self, ids: Sequence[int], trained_from: int) -> None:
-        """Add a row."""
-        self._file.write(np.asarray(ids, dtype=np.int32).tobytes())
-        self._ends.append(self._ends[-1] + len(ids))
-        self._trained_from.append(trained_from)
+    def extend(self, ids: Ids, lengths: Ids) -> None:
+        """Add samples that lie one after the other in `ids`, marked."""
+        self._file.write(ids.tobytes())
+        self._lengths.frombytes(lengths.tobytes())
 
     def flush(self) -> None:
-        """Make the rows readable."""
+        """Make the samples readable."""
         self._file.flush()
-        if self._ends[-1]:
-            self._map = np.memmap(self._path, dtype=np.int32, mode="r")
+        self._ends = np.concatenate(([0], np.cumsum(self.lengths, dtype=np.int64)))
 
-    def ids(self, row: int) -> npt.NDArray[np.int32]:
-        """Token ids of a row, int32."""
-        if self._map is None:
-            return np.empty(0, dtype=np.int32)
-        return self._map[self._ends[row] : self._ends[row + 1]]
+    @property
+    def lengths(self) -> Ids:
+        """Tokens of each sample."""
+        return np.frombuffer(self._lengths, dtype=np.int32)
 
-    def trained_from(self, row: int) -> int:
-        """Index of the row's first trained token."""
-        return self._trained_from[row]
+    def gather(self, samples: Numbers) -> Ids:
+        """Marked ids of some samples, one after the other."""
+        starts = (self._ends[samples] * 4).tolist()
+        sizes = (self.lengths[samples] * 4).tolist()
+        fd = self._file.fileno()
+        data = b"".join(os.pread(fd, n, at) for n, at in zip(sizes, starts, strict=True))
+        return np.frombuffer(data, dtype=np.int32)
 
-    def length(self, row: int) -> int:
-        """Tokens of a row."""
-        return self._ends[row + 1] - self._ends[row]
-
-    def trained(self, row: int) -> int:
-        """Labels of a row that count in a loss (the first token is never predicted)."""
-        return max(0, self.length(row) - max(1, self._trained_from[row]))
+    def ids(self, sample: int) -> list[int]:
+        """Token ids of one sample."""
+        found = self.gather(np.array([sample]))
+        return [int(number) for number in np.where(found < 0, ~found, found)]
 
 
-def write(path: Path, spool: Spool, rows: Sequence[int], masked: int) -> None:
-    """Write rows of a spool as an Arrow IPC file, in batches.
+class Figures:
+    """What `write` wrote: sequences, samples, tokens, trained tokens, longest sequence."""
 
-    Columns `input_ids` and `labels`, both list<int32>; labels before a row's
-    `trained_from` are `masked`.
+    def __init__(self) -> None:
+        self.rows = self.samples = self.tokens = self.trained_tokens = self.max_length = 0
+
+
+def write(
+    path: Path, spool: Spool, samples: Numbers, masked: int, *, counts: Numbers | None = None
+) -> Figures:
+    """Write samples of a spool as an Arrow IPC file, in batches.
+
+    Columns `input_ids` and `labels`, list<int32> of equal lengths; labels that
+    are not trained on are `masked`, and so is the first of each sample, which
+    nothing predicts. Packed, a row holds several samples one after the other,
+    and column `lengths`, list<int32>, says how long each is.
+
+    Args:
+        path: of the file.
+        spool: flushed.
+        samples: positions in the spool, in the order of writing.
+        masked: label of what is not trained on.
+        counts: samples of each row, where rows hold several.
     """
     import pyarrow as pa
 
     column = pa.list_(pa.int32())
-    schema = pa.schema([("input_ids", column), ("labels", column)])
+    fields = [("input_ids", column), ("labels", column)]
+    if counts is not None:
+        fields.append(("lengths", column))
+    schema = pa.schema(fields)
+    figures = Figures()
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for start in range(0, len(rows), _BATCH):
-            batch = rows[start : start + _BATCH]
-            writer.write_batch(
-                pa.record_batch(
-                    [_lists(_ids(spool, batch)), _lists(_labels(spool, batch, masked))],
-                    schema=schema,
-                )
-            )
+        for batch, held in _batches(spool.lengths[samples], samples, counts):
+            lengths = spool.lengths[batch]
+            found = spool.gather(batch)
+            ids = np.where(found < 0, ~found, found)
+            labels = np.where(found < 0, np.int32(masked), found)
+            starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+            labels[starts[:-1][lengths > 0]] = masked
+            bounds = np.concatenate(([0], np.cumsum(held)))
+            ends = starts[bounds]
+            columns = [_lists(ends, ids), _lists(ends, labels)]
+            if counts is not None:
+                columns.append(_lists(bounds, lengths))
+            writer.write_batch(pa.record_batch(columns, schema=schema))
+            figures.rows += len(held)
+            figures.samples += len(batch)
+            figures.tokens += len(ids)
+            figures.trained_tokens += int((labels != masked).sum())
+            figures.max_length = max(figures.max_length, int(np.diff(ends).max()))
+    return figures
 
 
-def _ids(spool: Spool, rows: Iterable[int]) -> list[npt.NDArray[np.int32]]:
-    return [spool.ids(row) for row in rows]
+def _batches(
+    lengths: Ids, samples: Numbers, counts: Numbers | None
+) -> Iterator[tuple[Numbers, Numbers]]:
+    """Runs of whole rows of about `_BATCH_TOKENS` tokens, with the samples of each row."""
+    held = np.ones(len(samples), dtype=np.int64) if counts is None else counts
+    bounds = np.concatenate(([0], np.cumsum(held)))
+    tokens = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))[bounds]
+    row = 0
+    while row < len(held):
+        end = int(np.searchsorted(tokens, tokens[row] + _BATCH_TOKENS, side="right")) - 1
+        end = min(max(end, row + 1), len(held))
+        yield samples[bounds[row] : bounds[end]], held[row:end]
+        row = end
 
 
-def _labels(spool: Spool, rows: Iterable[int], masked: int) -> list[npt.NDArray[np.int32]]:
-    labels = []
-    for row in rows:
-        values = np.array(spool.ids(row), dtype=np.int32)
-        values[: spool.trained_from(row)] = masked
-        labels.append(values)
-    return labels
-
-
-def _lists(rows: list[npt.NDArray[np.int32]]) -> Any:
+def _lists(offsets: Numbers, values: Ids) -> Any:
     import pyarrow as pa
 
-    offsets = np.zeros(len(rows) + 1, dtype=np.int32)
-    np.cumsum([len(row) for row in rows], out=offsets[1:])
-    values = np.concatenate(rows) if rows else np.empty(0, dtype=np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, type=pa.int32()))
+    return pa.ListArray.from_arrays(
+        pa.array(offsets.astype(np.int32)), pa.array(values, type=pa.int32())
+    )

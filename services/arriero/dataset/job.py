@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arriero.dataset import arrow, preparation, selection, sources
+import numpy as np
+
+from arriero.dataset import arrow, packing, preparation, selection, sources
 from arriero.dataset.encoding import MASKED, Encoder, template_of
 from arriero.dataset.report import FORMAT, Tally
 from arriero.dataset.spec import SKIP, check_digests
@@ -149,7 +151,7 @@ def _probe(spool: arrow.Spool, rows: Sequence[int]) -> list[list[int]]:
         # Four times over: probe_sequences cuts long rows and passes over short ones.
         if sum(len(ids) for ids in candidates) >= 4 * TOKENS and len(candidates) >= TOKENS:
             break
-        candidates.append([int(number) for number in spool.ids(row)])
+        candidates.append(spool.ids(row))
     return probe_sequences(candidates)
 
 
@@ -157,14 +159,20 @@ def _split(work: _Work, name: str, rows: Sequence[int]) -> Output:
     job, encoder, spool = work.job, work.encoder, work.spool
     job.progress(phase="writing", total=len(rows), unit="rows")
     directory = job.output_dir(name)
-    arrow.write(directory / arrow.FILE_NAME, spool, rows, MASKED)
+    samples, counts = np.array(rows, dtype=np.int64), None
+    if job.spec.packing:
+        packed = packing.pack(spool.lengths[samples].astype(np.int64), encoder.cutoff_len)
+        samples, counts = samples[packed.order], packed.counts
+    written = arrow.write(directory / arrow.FILE_NAME, spool, samples, MASKED, counts=counts)
     encoder.template.write(directory)
     facts: dict[str, Any] = {
         "format": FORMAT,
-        "rows": len(rows),
-        "tokens": sum(spool.length(row) for row in rows),
-        "trained_tokens": sum(spool.trained(row) for row in rows),
-        "max_length": max(spool.length(row) for row in rows),
+        "rows": written.rows,
+        "samples": written.samples,
+        "packing": counts is not None,
+        "tokens": written.tokens,
+        "trained_tokens": written.trained_tokens,
+        "max_length": written.max_length,
         "cutoff_len": encoder.cutoff_len,
         "tokenizer": job.input("tokenizer").digest,
         "template": encoder.template.name,
@@ -179,7 +187,7 @@ def _split(work: _Work, name: str, rows: Sequence[int]) -> Output:
         kind="dataset",
         path=directory,
         parents=work.parents,
-        metrics={key: float(facts[key]) for key in ("rows", "tokens", "trained_tokens")},
+        metrics={key: float(facts[key]) for key in ("rows", "samples", "tokens", "trained_tokens")},
         labels={"template": encoder.template.name, "split": name},
     )
 

@@ -10,8 +10,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from arriero.dataset import alpaca, rows, selection
-from arriero.dataset.arrow import Spool
+from arriero.dataset.arrow import Spool, marked
 from arriero.dataset.encoding import EncodedRow, Encoder, RenderedRow
 from arriero.dataset.report import Findings, Tally
 from arriero.dataset.rows import Row
@@ -121,7 +123,9 @@ def encode(
                     continue
             result.tally.add(row, rendered, ids)
             result.places[number] = len(spool)
-            spool.append(ids.ids, ids.trained_from)
+            values = np.array(ids.ids, dtype=np.int32)
+            trained = np.arange(len(values)) >= ids.trained_from
+            spool.extend(marked(values, trained), np.array([len(values)], dtype=np.int32))
         batch.clear()
         report("tokenizing", len(spool), len(chosen))
 

@@ -274,3 +274,31 @@ def test_nothing_but_errors_of_the_tree_comes_out(run: Run, data: Path) -> None:
         (data / "rows.json").write_text(text)
         with pytest.raises(ArrieroError):
             run()
+
+
+def test_packed_rows_hold_whole_samples(run: Run) -> None:
+    rows = [row(i, output="llama " * (i % 7 + 1)) for i in range(40)]
+    plain = run(rows, cutoff_len=250, val_set_size=8)
+    splits = ("train", "val")
+    samples = {split: plain.rows(split) for split in splits}
+    probe, facts_before = plain.json("val", "probe.json"), plain.json("train", "dataset.json")
+    packed = run(rows, cutoff_len=250, val_set_size=8, packing=True)
+    for split in splits:
+        found = packed.rows(split)
+        cut = []
+        for item in found:
+            assert len(item["input_ids"]) == len(item["labels"]) == sum(item["lengths"]) <= 250
+            start = 0
+            for length in item["lengths"]:
+                assert item["labels"][start] == -100
+                cut.append((item["input_ids"][start:][:length], item["labels"][start:][:length]))
+                start += length
+        whole = [(item["input_ids"], item["labels"]) for item in samples[split]]
+        assert sorted(cut) == sorted(whole)
+        assert len(found) < len(whole)
+        facts = packed.json(split, "dataset.json")
+        assert (facts["packing"], facts["samples"], facts["rows"]) == (True, len(whole), len(found))
+    facts = packed.json("train", "dataset.json")
+    assert facts["trained_tokens"] == facts_before["trained_tokens"]
+    assert "lengths" not in samples["train"][0]
+    assert packed.json("val", "probe.json") == probe
