@@ -190,8 +190,12 @@ def _make_paths_absolute(pipeline: pipeline_pb2.Pipeline, directory: Path) -> No
 
 def _spec_paths_absolute(stage: pipeline_pb2.Stage, directory: Path) -> None:
     work = stage.WhichOneof("work")
-    if work == "dataset":
-        stage.dataset.sources[:] = [absolute_source(s, directory) for s in stage.dataset.sources]
+    if work in ("dataset", "transform"):
+        sources = getattr(stage, work).sources
+        sources[:] = [absolute_source(s, directory) for s in sources]
+    elif work == "extend_tokenizer":
+        corpus = stage.extend_tokenizer.corpus
+        corpus[:] = [absolute_source(s, directory) for s in corpus]
     elif work == "import":
         spec = getattr(stage, "import")  # a keyword of Python's
         spec.source = absolute_source(spec.source, directory)

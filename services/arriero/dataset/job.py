@@ -18,6 +18,7 @@ from arriero.dataset import arrow, packing, preparation, selection, sources
 from arriero.dataset.encoding import MASKED, Encoder, template_of
 from arriero.dataset.report import FORMAT, Tally
 from arriero.dataset.spec import SKIP, check_digests
+from arriero.dataset.transform.job import transform
 from arriero.dataset.vocabulary import Vocabulary
 from arriero.errors import FailedPrecondition, Preempted
 from arriero.gates.golden import TOKENS, probe_sequences
@@ -239,4 +240,4 @@ def _log(job: Job, tally: Tally, report: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main({"dataset": prepare})
+    main({"dataset": prepare, "transform": transform})

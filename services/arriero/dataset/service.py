@@ -11,6 +11,7 @@ import grpc.aio
 from google.longrunning import operations_pb2
 
 from arriero.dataset.spec import SEMANTICS, check, resolve
+from arriero.dataset.transform import spec as transform_spec
 from arriero.errors import Unimplemented
 from arriero.operations.engine import Engine
 from arriero.operations.kinds import WorkKind
@@ -25,6 +26,15 @@ DATASET = WorkKind(
     semantics=SEMANTICS,
     resolve=resolve,
     check=check,
+)
+
+TRANSFORM = WorkKind(
+    name="transform",
+    job_module="arriero.dataset.job",
+    spec_type=dataset_pb2.TransformSpec,
+    semantics=transform_spec.SEMANTICS,
+    resolve=transform_spec.resolve,
+    check=transform_spec.check,
 )
 
 
@@ -64,4 +74,4 @@ class DatasetServicer(dataset_pb2_grpc.DatasetServiceServicer):
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> operations_pb2.Operation:
         """Start rewriting rows through a model."""
-        return await self._engine.start("transform", request.spec, request.context)
+        return await self._engine.start(TRANSFORM.name, request.spec, request.context)

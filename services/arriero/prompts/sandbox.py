@@ -17,6 +17,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.visitor
 from jinja2.ext import Extension
@@ -202,6 +203,18 @@ def compile_source(source: str) -> jinja2.Template:
         ) from error
     except RecursionError as error:
         raise InvalidArgument.field("template", "the Jinja source nests too deeply") from error
+
+
+def variables_of(source: str) -> set[str]:
+    """The names that a template takes from outside.
+
+    Raises:
+        InvalidArgument: as `compile_source`.
+    """
+    compile_source(source)
+    environment = _environment()
+    found = jinja2.meta.find_undeclared_variables(environment.parse(source))
+    return found - environment.globals.keys()
 
 
 def render(source: str, variables: Mapping[str, Any]) -> str:
