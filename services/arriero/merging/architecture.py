@@ -13,9 +13,9 @@ from typing import Any
 
 from arriero.errors import DataLoss, FailedPrecondition
 from arriero.weights import TensorInfo
+from arriero.weights.config import is_tied, read_config
 
 __all__ = [
-    "CONV1D_TYPES",
     "LLAMA_FAMILY",
     "check_model",
     "expected_tensors",
@@ -34,34 +34,7 @@ LLAMA_FAMILY = (
     "Qwen3ForCausalLM",
     "SmolLM3ForCausalLM",
 )
-# transformers' models whose linear layers keep (in, out) weights.
-CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _SHOWN = 3
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """`config.json` of a model.
-
-    Raises:
-        FailedPrecondition: missing, or not a JSON object.
-    """
-    path = directory / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FailedPrecondition(
-            f"{directory.name} holds no config.json; expected a Hugging Face model directory"
-        ) from error
-    except ValueError as error:
-        raise FailedPrecondition(f"config.json is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise FailedPrecondition("config.json is not a JSON object")
-    return config
-
-
-def is_tied(config: Mapping[str, Any]) -> bool:
-    """Whether the output layer is the embeddings again."""
-    return bool(config.get("tie_word_embeddings", False))
 
 
 def expected_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -18,12 +18,12 @@ from arriero.gates import Mode
 from arriero.gates import golden as golden_logits
 from arriero.gates.golden import Comparison, Golden
 from arriero.merging import architecture, files, gguf_source, hub, pickles, sources, wheel
-from arriero.merging.fold import MergePlan, plan_merge, write_merged
+from arriero.merging.fold import write_merged
 from arriero.merging.proof import MAX_ULP, prove_delta
 from arriero.merging.specs import made_for
 from arriero.operations.job import Job, Output, main
 from arriero.store import Artifact
-from arriero.weights import Weights
+from arriero.weights import MergedWeights, Weights
 from arriero.weights.health import check_adapter
 from arriero.weights.layout import DTYPES
 
@@ -263,21 +263,21 @@ def merge(job: Job) -> Sequence[Output]:
     if imported:
         # Again, because the import may have been told to skip it.
         _judge_health(job, imported)
-    plan = plan_merge(base.path, paths, list(spec.weights), spec.dtype)
+    merged = MergedWeights.open(base.path, paths, list(spec.weights), spec.dtype)
     made = [
         _check_lineage(job, blend.adapter.settings.base, artifact, base)
-        for blend, artifact in zip(plan.blends, adapters, strict=True)
+        for blend, artifact in zip(merged.blends, adapters, strict=True)
     ]
     target = job.output_dir("model")
     write_merged(
-        plan,
+        merged,
         base.path,
         target,
         max_shard_size=spec.max_shard_size,
         tick=_ticker(job, "merging", "bytes"),
     )
     _copy_template(adapters, base, target)
-    _judge_delta(job, plan, target)
+    _judge_delta(job, merged, target)
     output = Output(
         name="model",
         kind="model",
@@ -291,12 +291,12 @@ def merge(job: Job) -> Sequence[Output]:
         licenses=base.manifest.licenses,
     )
     output.metrics = {
-        "parameters": float(plan.base.elements),
-        "size_bytes": float(plan.nbytes),
-        "merged_tensors": float(len(plan.touched)),
+        "parameters": float(merged.elements),
+        "size_bytes": float(merged.nbytes),
+        "merged_tensors": float(len(merged.touched)),
     }
-    golden, outputs = _golden(job, plan, output, all(made))
-    _judge_logits(job, plan, target, golden)
+    golden, outputs = _golden(job, merged, output, all(made))
+    _judge_logits(job, merged, target, golden)
     return outputs
 
 
@@ -328,11 +328,11 @@ def _copy_template(adapters: Sequence[Artifact], base: Artifact, target: Path) -
             return
 
 
-def _judge_delta(job: Job, plan: MergePlan, target: Path) -> None:
+def _judge_delta(job: Job, merged: MergedWeights, target: Path) -> None:
     if not job.gates.wanted("merge.delta"):
         return
     with job.gates.timed():
-        proof = prove_delta(plan, target, _ticker(job, "proving", "bytes"))
+        proof = prove_delta(merged, target, _ticker(job, "proving", "bytes"))
     job.gates.judge(
         "merge.delta",
         proof.passed,
@@ -344,7 +344,7 @@ def _judge_delta(job: Job, plan: MergePlan, target: Path) -> None:
 
 
 def _golden(
-    job: Job, plan: MergePlan, model: Output, same_base: bool
+    job: Job, merged: MergedWeights, model: Output, same_base: bool
 ) -> tuple[Golden | None, list[Output]]:
     """The golden logits to judge by, and the outputs with them named."""
     given = job.optional_input("golden")
@@ -359,7 +359,7 @@ def _golden(
         job.log.info("no golden logits came with the adapter, and merge.logits is skipped")
         return None, [model]
     job.progress(phase="golden logits", force=True)
-    golden = _make_golden(job, plan)
+    golden = _make_golden(job, merged)
     target = job.output_dir("golden")
     golden.write(target)
     report_data: dict[str, Any] = {
@@ -380,7 +380,7 @@ def _golden(
     return golden, [model, output]
 
 
-def _make_golden(job: Job, plan: MergePlan) -> Golden:
+def _make_golden(job: Job, merged: MergedWeights) -> Golden:
     from arriero.merging import oracle
 
     base = job.input("model").path
@@ -390,18 +390,19 @@ def _make_golden(job: Job, plan: MergePlan) -> Golden:
             [adapter.path for adapter in job.inputs["adapters"]],
             list(job.spec.weights),
             oracle.probe_ids(base),
-            {name: plan.dtype(name) for name in plan.tensors if plan.tensors[name].dtype in DTYPES},
+            {name: merged.dtype(name) for name in merged},
         )
 
 
-def _judge_logits(job: Job, plan: MergePlan, target: Path, golden: Golden | None) -> None:
+def _judge_logits(job: Job, merged: MergedWeights, target: Path, golden: Golden | None) -> None:
     if not job.gates.wanted("merge.logits") or golden is None:
         return
     from arriero.merging import oracle
 
     job.progress(phase="comparing logits", force=True)
     shorter = any(
-        DTYPES[item.dtype] < DTYPES[plan.base[name].dtype] for name, item in plan.tensors.items()
+        DTYPES[plan.dtype] < DTYPES[merged.base[merged.source(name)].dtype]
+        for name, plan in merged.items()
     )
     threshold = MAX_KL_SHORTER if shorter else MAX_KL
     with job.gates.timed():

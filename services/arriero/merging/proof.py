@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from arriero.merging.fold import MergePlan
-from arriero.weights import Weights, spacing
+from arriero.weights import LoraPair, MergedWeights, Weights, spacing
+from arriero.weights.merged import Part
+from arriero.weights.reader import same_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +29,6 @@ MAX_ULP = 1.0
 _SAMPLE = 1 << 17
 # float32's relative error of one operation, doubled.
 _FLOAT32_ERROR = 2.0**-23
-_COMPARE = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,40 +85,45 @@ class DeltaProof:
         )
 
 
-def prove_delta(plan: MergePlan, merged: Path, tick: Tick) -> DeltaProof:
+def prove_delta(merged: MergedWeights, directory: Path, tick: Tick) -> DeltaProof:
     """Compare a written merge with what it was made of.
 
-    Merged tensors: written - (base + sum of weight · scale · B·A) in units of
-    the output type's last place, less what float32 sums may be off. Untouched
-    ones: byte by byte, or converted where the type changed.
+    Merged tensors: written - (base + sum of weight · scale · B·A, scaled to DoRA's
+    magnitude) in units of the output type's last place, less what float32 sums may
+    be off. Untouched ones: byte by byte, or converted where the type changed.
 
     Args:
-        plan: what was merged.
-        merged: the written directory.
+        merged: what was written.
+        directory: where.
         tick: called with bytes so far and in all.
 
     Raises:
         DataLoss: the written files are damaged.
     """
-    written = Weights.open(merged)
-    missing = tuple(sorted(plan.tensors.keys() ^ written.keys()))
+    written = Weights.open(directory)
+    missing = tuple(
+        sorted(
+            (merged.keys() ^ written.keys())
+            | {n for n in merged.keys() & written.keys() if merged[n].shape != written[n].shape}
+        )
+    )
     differing: list[str] = []
     worst, where = 0.0, ""
     count = changed = sampled = done = 0
-    total = plan.nbytes
-    for name, item in plan.tensors.items():
-        if name not in written or written[name].shape != item.shape:
+    total = merged.nbytes
+    for name, plan in merged.items():
+        if name in missing:
             continue
-        if plan.pairs(name):
-            ulp, different, elements = _judge(plan, name, written.tensor(name))
+        if merged.parts(name):
+            ulp, different, elements = _judge(merged, name, written.tensor(name))
             count += 1
             changed += different
             sampled += elements
             if ulp > worst or not where:
                 worst, where = ulp, name
-        elif not _same(plan, name, written):
+        elif not _same(merged, name, written):
             differing.append(name)
-        done += item.nbytes
+        done += plan.nbytes
         tick(done, total)
     return DeltaProof(
         worst_ulp=worst,
@@ -133,43 +136,91 @@ def prove_delta(plan: MergePlan, merged: Path, tick: Tick) -> DeltaProof:
     )
 
 
-def _judge(plan: MergePlan, name: str, written: torch.Tensor) -> tuple[float, int, int]:
+def _judge(merged: MergedWeights, name: str, written: torch.Tensor) -> tuple[float, int, int]:
     """Worst distance in ulp, changed elements and elements, over sampled rows."""
     import torch
 
-    base = plan.base.tensor(name)
-    step = max(1, math.ceil(base.numel() / _SAMPLE))
-    rows = torch.arange(0, base.shape[0], step)
-    expected = base[rows].to(torch.float64)
-    size = expected.abs()
-    for blend, pair in plan.pairs(name):
-        a, b = (matrix.to(torch.float64) for matrix in blend.adapter.matrices(pair))
-        left, right = (a.T[rows], b.T) if blend.adapter.transposed else (b[rows], a)
-        factor = blend.weight * pair.scale
-        expected += factor * (left @ right)
-        # Rounding of a float32 sum of r products grows with their magnitudes.
-        size += abs(factor) * pair.rank * (left.abs() @ right.abs())
+    base = merged.base.tensor(merged.source(name))
+    step = max(1, math.ceil(written.numel() / _SAMPLE))
+    rows = torch.arange(0, written.shape[0], step)
+    expected, size = _expected(merged, name, base, rows)
     found = written[rows].to(torch.float64)
     if not bool(torch.isfinite(found).all()):
         return math.inf, 0, found.numel()
     off = ((found - expected).abs() - size * _FLOAT32_ERROR).clamp_min(0)
     ulp = off / spacing(torch.maximum(expected.abs(), found.abs()), written.dtype)
-    different = int((written[rows] != base[rows].to(written.dtype)).sum())
+    old = rows < base.shape[0]  # rows that a resized vocabulary added differ from nothing
+    different = int((written[rows[old]] != base[rows[old]].to(written.dtype)).sum())
+    different += int((~old).sum()) * written[0].numel()
     return float(ulp.max()), different, found.numel()
 
 
-def _same(plan: MergePlan, name: str, written: Weights) -> bool:
+def _expected(
+    merged: MergedWeights, name: str, base: torch.Tensor, rows: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Some rows of a merged tensor in float64, and how large the summed numbers were."""
     import torch
 
-    if written[name].dtype != plan.tensors[name].dtype:
+    total: torch.Tensor | None = None
+    size = torch.zeros((), dtype=torch.float64)
+    for part in merged.parts(name):
+        whole = part.replaced.get(name)
+        own = base if whole is None else part.adapter.tensor(whole)
+        theirs = own[rows].to(torch.float64)
+        if own.shape != base.shape:
+            total = theirs.clone()
+        else:
+            before = base[rows].to(torch.float64)
+            total = before.clone() if total is None else total
+            total += part.weight * (theirs - before)
+            size = size + before.abs() * (1.0 if whole is None else 1.0 + abs(part.weight))
+        size = size + theirs.abs()
+        pair = part.adapter.pairs.get(name)
+        if pair is None:
+            continue
+        left, right = (factor.to(torch.float64) for factor in part.adapter.factors(pair))
+        factor = part.weight * pair.scale
+        change = factor * (left[rows] @ right)
+        total += change
+        # Rounding of a float32 sum of r products grows with their magnitudes.
+        size = size + abs(factor) * pair.rank * (left[rows].abs() @ right.abs())
+        if pair.embedding:  # PEFT rounds this delta to the output type before it is added
+            size = size + spacing(change, merged.dtype(name)) / (2 * _FLOAT32_ERROR)
+        if pair.magnitude is not None:
+            stretch = _stretch(part, pair, own, theirs + change, rows)
+            total *= stretch
+            # Norm, quotient and product round as well.
+            size = size * stretch.abs() + 4 * total.abs()
+    assert total is not None, "a merged tensor has parts"
+    return total, size
+
+
+def _stretch(
+    part: Part, pair: LoraPair, own: torch.Tensor, some: torch.Tensor, rows: torch.Tensor
+) -> torch.Tensor:
+    """DoRA's m / ||W + scale · B·A|| in float64, for rows or, transposed, for columns."""
+    import torch
+
+    assert pair.magnitude is not None
+    magnitude = part.adapter.tensor(pair.magnitude).to(torch.float64)
+    if not pair.transposed:
+        return (magnitude[rows] / some.norm(dim=1)).view(-1, 1)
+    left, right = (factor.to(torch.float64) for factor in part.adapter.factors(pair))
+    squares = torch.zeros(own.shape[1], dtype=torch.float64)
+    step = max(1, _SAMPLE // own.shape[1])
+    for start in range(0, own.shape[0], step):
+        change = part.weight * pair.scale * (left[start : start + step] @ right)
+        squares += (own[start : start + step] + change).square().sum(dim=0)
+    return (magnitude / squares.sqrt()).view(1, -1)
+
+
+def _same(merged: MergedWeights, name: str, written: Weights) -> bool:
+    import torch
+
+    if written[name].dtype != merged[name].dtype:
         return False
-    if written[name].dtype == plan.base[name].dtype:
-        # numpy compares many bytes at once, a memoryview one by one.
-        ours = np.frombuffer(written.raw(name), dtype=np.uint8)
-        theirs = np.frombuffer(plan.base.raw(name), dtype=np.uint8)
-        return ours.size == theirs.size and all(
-            np.array_equal(ours[i : i + _COMPARE], theirs[i : i + _COMPARE])
-            for i in range(0, ours.size, _COMPARE)
-        )
-    converted = plan.base.tensor(name).to(plan.dtype(name))
-    return bool(torch.equal(written.tensor(name), converted))
+    raw = merged.raw(name)
+    if raw is not None:
+        return same_bytes(written.raw(name), raw)
+    source = merged.base.tensor(merged.source(name))
+    return bool(torch.equal(written.tensor(name), source.to(merged.dtype(name))))

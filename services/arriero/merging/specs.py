@@ -16,13 +16,13 @@ from arriero.errors import FailedPrecondition, FieldViolation, InvalidArgument
 from arriero.gates import Mode, check_modes
 from arriero.gates.golden import TOKENS
 from arriero.merging import sources
-from arriero.merging.fold import plan_merge
 from arriero.operations.defaults import with_defaults
 from arriero.operations.job import gate_modes
 from arriero.operations.kinds import ResolveContext, Resolved
 from arriero.refs import is_name
 from arriero.store import Artifact
 from arriero.v1 import merging_pb2
+from arriero.weights import MergedWeights
 
 __all__ = [
     "DTYPES",
@@ -170,17 +170,17 @@ def resolve_merge(spec: merging_pb2.MergeSpec, context: ResolveContext) -> Resol
     if not spec.weights:
         resolved.weights.extend([1.0] * len(adapters))
     [base] = context.inputs["model"]
-    plan = plan_merge(
+    merged = MergedWeights.open(
         base.path, [adapter.path for adapter in adapters], resolved.weights, resolved.dtype
     )
     proving = gate_modes(spec).get("merge.logits", Mode.ENFORCE) is not Mode.SKIP
     return Resolved(
         spec=resolved,
-        disk_bytes=plan.nbytes
+        disk_bytes=merged.nbytes
         + base.manifest.size
-        - plan.base.nbytes
+        - merged.base.nbytes
         + (_golden_bytes(base) if proving else 0),
-        memory_bytes=_LIBRARIES + (_WIDE * plan.base.elements if proving else 0),
+        memory_bytes=_LIBRARIES + (_WIDE * merged.elements if proving else 0),
     )
 
 

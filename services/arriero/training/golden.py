@@ -17,7 +17,7 @@ import torch
 from arriero.errors import FailedPrecondition
 from arriero.gates.golden import Golden
 from arriero.training.adapter import load_base
-from arriero.weights import LoraAdapter, Weights, fold
+from arriero.weights import MergedWeights
 from arriero.weights.layout import TORCH_NAMES
 
 
@@ -68,18 +68,19 @@ def golden_logits(
 
 def merged(base: Path, adapter: Path, device: str = "cpu") -> Any:
     """The merged model, in the types of the base's files, computing in float32."""
-    weights = Weights.open(base)
-    kinds = {info.dtype for info in weights.values()}
+    weights = MergedWeights.open(base, [adapter], [1.0])
+    kinds = {plan.dtype for plan in weights.values()}
     # Mixed types are held in float32, which all of them fit in without loss.
     stored = getattr(torch, TORCH_NAMES[kinds.pop()]) if len(kinds) == 1 else torch.float32
     model = load_base(base, stored, "cpu").eval()
-    parameters = dict(model.named_parameters())
-    lora = LoraAdapter.open(adapter)
-    with torch.no_grad():
-        for pair in lora.pairs.values():
-            # Rounds to the stored type of this very tensor.
-            folded = fold(weights.tensor(pair.target), [(lora.delta(pair), 1.0)])
-            parameters[pair.target].copy_(folded)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    for name in weights.touched:
+        module, _, leaf = name.rpartition(".")
+        # A new parameter: what is tied to the old one keeps that.
+        value = torch.nn.Parameter(weights.tensor(name).to(stored), requires_grad=False)
+        setattr(model.get_submodule(module), leaf, value)
+    if tied and not weights.untied:
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
     for module in model.modules():
         if any(weight.dtype != torch.float32 for weight in module.parameters(recurse=False)):
             _widen(module)

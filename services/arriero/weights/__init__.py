@@ -5,23 +5,26 @@ adapters into weights. Does not know jobs, artifacts or what a model computes;
 torch is imported only where a tensor is asked for.
 """
 
-from arriero.weights.arithmetic import delta, fold, spacing
+from arriero.weights.arithmetic import delta, spacing
 from arriero.weights.layout import TensorInfo, TensorPlan, dtype_name, read_header
-from arriero.weights.lora import LoraAdapter, LoraPair, LoraSettings
+from arriero.weights.lora import LoraAdapter, LoraPair, LoraSettings, Replacement
+from arriero.weights.merged import Blend, MergedWeights
 from arriero.weights.reader import Weights
 from arriero.weights.writer import WeightsWriter
 
 __all__ = [
+    "Blend",
     "LoraAdapter",
     "LoraPair",
     "LoraSettings",
+    "MergedWeights",
+    "Replacement",
     "TensorInfo",
     "TensorPlan",
     "Weights",
     "WeightsWriter",
     "delta",
     "dtype_name",
-    "fold",
     "read_header",
     "spacing",
 ]

@@ -1,57 +1,35 @@
-"""The sums: base + scale · B·A, rounded once.
+"""The sums: scale · B·A, and how far apart numbers of a type lie.
 
-Responsibility: LoRA's delta, folding deltas into a weight, and how far apart
-numbers of a type lie. Does not know files or names.
+Responsibility: the few formulas of a merge that are worth a name. Does not
+know files or names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["delta", "fold", "spacing"]
+__all__ = ["delta", "spacing"]
 
 
-def delta(
-    a: torch.Tensor, b: torch.Tensor, scale: float, *, transposed: bool = False
-) -> torch.Tensor:
-    """What LoRA adds to a weight: scale · B·A in float32 (Hu et al. 2021, arXiv:2106.09685).
+def delta(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
+    """What LoRA adds to a weight: scale · B·A (Hu et al. 2021, arXiv:2106.09685).
+
+    Scaled after the product, in float32, as PEFT does.
 
     Args:
-        a: shape (rank, in).
-        b: shape (out, rank).
-        scale: alpha / r, or alpha / sqrt(r) for rsLoRA.
-        transposed: give (in, out) instead.
+        left: shape (rows, rank): B, or A transposed.
+        right: shape (rank, columns): A, or B transposed.
+        scale: alpha / r, or alpha / sqrt(r) for rsLoRA, by the adapter's weight.
 
     Returns:
-        float32, shape (out, in).
+        float32, shape (rows, columns).
     """
-    product = b.float() @ a.float()
-    return (product.T if transposed else product) * scale
-
-
-def fold(
-    weight: torch.Tensor,
-    deltas: Iterable[tuple[torch.Tensor, float]],
-    dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """weight + the sum of factor · delta, summed in float32 and rounded once.
-
-    Args:
-        weight: of any floating point type; float64 is summed in float64.
-        deltas: each of the weight's shape, with its factor.
-        dtype: of the result; default the weight's.
-    """
-    import torch
-
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    total = weight.to(wide, copy=True)
-    for change, factor in deltas:
-        total += change if factor == 1.0 else change * factor
-    return total.to(dtype or weight.dtype)
+    product = left.float() @ right.float()
+    product *= scale
+    return product
 
 
 def spacing(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 Responsibility: read `adapter_config.json` and the adapter's header, and map
 PEFT's names to the base model's tensors with the right scale. Does not know
-whether the values are sane (`weights.health` does).
+whether the values are sane (`weights.health` does), nor the base.
 """
 
 from __future__ import annotations
@@ -16,14 +16,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arriero.errors import FailedPrecondition
-from arriero.weights.arithmetic import delta
 from arriero.weights.layout import TensorInfo
-from arriero.weights.reader import Weights
+from arriero.weights.reader import Weights, same_bytes
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "LoraAdapter", "LoraPair", "LoraSettings"]
+__all__ = [
+    "CONFIG_FILE",
+    "EMBEDDING_LAYERS",
+    "WEIGHTS_FILE",
+    "LoraAdapter",
+    "LoraPair",
+    "LoraSettings",
+    "Replacement",
+]
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -31,14 +38,22 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # The adapter's name is in the middle only of checkpoints that PEFT did not save itself.
 _MATRIX = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight")
+_EMBEDDING = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<side>[AB])(?:\.[^.]+)?")
+_MAGNITUDE = re.compile(
+    r"(?P<module>.+)\.lora_magnitude_vector(?:\.(?!weight$)[^.]+)?(?:\.weight)?"
+)
+# How PEFT's wrappers show in names: of a trained copy, and of a layer below LoRA.
+_COPY = re.compile(r"\.modules_to_save(?:\.(?!weight$|bias$)[^.]+(?=\.))?")
+_WRAPPED = ".base_layer."
+_ORIGINAL = ".original_module."
+# Saved beside an adapter when they were resized (peft.utils.constants).
+EMBEDDING_LAYERS = ("embed_tokens", "lm_head")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _SHOWN = 3
 
 # Settings that change what an adapter computes; value: why it cannot be folded, what to do.
 _RETRAIN = "train it again without, or merge it with PEFT and import the merged model"
 _REFUSED: Mapping[str, str] = {
-    "use_dora": f"DoRA scales whole weights, not only the low-rank part; {_RETRAIN}",
-    "modules_to_save": f"whole modules are replaced; {_RETRAIN}",
     "trainable_token_indices": f"rows of the embeddings are replaced; {_RETRAIN}",
     "lora_bias": f"biases are trained beside the matrices; {_RETRAIN}",
     "target_parameters": f"bare parameters (experts) are targeted; {_RETRAIN}",
@@ -68,6 +83,11 @@ class LoraSettings:
             (Kalajdzievski 2023, arXiv:2312.03732).
         fan_in_fan_out: the adapter says that the base keeps its weights as (in, out).
         base: what the adapter says it was trained on; may be empty.
+        dora: magnitudes were trained apart from directions
+            (Liu et al. 2024, arXiv:2402.09353).
+        modules_to_save: endings of the names of modules trained as a whole.
+        keeps_tied: PEFT's `ensure_weight_tying`: what is done to tied embeddings is
+            done to the output layer too.
     """
 
     rank: int
@@ -77,6 +97,9 @@ class LoraSettings:
     base: str = ""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    dora: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    keeps_tied: bool = False
 
     @classmethod
     def read(cls, directory: Path) -> LoraSettings:
@@ -107,6 +130,9 @@ class LoraSettings:
                 base=str(config.get("base_model_name_or_path") or ""),
                 rank_pattern={str(k): int(v) for k, v in _table(config, "rank_pattern")},
                 alpha_pattern={str(k): float(v) for k, v in _table(config, "alpha_pattern")},
+                dora=bool(config.get("use_dora")),
+                modules_to_save=tuple(str(m) for m in config.get("modules_to_save") or ()),
+                keeps_tied=bool(config.get("ensure_weight_tying")),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise FailedPrecondition(
@@ -133,14 +159,17 @@ class LoraSettings:
 
 @dataclass(frozen=True, slots=True)
 class LoraPair:
-    """The two matrices of one module.
+    """The matrices of one module.
 
     Attributes:
         module: the base model's name of the layer.
         target: the base tensor that is changed, `<module>.weight`.
-        a: A, shape (rank, in).
-        b: B, shape (out, rank).
+        a: A, shape (rank, in); of embeddings (rank, vocabulary).
+        b: B, shape (out, rank); of embeddings (width, rank).
         scale: factor of B·A.
+        transposed: the base's weight lies as (in, out): embeddings, and GPT-2's Conv1D.
+        embedding: of an embedding layer.
+        magnitude: DoRA's m, shape (out,); of embeddings (width,).
     """
 
     module: str
@@ -148,11 +177,15 @@ class LoraPair:
     a: TensorInfo
     b: TensorInfo
     scale: float
+    transposed: bool = False
+    embedding: bool = False
+    magnitude: TensorInfo | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Shape of B·A: (out, in)."""
-        return (self.b.shape[0], self.a.shape[1])
+        """The shape that the base's weight must have."""
+        out, into = self.b.shape[0], self.a.shape[1]
+        return (into, out) if self.transposed else (out, into)
 
     @property
     def rank(self) -> int:
@@ -160,20 +193,43 @@ class LoraPair:
         return self.a.shape[0]
 
 
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """A tensor that the adapter brings whole.
+
+    Attributes:
+        target: the base tensor that it takes the place of.
+        info: where it lies.
+        trained: a copy that was trained beside the base's (`modules_to_save`), so
+            that what was tied to the base's is not tied to it; otherwise the base's
+            own tensor, as it was when LoRA was put on (resized embeddings).
+    """
+
+    target: str
+    info: TensorInfo
+    trained: bool
+
+
 class LoraAdapter:
-    """An opened adapter directory; its values are read when asked for."""
+    """An opened adapter directory; its values are read when asked for.
+
+    Attributes:
+        settings: the configuration.
+        pairs: LoRA by the base tensor's name.
+        replaced: whole tensors by the base tensor's name.
+    """
 
     def __init__(
         self,
         settings: LoraSettings,
         pairs: Mapping[str, LoraPair],
+        replaced: Mapping[str, Replacement],
         weights: Weights,
-        transposed: bool = False,
     ) -> None:
         """Take what `open` read."""
         self.settings = settings
         self.pairs = dict(pairs)
-        self.transposed = transposed
+        self.replaced = dict(replaced)
         self._weights = weights
 
     @classmethod
@@ -188,72 +244,60 @@ class LoraAdapter:
 
         Raises:
             FailedPrecondition: an unsupported feature (named, with what to do),
-                half a pair, a rank other than the configuration's, no pairs.
+                half a pair, a rank other than the configuration's, a magnitude or a
+                saved module that is missing, nothing at all.
             DataLoss: the tensors' file is missing, cut off or not safetensors.
         """
         settings = LoraSettings.read(directory)
         weights = Weights.open(directory, "adapter_model")
         sides: dict[str, dict[str, TensorInfo]] = {}
+        embeddings: set[str] = set()
+        replaced: dict[str, Replacement] = {}
         for name, info in weights.items():
-            if not (found := _MATRIX.fullmatch(name)):
-                raise FailedPrecondition(_unexplained(name))
-            module = found["module"].removeprefix(PREFIX)
-            sides.setdefault(module, {})[found["side"]] = info
-        if not sides:
+            plain = name.removeprefix(PREFIX)
+            if found := _MATRIX.fullmatch(plain):
+                sides.setdefault(found["module"], {})[found["side"]] = info
+            elif found := _EMBEDDING.fullmatch(plain):
+                sides.setdefault(found["module"], {})[found["side"]] = info
+                embeddings.add(found["module"])
+            elif settings.dora and (found := _MAGNITUDE.fullmatch(plain)):
+                sides.setdefault(found["module"], {})["magnitude"] = info
+            elif _ORIGINAL not in plain:
+                whole = _replacement(plain, info, settings)
+                # The same tensor may be saved under the wrapper's name too.
+                if whole.target == plain or whole.target not in replaced:
+                    replaced[whole.target] = whole
+        if not sides and not replaced:
             raise FailedPrecondition(
                 f"{WEIGHTS_FILE} holds no LoRA matrices; it was saved wrongly, save it again "
                 "from the trained model"
             )
-        pairs = [_pair(module, found, settings) for module, found in sides.items()]
-        return cls(settings, {pair.target: pair for pair in pairs}, weights, transposed)
-
-    def matrices(self, pair: LoraPair) -> tuple[torch.Tensor, torch.Tensor]:
-        """A (rank, in) and B (out, rank) in their own type."""
-        return self._weights.tensor(pair.a.name), self._weights.tensor(pair.b.name)
-
-    def delta(self, pair: LoraPair) -> torch.Tensor:
-        """What the adapter adds to `pair.target`: float32, in that weight's shape."""
-        return delta(*self.matrices(pair), pair.scale, transposed=self.transposed)
-
-    def shape_of(self, pair: LoraPair) -> tuple[int, int]:
-        """The shape that the base's weight must have."""
-        return (pair.shape[1], pair.shape[0]) if self.transposed else pair.shape
-
-    def check_base(self, base: Mapping[str, TensorInfo]) -> None:
-        """Refuse a base that the adapter does not fit.
-
-        Raises:
-            FailedPrecondition: targets that the base does not have, other
-                shapes, or weights that are not floating point; with figures.
-        """
-        absent = [pair.module for pair in self.pairs.values() if pair.target not in base]
-        if absent:
-            tied = " (its output layer is tied to the embeddings)" if "lm_head" in absent else ""
-            raise FailedPrecondition(
-                f"the adapter changes {len(absent)} of {len(self.pairs)} modules that the base "
-                f"does not have{tied}, such as {_some(absent)}; merge it into the model that it "
-                "was trained on"
-            )
-        wrong = [
-            f"{pair.module}: base {base[pair.target].shape}, adapter {self.shape_of(pair)}"
-            for pair in self.pairs.values()
-            if base[pair.target].shape != self.shape_of(pair)
+        _check_saved(settings, replaced)
+        pairs = [
+            _pair(module, found, settings, transposed, module in embeddings)
+            for module, found in sides.items()
         ]
-        if wrong:
-            raise FailedPrecondition(
-                f"{len(wrong)} of {len(self.pairs)} modules have other shapes than the base, "
-                f"such as {_some(wrong)}; merge it into the model that it was trained on"
-            )
-        packed = [
-            f"{pair.target} ({base[pair.target].dtype})"
-            for pair in self.pairs.values()
-            if base[pair.target].dtype not in _FLOATS
-        ]
-        if packed:
-            raise FailedPrecondition(
-                f"{len(packed)} weights of the base are not {', '.join(_FLOATS)}, such as "
-                f"{_some(packed)}; merge into the model that is not quantized"
-            )
+        return cls(settings, {pair.target: pair for pair in pairs}, replaced, weights)
+
+    @property
+    def touched(self) -> set[str]:
+        """Names of the base's tensors that are changed or replaced."""
+        return {*self.pairs, *self.replaced}
+
+    def tensor(self, info: TensorInfo) -> torch.Tensor:
+        """A tensor of the adapter, in its own type, over the file's pages."""
+        return self._weights.tensor(info.name)
+
+    def same(self, one: TensorInfo, other: TensorInfo) -> bool:
+        """Whether two of the adapter's tensors are equal, byte by byte."""
+        return (one.dtype, one.shape) == (other.dtype, other.shape) and same_bytes(
+            self._weights.raw(one.name), self._weights.raw(other.name)
+        )
+
+    def factors(self, pair: LoraPair) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two matrices whose product, by `pair.scale`, is added: (rows, rank), (rank, columns)."""
+        a, b = self.tensor(pair.a), self.tensor(pair.b)
+        return (a.T, b.T) if pair.transposed else (b, a)
 
 
 def _refuse(config: Mapping[str, Any]) -> None:
@@ -291,39 +335,103 @@ def _pattern_key(patterns: Mapping[str, Any], module: str) -> str:
     return module
 
 
+def _replacement(name: str, info: TensorInfo, settings: LoraSettings) -> Replacement:
+    """What a tensor is that is no part of LoRA's own.
+
+    Raises:
+        FailedPrecondition: nothing that can be merged.
+    """
+    target = _COPY.sub("", name).replace(_WRAPPED, ".")
+    if ".lora_" not in name and target.endswith((".weight", ".bias")):
+        module, _, kind = target.rpartition(".")
+        if _saved(module, settings.modules_to_save):
+            return Replacement(target, info, trained=_WRAPPED not in name)
+        if kind == "weight" and module.rpartition(".")[2] in EMBEDDING_LAYERS:
+            return Replacement(target, info, trained=False)
+    raise FailedPrecondition(_unexplained(name))
+
+
+def _saved(module: str, saved: Sequence[str]) -> bool:
+    """Whether a module or one that holds it is among `modules_to_save`.
+
+    PEFT compares endings, dots or not: `norm` means `post_attention_layernorm` too.
+    """
+    while module:
+        if module.endswith(tuple(saved)):
+            return True
+        module = module.rpartition(".")[0]
+    return False
+
+
+def _check_saved(settings: LoraSettings, replaced: Mapping[str, Replacement]) -> None:
+    absent = [
+        name
+        for name in settings.modules_to_save
+        if not any(_saved(target.rpartition(".")[0], [name]) for target in replaced)
+    ]
+    if absent:
+        raise FailedPrecondition(
+            f"modules_to_save names {_some(absent)}, but {WEIGHTS_FILE} holds no such tensors; "
+            "the adapter is incomplete, save it again from the trained model"
+        )
+
+
 def _unexplained(name: str) -> str:
     features = {
-        "lora_embedding_": "LoRA on embeddings",
-        "lora_magnitude_vector": "DoRA",
-        "modules_to_save": "modules_to_save",
+        "lora_magnitude_vector": "DoRA without use_dora",
+        "token_adapter": "trainable_token_indices",
         ".bias": "bias",
-        "embed_tokens": "saved embeddings",
-        "lm_head": "saved embeddings",
     }
     for part, feature in features.items():
         if part in name:
             return f"{feature} ({name}) is not supported: {_RETRAIN}"
-    return f"{name} is no LoRA matrix; expected names that end in lora_A.weight or lora_B.weight"
+    return (
+        f"{name} is no LoRA matrix and {CONFIG_FILE} does not name it in modules_to_save; "
+        "expected names that end in lora_A.weight or lora_B.weight"
+    )
 
 
-def _pair(module: str, sides: Mapping[str, TensorInfo], settings: LoraSettings) -> LoraPair:
-    if len(sides) != 2:
+def _pair(
+    module: str,
+    sides: Mapping[str, TensorInfo],
+    settings: LoraSettings,
+    transposed: bool,
+    embedding: bool,
+) -> LoraPair:
+    lonely = [f"lora_{side}" for side in ("A", "B") if side in sides]
+    if len(lonely) != 2:
         raise FailedPrecondition(
-            f"{module} has only lora_{next(iter(sides))}; expected A and B: the adapter is "
-            "incomplete, save it again"
+            f"{module} has only {', '.join(lonely) or 'a magnitude'}; expected A and B: the "
+            "adapter is incomplete, save it again"
         )
-    a, b = sides["A"], sides["B"]
+    a, b, magnitude = sides["A"], sides["B"], sides.get("magnitude")
     rank = settings.rank_of(module)
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != rank or b.shape[1] != rank:
         raise FailedPrecondition(
             f"{module}: A has shape {a.shape} and B {b.shape}, the configuration says rank "
             f"{rank}; configuration and weights belong to different adapters"
         )
-    if a.dtype not in _FLOATS or b.dtype not in _FLOATS:
+    if settings.dora and (magnitude is None or magnitude.shape != (b.shape[0],)):
+        found = "none" if magnitude is None else f"of shape {magnitude.shape}"
         raise FailedPrecondition(
-            f"{module}: A is {a.dtype} and B {b.dtype}; expected {', '.join(_FLOATS)}"
+            f"{module}: expected a magnitude of shape {(b.shape[0],)} (use_dora), found {found}; "
+            "the adapter is incomplete, save it again"
         )
-    return LoraPair(module, f"{module}.weight", a, b, settings.scale_of(module))
+    types = [info.dtype for info in (a, b, *([magnitude] if magnitude else []))]
+    if not set(types) <= set(_FLOATS):
+        raise FailedPrecondition(
+            f"{module}: its matrices are {', '.join(types)}; expected {', '.join(_FLOATS)}"
+        )
+    return LoraPair(
+        module,
+        f"{module}.weight",
+        a,
+        b,
+        settings.scale_of(module),
+        transposed=transposed or embedding,
+        embedding=embedding,
+        magnitude=magnitude,
+    )
 
 
 def _some(items: Sequence[str]) -> str:

@@ -14,15 +14,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from arriero.errors import DataLoss, FailedPrecondition, NotFound
 from arriero.weights.layout import TORCH_NAMES, TensorInfo, read_header
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["INDEX_SUFFIX", "Weights"]
+__all__ = ["INDEX_SUFFIX", "Weights", "same_bytes"]
 
 INDEX_SUFFIX = ".index.json"
+_COMPARE = 1 << 24
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors")
 
 
@@ -95,6 +98,11 @@ class Weights(Mapping[str, TensorInfo]):
         """The files that hold the tensors, in order."""
         return list(dict.fromkeys(info.file for info in self._tensors.values()))
 
+    @property
+    def altered(self) -> frozenset[str]:
+        """Tensors whose values are not the files'; none, but in a view that changes some."""
+        return frozenset()
+
     def raw(self, name: str) -> memoryview:
         """A tensor's bytes, as the file has them."""
         info = self[name]
@@ -124,6 +132,18 @@ class Weights(Mapping[str, TensorInfo]):
                 # Copy on write: torch wants writable memory, the file stays as it is.
                 self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         return self._maps[path]
+
+
+def same_bytes(one: memoryview, other: memoryview) -> bool:
+    """Whether two stretches of bytes are equal."""
+    # numpy compares many bytes at once, a memoryview one by one.
+    if not one.nbytes:
+        return not other.nbytes
+    ours, theirs = (np.frombuffer(data, dtype=np.uint8) for data in (one, other))
+    return ours.size == theirs.size and all(
+        np.array_equal(ours[i : i + _COMPARE], theirs[i : i + _COMPARE])
+        for i in range(0, ours.size, _COMPARE)
+    )
 
 
 def _indexed(index: Path) -> dict[str, TensorInfo]:

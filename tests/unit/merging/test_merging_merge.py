@@ -15,7 +15,7 @@ from arriero.errors import FailedPrecondition, InvalidArgument
 from arriero.gates import GateResult, Mode, Verdict
 from arriero.gates.golden import Golden
 from arriero.merging import oracle
-from arriero.merging.fold import plan_merge, write_merged
+from arriero.merging.fold import write_merged
 from arriero.merging.proof import prove_delta
 from arriero.operations.kinds import ResolveContext
 from arriero.settings import SourceSettings
@@ -23,7 +23,7 @@ from arriero.store import Artifact
 from arriero.testing.adapters import tiny_adapter
 from arriero.testing.models import tiny_llama
 from arriero.v1 import merging_pb2, types_pb2
-from arriero.weights import Weights
+from arriero.weights import MergedWeights, Weights
 
 if TYPE_CHECKING:
     from conftest import Room
@@ -245,7 +245,7 @@ def test_skipping_the_logits_makes_none(room: "Room", base: Artifact, adapter: A
 
 
 def merged_by_hand(base: Path, adapter: Path, target: Path, dtype: str = "auto") -> Any:
-    plan = plan_merge(base, [adapter], [1.0], dtype)
+    plan = MergedWeights.open(base, [adapter], [1.0], dtype)
     target.mkdir()
     write_merged(plan, base, target, max_shard_size=10**9, tick=nothing)
     assert prove_delta(plan, target, nothing).passed
@@ -334,9 +334,9 @@ def test_an_adapter_of_another_model_is_refused_before_any_work(
 def test_an_unsupported_adapter_is_refused_before_any_work(
     room: "Room", base: Artifact, tmp_path: Path
 ) -> None:
-    dora = room.publish(tiny_adapter(tmp_path / "a", base.path, use_dora=True), "adapter")
-    with pytest.raises(FailedPrecondition, match="use_dora is not supported"):
-        room.merge(base, [dora])
+    pooled = room.publish(tiny_adapter(tmp_path / "a", base.path, use_qalora=True), "adapter")
+    with pytest.raises(FailedPrecondition, match="use_qalora is not supported"):
+        room.merge(base, [pooled])
     assert not room.jobs
 
 

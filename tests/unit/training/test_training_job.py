@@ -16,7 +16,7 @@ from arriero.training.golden import golden_logits, merged  # noqa: E402
 from arriero.training.job import train  # noqa: E402
 from arriero.training.spec import resolve  # noqa: E402
 from arriero.v1 import training_pb2, types_pb2  # noqa: E402
-from arriero.weights import LoraAdapter, Weights, fold  # noqa: E402
+from arriero.weights import LoraAdapter, MergedWeights, Weights  # noqa: E402
 from arriero.weights.health import check_adapter  # noqa: E402
 
 FAST = {
@@ -110,16 +110,14 @@ def test_golden_logits_are_those_of_the_trained_adapter(room, model, dataset):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_golden_logits_are_those_of_the_merged_checkpoint_exactly(kit, room, tmp_path, dtype):
     """Merge into files of the base's type, load those in float32: the same numbers."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     model = kit.model(dtype=dtype)
     dataset = kit.dataset(kit.draw_rows(12), model.digest)
     adapter, golden = room(inputs={"model": model, "dataset": dataset})
 
-    lora = LoraAdapter.open(adapter.path)
-    tensors = load_file(str(model.path / "model.safetensors"))
-    for pair in lora.pairs.values():
-        tensors[pair.target] = fold(tensors[pair.target], [(lora.delta(pair), 1.0)])
+    weights = MergedWeights.open(model.path, [adapter.path], [1.0])
+    tensors = {name: weights.tensor(name) for name in weights}
     target = tmp_path / "merged"
     target.mkdir()
     save_file(tensors, str(target / "model.safetensors"), metadata={"format": "pt"})

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from arriero.errors import DataLoss, FailedPrecondition
 from arriero.testing.adapters import tiny_adapter
-from arriero.weights import LoraAdapter, LoraSettings, Weights
+from arriero.weights import LoraAdapter, LoraSettings
 
 Q0 = "model.layers.0.self_attn.q_proj"
 
@@ -32,7 +32,6 @@ def test_peft_names_are_mapped_to_the_bases(tmp_path: Path, tiny_llama_dir: Path
     pair = adapter.pairs[Q0 + ".weight"]
     assert (pair.module, pair.rank, pair.shape, pair.scale) == (Q0, 4, (64, 64), 2.0)
     assert adapter.pairs["model.layers.1.self_attn.v_proj.weight"].shape == (32, 64)
-    adapter.check_base(Weights.open(tiny_llama_dir))
 
 
 def test_names_with_the_adapters_own_in_them_are_understood(
@@ -64,8 +63,8 @@ def test_patterns_override_rank_and_alpha_by_the_end_of_the_name() -> None:
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        ({"use_dora": True}, "use_dora"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"use_dora": True}, "expected a magnitude"),
+        ({"modules_to_save": ["lm_head"]}, "holds no such tensors"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"bias": "all"}, "bias 'all'"),
         ({"lora_bias": True}, "lora_bias"),
@@ -87,14 +86,18 @@ def test_features_that_cannot_be_folded_are_refused_by_name(
 @pytest.mark.parametrize(
     ("name", "named"),
     [
-        ("base_model.model.model.embed_tokens.lora_embedding_A", "LoRA on embeddings"),
+        ("base_model.model.model.embed_tokens.lora_embedding_A", "has only lora_A"),
         (f"base_model.model.{Q0}.lora_magnitude_vector", "DoRA"),
-        ("base_model.model.lm_head.weight", "saved embeddings"),
+        (
+            "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta",
+            "token_indices",
+        ),
+        (f"base_model.model.{Q0}.base_layer.weight", "modules_to_save"),
         (f"base_model.model.{Q0}.lora_B.bias", "bias"),
         ("strange", "is no LoRA matrix"),
     ],
 )
-def test_tensors_of_such_features_are_refused_too(
+def test_tensors_that_nothing_explains_are_refused(
     tmp_path: Path, tiny_llama_dir: Path, name: str, named: str
 ) -> None:
     directory = tiny_adapter(tmp_path / "a", tiny_llama_dir)
@@ -149,28 +152,21 @@ def test_a_wrong_configuration_is_refused(tmp_path: Path, text: str) -> None:
         LoraSettings.read(tmp_path)
 
 
-def test_a_base_without_the_targets_is_refused_with_figures(
-    tmp_path: Path, tiny_llama_dir: Path
-) -> None:
-    adapter = LoraAdapter.open(tiny_adapter(tmp_path / "a", tiny_llama_dir))
-    one_layer = {k: v for k, v in Weights.open(tiny_llama_dir).items() if "layers.1" not in k}
-    with pytest.raises(FailedPrecondition, match=r"2 of 4 modules.*layers\.1\.self_attn\.q_proj"):
-        adapter.check_base(one_layer)
-
-
-def test_a_base_of_another_width_is_refused_with_figures(
-    tmp_path: Path, tiny_llama_dir: Path
-) -> None:
-    from arriero.testing.models import tiny_llama
-
-    narrow = Weights.open(tiny_llama(tmp_path / "narrow", hidden=32))
-    adapter = LoraAdapter.open(tiny_adapter(tmp_path / "a", tiny_llama_dir))
-    with pytest.raises(FailedPrecondition, match=r"base \(32, 32\), adapter \(64, 64\)"):
-        adapter.check_base(narrow)
-
-
-def test_a_tied_output_layer_is_explained(tmp_path: Path, tiny_llama_dir: Path) -> None:
-    adapter = LoraAdapter.open(tiny_adapter(tmp_path / "a", tiny_llama_dir, targets=["lm_head"]))
-    tied = {k: v for k, v in Weights.open(tiny_llama_dir).items() if k != "lm_head.weight"}
-    with pytest.raises(FailedPrecondition, match="tied to the embeddings"):
-        adapter.check_base(tied)
+def test_modules_that_were_saved_replace_the_bases(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    directory = tiny_adapter(tmp_path / "a", tiny_llama_dir, modules_to_save=["lm_head", "norm"])
+    names = {
+        "lm_head.weight": "lm_head.weight",
+        "lm_head.modules_to_save.weight": "",  # the same again, by the wrapper's name
+        "lm_head.original_module.weight": "",  # the base's own
+        "model.norm.modules_to_save.default.weight": "model.norm.weight",
+        "model.embed_tokens.base_layer.weight": "model.embed_tokens.weight",
+    }
+    values = {f"base_model.model.{n}": np.ones(2, dtype=np.float32) for n in names}
+    rewrite(directory, lambda t: {**t, **values})
+    replaced = LoraAdapter.open(directory).replaced
+    assert {n: r.trained for n, r in replaced.items()} == {
+        "lm_head.weight": True,
+        "model.norm.weight": True,
+        "model.embed_tokens.weight": False,
+    }
+    assert replaced["lm_head.weight"].info.name == "base_model.model.lm_head.weight"
