@@ -21,11 +21,14 @@ from arriero.errors import (
     NotFound,
     Unavailable,
 )
+from arriero.gates import Verdict
+from arriero.rpc import connect
+from arriero.settings import ClientSettings
 from arriero.store import ManifestDraft
 from arriero.testing.orchestrator import LocalOrchestrator
 from arriero.testing.replicas import WRONG_MODEL
 from arriero.v1 import orchestrator_pb2 as pb
-from arriero.v1 import pipeline_pb2, types_pb2
+from arriero.v1 import orchestrator_pb2_grpc, pipeline_pb2, types_pb2
 
 # Two trainings, each merged; one of them in three quants; one of those chosen and served.
 WIDE: list[dict[str, Any]] = [
@@ -420,3 +423,116 @@ def _artifact(home: LocalOrchestrator, kind: str, name: str) -> str:
     directory = home.store.staging("test", name)
     (directory / "content.txt").write_text(name)
     return home.store.publish(directory, ManifestDraft(kind=kind, name=name)).digest
+
+
+def refusal(gate: str, detail: str = "too far") -> types_pb2.GateResult:
+    return types_pb2.GateResult(
+        gate=gate,
+        mode=types_pb2.GATE_MODE_ENFORCE,
+        verdict=types_pb2.GATE_VERDICT_FAILED,
+        detail=detail,
+    )
+
+
+def waiver(gate: str, reason: str = "looked at by hand", stage: str = "") -> pb.GateWaiver:
+    return pb.GateWaiver(gate=gate, reason=reason, stage=stage)
+
+
+async def test_a_waived_gate_lets_the_stage_through_without_its_work_being_repeated(home):
+    home.rooms.gates["merged-two"] = [refusal("merge.logits"), refusal("merge.delta")]
+    run = await create(home, *WIDE, tags={"gguf/zh:prod": "best"})
+    run = await home.ended(run.id)
+    assert states(run)["merged-two"] == "FAILED"
+    assert states(run)["quants"] == "SKIPPED"
+    model = outputs(run, "merged-two")["model"]
+    assert home.store.get(model).quarantined
+
+    waivers = [waiver("merge.logits"), waiver("merge.delta", "rounding")]
+    await home.runs.retry(run.id, request_id="w", waivers=waivers, who="ann")
+    run = await home.ended(run.id)
+    assert run.state == pb.RUN_STATE_SUCCEEDED, run.error
+    assert set(states(run).values()) == {"SUCCEEDED"}
+    (operation,) = home.rooms.of("merged-two")
+    assert home.rooms.calls[operation.request_id] == 1
+    assert outputs(run, "merged-two")["model"] == model
+    (quants,) = home.rooms.of("quants")
+    assert quants.spec.model == model
+
+    (stage,) = (s for s in run.stages if s.name == "merged-two")
+    assert not stage.outputs[0].quarantined
+    assert not stage.HasField("error")
+    verdicts = {g.gate: (g.verdict, g.detail) for g in stage.metadata.gates}
+    waived = types_pb2.GATE_VERDICT_WAIVED
+    assert verdicts == {
+        "merge.logits": (waived, "waived by ann: looked at by hand (too far)"),
+        "merge.delta": (waived, "waived by ann: rounding (too far)"),
+    }
+    assert [g.verdict for g in home.store.get(model).gates] == [Verdict.WAIVED] * 2
+    assert {w.who for w in home.store.waivers(model)} == {"ann"}
+    page = generate_latest(home.registry).decode()
+    assert 'arriero_gate_results_total{gate="merge.delta",verdict="waived"} 1.0' in page
+    # The same request again starts nothing, whatever it says.
+    again = await home.runs.retry(run.id, request_id="w", waivers=[waiver("train.finite")])
+    assert again.state == pb.RUN_STATE_SUCCEEDED
+
+
+async def test_the_last_stage_waived_is_the_run_done(home):
+    home.rooms.gates["base"] = [refusal("adapter.health")]
+    run = await home.ended((await create(home, WIDE[0], tags={"model/m:v1": "base"})).id)
+    assert run.state == pb.RUN_STATE_FAILED
+    await home.runs.retry(run.id, request_id="", waivers=[waiver("adapter.health")], who="me")
+    run = await home.ended(run.id)
+    assert run.state == pb.RUN_STATE_SUCCEEDED
+    assert home.store.resolve("model/m:v1") == outputs(run, "base")["model"]
+
+
+async def test_waivers_that_do_not_fit_are_refused_and_change_nothing(home):
+    home.rooms.gates["merged-one"] = [refusal("merge.logits")]
+    home.rooms.gates["merged-two"] = [refusal("merge.logits"), refusal("merge.delta")]
+    home.rooms.failures["rows"] = FailedPrecondition("no rows")
+    run = await home.ended((await create(home, *WIDE)).id)
+    home.rooms.failures.clear()
+    await home.runs.retry(run.id, request_id="1")
+    run = await home.ended(run.id)
+    assert run.state == pb.RUN_STATE_FAILED
+
+    async def refused(kind: type[Exception], match: str, *waivers: pb.GateWaiver) -> None:
+        with pytest.raises(kind, match=match):
+            await home.runs.retry(run.id, request_id="", waivers=list(waivers), who="me")
+
+    await refused(InvalidArgument, "not a gate", waiver("merge.nonsense"))
+    await refused(InvalidArgument, "says why", waiver("merge.logits", " "))
+    await refused(InvalidArgument, "no stage 'nine'", waiver("merge.logits", stage="nine"))
+    await refused(InvalidArgument, "merged-one, merged-two; say which", waiver("merge.logits"))
+    await refused(
+        FailedPrecondition, "failed by merge.delta too", waiver("merge.logits", stage="merged-two")
+    )
+    await refused(FailedPrecondition, "'one' did not fail by", waiver("merge.logits", stage="one"))
+    await refused(FailedPrecondition, "no stage of run .* failed by train", waiver("train.finite"))
+    await refused(FailedPrecondition, "judged on live replicas", waiver("serve.smoke"))
+    for stage in ("merged-one", "merged-two"):
+        assert home.store.waivers(outputs(run, stage)["model"]) == []
+    assert home.runs.get(run.id).state == pb.RUN_STATE_FAILED
+
+
+async def test_a_gate_that_kept_nothing_cannot_be_waived(home):
+    home.rooms.gates["rows"] = [refusal("dataset.schema")]
+    home.rooms.failures["rows"] = GateFailed("row 7 has no instruction")
+    run = await home.ended((await create(home, *WIDE[:2])).id)
+    with pytest.raises(FailedPrecondition, match="kept nothing"):
+        await home.runs.retry(run.id, request_id="", waivers=[waiver("dataset.schema")], who="me")
+
+
+async def test_the_endpoint_shows_what_was_waived_on_the_way_to_it(home):
+    home.rooms.gates["merged-two"] = [refusal("merge.logits")]
+    run = await home.ended((await create(home, *WIDE)).id)
+    await home.runs.retry(
+        run.id, request_id="", waivers=[waiver("merge.logits", "known drift")], who="ann"
+    )
+    assert (await home.ended(run.id)).state == pb.RUN_STATE_SUCCEEDED
+    async with connect(home.address, ClientSettings(timeout_seconds=10)) as channel:
+        stub: Any = orchestrator_pb2_grpc.EndpointServiceStub(channel)
+        endpoint = (await stub.GetEndpoint(pb.GetEndpointRequest(name="zh"))).endpoint
+    (shown,) = (g for g in endpoint.gates if g.verdict == types_pb2.GATE_VERDICT_WAIVED)
+    assert shown.gate == "merge.logits"
+    assert "model merged-two: waived by ann: known drift" in shown.detail

@@ -286,3 +286,31 @@ async def test_endpoints_over_grpc(stubs):
     )
     await stubs.endpoints.DeleteEndpoint(pb.DeleteEndpointRequest(name="e"))
     await refused(stubs.endpoints.GetEndpoint(pb.GetEndpointRequest(name="e")), "NOT_FOUND")
+
+
+async def test_a_flipped_byte_is_found_and_named(stubs):
+    digest = stubs.publish("model", "m")
+    place = stubs.home.store.get(digest).path
+
+    async def verify() -> list[pb.VerifyArtifactResponse]:
+        return [
+            m async for m in stubs.artifacts.VerifyArtifact(pb.VerifyArtifactRequest(ref=digest))
+        ]
+
+    last = (await verify())[-1]
+    assert (last.done, list(last.problems)) == (True, [])
+    assert last.bytes_done == last.bytes_total == 2_500_001
+    big = place / "sub" / "big.bin"
+    for path in (big, place / "sub", place):
+        path.chmod(0o755)
+    data = bytearray(big.read_bytes())
+    data[1_234_567] ^= 1
+    big.write_bytes(data)
+    (place / "a.txt").unlink()
+    (place / "more").write_text("x")
+    (missing, changed, strange) = (await verify())[-1].problems
+    assert missing == "a.txt is missing"
+    assert changed.startswith("sub/big.bin has sha256")
+    assert strange == "more does not belong"
+    call = stubs.artifacts.VerifyArtifact(pb.VerifyArtifactRequest(ref="model/none:v1"))
+    await refused(call.read(), "NOT_FOUND")

@@ -11,7 +11,14 @@ from typing import Annotated
 
 import typer
 from rich.console import Group, RenderableType
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
@@ -19,10 +26,11 @@ from rich.tree import Tree
 from arriero.cli import render
 from arriero.cli.session import Format, Output, as_json, client, command, show
 from arriero.client import absolute_source
+from arriero.errors import DataLoss, InvalidArgument, NotFound
 from arriero.v1 import orchestrator_pb2 as pb
 from arriero.v1 import pipeline_pb2
 
-app = typer.Typer(no_args_is_help=True, help="Artifacts: list, look, tag, pull, push, gc.")
+app = typer.Typer(no_args_is_help=True, help="Artifacts: list, look, tag, pull, push, verify, gc.")
 
 Reference = Annotated[
     str, typer.Argument(help="kind/name:tag, a digest, or the first digits of one.")
@@ -93,7 +101,7 @@ def _details(item: pb.Artifact) -> RenderableType:
     if item.gates:
         facts.add_row("gates", render.gates_text(item.gates))
         for gate in item.gates:
-            if render.verdict(gate.verdict) in ("FAILED", "WARNED") and gate.detail:
+            if render.verdict(gate.verdict) in ("FAILED", "WARNED", "WAIVED") and gate.detail:
                 facts.add_row(gate.gate, gate.detail)
     files = render.table("file", "size", "sha256")
     for file in item.files:
@@ -117,6 +125,8 @@ def lineage(ref: Reference, output: Output = Format.TABLE) -> None:
             for gate in item.gates:
                 if render.verdict(gate.verdict) == "FAILED":
                     text.append(f" {gate.gate} failed", "red")
+                elif render.verdict(gate.verdict) == "WAIVED":
+                    text.append(f" {gate.gate} {gate.detail}", "yellow")
             return text
 
         def grow(tree: Tree, item: pb.Artifact) -> None:
@@ -200,6 +210,63 @@ def push(
             on_bytes=lambda done, total: bar.update(task, completed=done, total=total),
         )
     show(found, lambda: f"{found.kind}/{found.name}@{found.digest}")
+
+
+@app.command()
+@command
+def verify(
+    ref: Annotated[
+        list[str] | None, typer.Argument(help="kind/name:tag or digests.", metavar="REF")
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every artifact that the store holds.")
+    ] = False,
+    kind: Annotated[str, typer.Option(help="With --all: only this kind.")] = "",
+    output: Output = Format.TABLE,
+) -> None:
+    """Read every byte of artifacts again; exit 1 when one is not what it was."""
+    if everything == bool(ref):
+        raise InvalidArgument.field("REF", "expected one or more references, or --all alone")
+    if kind and not everything:
+        raise InvalidArgument.field("--kind", "goes with --all")
+    damaged: dict[str, list[str]] = {}
+    results: list[dict[str, object]] = []
+    with client() as api:
+        found = (
+            api.artifacts.list(kind, limit=1_000_000)
+            if everything
+            else [api.artifacts.get(text) for text in ref or ()]
+        )
+        for item in found:
+            name = f"{item.kind} {item.name} {render.digest(item.digest)}"
+            with _bytes_bar() as bar:
+                task = bar.add_task(name, total=item.size_bytes)
+
+                def on_bytes(
+                    done: int, total: int, bar: Progress = bar, task: TaskID = task
+                ) -> None:
+                    bar.update(task, completed=done, total=total)
+
+                try:
+                    problems = api.artifacts.verify(item.digest, on_bytes=on_bytes)
+                except DataLoss as error:
+                    problems = [error.message]
+                except NotFound:
+                    if everything:  # collected meanwhile
+                        continue
+                    raise
+            results.append({"digest": item.digest, "problems": problems})
+            if problems:
+                damaged[item.digest] = problems
+            if not as_json():
+                state = Text("damaged", "red") if problems else Text("whole", "green")
+                render.console.print(Text.assemble(f"{name}  ", state))
+                for problem in problems:
+                    render.console.print(f"  {problem}", highlight=False, soft_wrap=True)
+    if as_json():
+        render.print_json({"artifacts": results})
+    if damaged:
+        raise typer.Exit(1)
 
 
 @app.command()

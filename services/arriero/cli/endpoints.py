@@ -105,6 +105,9 @@ def _details(item: pb.Endpoint, ancestors: list[pb.Artifact]) -> RenderableType:
         facts.add_row("run", item.run)
     if item.gates:
         facts.add_row("gates", render.gates_text(item.gates))
+    for gate in item.gates:
+        if render.verdict(gate.verdict) == "WAIVED":
+            facts.add_row(gate.gate, Text(gate.detail, "yellow"))
     replicas = render.table("replica", "state", "address", "KL to trained", "top-1", "")
     for replica in item.replicas:
         state = pb.ReplicaState.Name(replica.state).removeprefix("REPLICA_STATE_")

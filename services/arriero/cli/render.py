@@ -235,7 +235,9 @@ def _outcome(stage: pb.StageStatus) -> Text:
         text.append("reused  ", style="cyan")
     figures = [output_text(o) for o in stage.outputs]
     text.append("  ".join(figures), style="dim")
-    warned = [g for g in stage.metadata.gates if verdict(g.verdict) in ("WARNED", "FAILED")]
+    warned = [
+        g for g in stage.metadata.gates if verdict(g.verdict) in ("WARNED", "FAILED", "WAIVED")
+    ]
     for gate in warned:
         text.append("  ")
         text.append_text(gate_text(gate))

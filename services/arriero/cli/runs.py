@@ -17,6 +17,7 @@ from rich.text import Text
 from arriero.cli import render, watch
 from arriero.cli.session import Format, Output, as_json, client, command, show
 from arriero.client import load_pipeline, pipeline_schema
+from arriero.errors import InvalidArgument
 from arriero.v1 import orchestrator_pb2 as pb
 
 app = typer.Typer(no_args_is_help=True, help="Runs: list, follow, cancel, retry.")
@@ -173,6 +174,10 @@ def get(run_id: RunId, output: Output = Format.TABLE) -> None:
         from rich.console import Group
 
         parts: list[RenderableType] = [render.run_view(found), "", render.summary(found)]
+        for stage in found.stages:
+            for gate in stage.metadata.gates:
+                if render.verdict(gate.verdict) == "WAIVED":
+                    parts.append(f"\n{stage.name}: {gate.gate} was {gate.detail}")
         if found.error.message:
             parts.append(f"\nerror: {found.error.message}")
         return Group(*parts)
@@ -225,11 +230,30 @@ def cancel(run_id: RunId, output: Output = Format.TABLE) -> None:
 def retry(
     run_id: RunId,
     detach: Annotated[bool, typer.Option("--detach", help="Do not wait.")] = False,
+    waive: Annotated[
+        list[str] | None,
+        typer.Option(help="Let this failed gate pass, such as merge.logits.", metavar="GATE"),
+    ] = None,
+    reason: Annotated[
+        str, typer.Option(help="Why it may pass; kept with the artifact.", metavar="TEXT")
+    ] = "",
+    stage: Annotated[
+        str, typer.Option(help="Whose gate it is, where several stages failed by it.")
+    ] = "",
     output: Output = Format.TABLE,
 ) -> None:
-    """Start a run again from what failed or was cancelled."""
+    """Start a run again from what failed or was cancelled.
+
+    With --waive the work of a stage that a gate refused is not repeated: its
+    artifact is let through as it is, and the waiver stays with it.
+    """
+    if (reason or stage) and not waive:
+        raise InvalidArgument.field("--waive", "is missing: --reason and --stage go with it")
+    if waive and not reason.strip():
+        raise InvalidArgument.field("--reason", "is missing: a waiver says why")
+    waivers = [pb.GateWaiver(gate=gate, reason=reason, stage=stage) for gate in waive or ()]
     with client() as api:
-        again = api.retry_run(run_id)
+        again = api.retry_run(run_id, waivers=waivers)
     if detach:
         show(again, lambda: again.id)
     else:

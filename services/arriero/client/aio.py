@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from os import PathLike
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import TypeAlias
 
 from arriero import rpc
 from arriero.client import transfer
-from arriero.client.connection import FOLLOW_SECONDS, Connection
+from arriero.client.connection import FOLLOW_SECONDS, TRANSFER_SECONDS, Connection
 from arriero.client.endpoint import AsyncEndpoint
 from arriero.client.pipeline import PipelineFile, load_pipeline
 from arriero.errors import ArrieroError, DeadlineExceeded, Unavailable
@@ -36,6 +36,7 @@ ENDED = frozenset({pb.RUN_STATE_SUCCEEDED, pb.RUN_STATE_FAILED, pb.RUN_STATE_CAN
 
 # Inside of classes with a method `list` that word means the method.
 _Artifacts: TypeAlias = list[pb.Artifact]
+_Problems: TypeAlias = list[str]
 _Tags: TypeAlias = list[pb.Tag]
 _Endpoints: TypeAlias = list[pb.Endpoint]
 
@@ -146,9 +147,29 @@ class AsyncClient:
         with rpc.translated():
             return (await self._runs.CancelRun(pb.CancelRunRequest(id=run))).run
 
-    async def retry_run(self, run: str, *, request_id: str | None = None) -> pb.Run:
-        """Start an ended run again from what failed or was cancelled."""
-        request = pb.RetryRunRequest(id=run, request_id=request_id or uuid.uuid4().hex)
+    async def retry_run(
+        self,
+        run: str,
+        *,
+        request_id: str | None = None,
+        waivers: Sequence[pb.GateWaiver] = (),
+    ) -> pb.Run:
+        """Start an ended run again from what failed or was cancelled.
+
+        Args:
+            run: its id.
+            request_id: a second call with the same one starts nothing more.
+            waivers: gates that failed and may be passed: of their stages the
+                verdict alone is repeated.
+
+        Raises:
+            FailedPrecondition: it is active, or succeeded; no stage failed by a
+                waived gate, or one failed by others too.
+            InvalidArgument: a waiver without a reason, or of an unknown gate.
+        """
+        request = pb.RetryRunRequest(
+            id=run, request_id=request_id or uuid.uuid4().hex, waivers=waivers
+        )
         with rpc.translated():
             return (await self._runs.RetryRun(request)).run
 
@@ -346,6 +367,35 @@ class AsyncArtifacts:
         """
         header = pb.PushHeader(kind=kind, name=name, labels=labels, tag=tag)
         return await transfer.push(self._stub, Path(source), header, on_bytes)
+
+    async def verify(
+        self, ref: str, *, on_bytes: Callable[[int, int], None] | None = None
+    ) -> _Problems:
+        """Let the platform read every byte of an artifact again.
+
+        Args:
+            ref: what to verify.
+            on_bytes: called with bytes done and in all.
+
+        Returns:
+            What differs from the manifest, a file each; empty when all is well.
+
+        Raises:
+            NotFound: no such artifact, or its files were collected.
+            DataLoss: the manifest itself is damaged.
+        """
+        problems: _Problems = []
+        request = pb.VerifyArtifactRequest(ref=ref)
+        call = self._stub.VerifyArtifact(request, timeout=TRANSFER_SECONDS)
+        try:
+            with rpc.translated():
+                async for message in call:
+                    problems += message.problems
+                    if on_bytes is not None:
+                        on_bytes(message.bytes_done, message.bytes_total)
+        finally:
+            call.cancel()
+        return problems
 
     async def gc(self, *, dry_run: bool = False) -> pb.CollectGarbageResponse:
         """Remove what no tag, endpoint or run holds; with `dry_run` list it alone."""

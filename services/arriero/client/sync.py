@@ -7,7 +7,7 @@ replicas behave alike, and a blocked caller can still be interrupted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TypeAlias
@@ -21,6 +21,7 @@ from arriero.v1 import orchestrator_pb2 as pb
 __all__ = ["Artifacts", "Client", "Endpoints"]
 
 _Artifacts: TypeAlias = list[pb.Artifact]
+_Problems: TypeAlias = list[str]
 _Tags: TypeAlias = list[pb.Tag]
 _Endpoints: TypeAlias = list[pb.Endpoint]
 OnBytes = Callable[[int, int], None]
@@ -132,9 +133,27 @@ class Client:
         """Stop a run; it is CANCELLED within seconds of the answer."""
         return self._thread.run(self._client.cancel_run(run))
 
-    def retry_run(self, run: str, *, request_id: str | None = None) -> pb.Run:
-        """Start an ended run again from what failed or was cancelled."""
-        return self._thread.run(self._client.retry_run(run, request_id=request_id))
+    def retry_run(
+        self,
+        run: str,
+        *,
+        request_id: str | None = None,
+        waivers: Sequence[pb.GateWaiver] = (),
+    ) -> pb.Run:
+        """Start an ended run again from what failed or was cancelled.
+
+        Args:
+            run: its id.
+            request_id: a second call with the same one starts nothing more.
+            waivers: gates that failed and may be passed, each with its reason:
+                of their stages the verdict alone is repeated.
+
+        Raises:
+            FailedPrecondition: it is active, or succeeded; no stage failed by a
+                waived gate, or one failed by others too.
+            InvalidArgument: a waiver without a reason, or of an unknown gate.
+        """
+        return self._thread.run(self._client.retry_run(run, request_id=request_id, waivers=waivers))
 
     def watch_run(self, run: str) -> Iterator[pb.Run]:
         """The run as it is, then again whenever it changed, until it has ended.
@@ -280,6 +299,22 @@ class Artifacts:
                 Path(source), kind=kind, name=name, labels=labels, tag=tag, on_bytes=on_bytes
             )
         )
+
+    def verify(self, ref: str, *, on_bytes: OnBytes | None = None) -> _Problems:
+        """Let the platform read every byte of an artifact again.
+
+        Args:
+            ref: what to verify.
+            on_bytes: called with bytes done and in all, from another thread.
+
+        Returns:
+            What differs from the manifest, a file each; empty when all is well.
+
+        Raises:
+            NotFound: no such artifact, or its files were collected.
+            DataLoss: the manifest itself is damaged.
+        """
+        return self._thread.run(self._artifacts.verify(ref, on_bytes=on_bytes))
 
     def gc(self, *, dry_run: bool = False) -> pb.CollectGarbageResponse:
         """Remove what no tag, endpoint or run holds; with `dry_run` list it alone."""

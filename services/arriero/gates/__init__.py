@@ -104,8 +104,13 @@ def check_modes(names: Iterable[str], *, field_path: str = "gates") -> None:
 
 def remedy(names: Iterable[str]) -> str:
     """What may be done about an artifact that gates refused, to follow `;` in a message."""
+    names = list(names)
     accepted = ", ".join(f"{name}: {Mode.WARN.value}" for name in names)
-    return f"make it again, or accept it with gates: {{{accepted}}} in the stage that makes it"
+    waived = " ".join(f"--waive {name}" for name in names)
+    return (
+        f"make it again, accept it with gates: {{{accepted}}} in the stage that makes it, or let "
+        f"it pass: arriero runs retry RUN {waived} --reason TEXT"
+    )
 
 
 @dataclass(slots=True)

@@ -45,7 +45,7 @@ def describe(store: Store, manifest: Manifest, tags: dict[str, list[str]]) -> pb
         ],
         size_bytes=manifest.size,
         parents=manifest.parents,
-        gates=[gate_message(g) for g in manifest.gates],
+        gates=[gate_message(g) for g in store.gates(manifest)],
         metrics=manifest.metrics,
         labels=manifest.labels,
         owner=manifest.owner,

@@ -18,7 +18,7 @@ from google.rpc import status_pb2
 
 from arriero import refs
 from arriero.errors import ArrieroError, FailedPrecondition, NotFound
-from arriero.gates import remedy
+from arriero.gates import Verdict, remedy
 from arriero.metrics import Metrics
 from arriero.orchestrator import graph as graphs
 from arriero.orchestrator.figures import gate_pairs, stage_figures, stage_wait
@@ -28,6 +28,7 @@ from arriero.orchestrator.outputs import in_order
 from arriero.orchestrator.planning import check_deployments, published
 from arriero.orchestrator.records import ENDED_STAGE, Records, RunRecord
 from arriero.orchestrator.stages import News, Outcome
+from arriero.orchestrator.waiving import Waived, let_through
 from arriero.store import Store
 from arriero.v1 import orchestrator_pb2 as pb
 from arriero.v1 import pipeline_pb2
@@ -124,15 +125,24 @@ class Ledger:
         self._metrics.run_state(live.id, "RUNNING", ended=False)
         return live
 
-    async def begin_round(self, live: LiveRun, request_id: str) -> LiveRun:
-        """Put what did not succeed back to PENDING, under its next try."""
+    async def begin_round(
+        self, live: LiveRun, request_id: str, waived: Waived, who: str
+    ) -> LiveRun:
+        """Put what did not succeed back to PENDING, under its next try.
+
+        Stages whose failed gates `who` waived succeed as they are.
+        """
         record = live.record
         record.cancel_requested = False
         # A new one, with a wish to cancel of its own: steps of the last round may
         # still be on their way out.
         live = self._live[live.id] = LiveRun(record)
         for stage in record.run.stages:
-            if stage.state != pb.STAGE_STATE_SUCCEEDED:
+            if stage.name in waived:
+                let_through(stage, waived[stage.name], who)
+                for gate in waived[stage.name]:
+                    self._metrics.gate(gate, Verdict.WAIVED.value)
+            elif stage.state != pb.STAGE_STATE_SUCCEEDED:
                 fresh = pb.StageStatus(
                     name=stage.name,
                     kind=stage.kind,

@@ -33,6 +33,7 @@ from arriero.errors import (
 )
 from arriero.metrics import Metrics
 from arriero.orchestrator import graph as graphs
+from arriero.orchestrator import waiving
 from arriero.orchestrator.clients import Rooms, room_of
 from arriero.orchestrator.durable import Workflows
 from arriero.orchestrator.endpoints import Endpoints
@@ -89,6 +90,7 @@ class Runs:
         retention: float = RETENTION_SECONDS,
     ) -> None:
         self._ledger = Ledger(records, store, metrics, retention)
+        self._store = store
         self._rooms = rooms
         self._endpoints = endpoints
         self._planner = Planner(rooms, endpoints.check)
@@ -222,12 +224,21 @@ class Runs:
             self._spawn(self._finish_cancel(live))
         return record.seen()
 
-    async def retry(self, run_id: str, *, request_id: str) -> pb.Run:
-        """Start again what did not succeed.
+    async def retry(
+        self,
+        run_id: str,
+        *,
+        request_id: str,
+        waivers: Sequence[pb.GateWaiver] = (),
+        who: str = "local",
+    ) -> pb.Run:
+        """Start again what did not succeed; of waived stages the verdict alone is repeated.
 
         Raises:
             NotFound: no such run.
-            FailedPrecondition: it is active, or nothing is left to do.
+            FailedPrecondition: it is active, or nothing is left to do, or a gate
+                that is waived did not fail.
+            InvalidArgument: a waiver without a reason, of no such gate or stage.
         """
         live = self._ledger.of(run_id)
         record = live.record
@@ -239,7 +250,12 @@ class Runs:
             )
         if record.run.state == pb.RUN_STATE_SUCCEEDED:
             raise FailedPrecondition(f"run {run_id} succeeded; there is nothing to retry")
-        live = await self._ledger.begin_round(live, request_id)
+        waived = waiving.check(record.run, waivers)
+        if waived:
+            await asyncio.to_thread(waiving.waive, self._store, record.run, waived, who)
+            if not record.ended:  # somebody else was faster
+                raise FailedPrecondition(f"run {run_id} was started again meanwhile; watch it")
+        live = await self._ledger.begin_round(live, request_id, waived, who)
         await self._start(live)
         return record.seen()
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from arriero.errors import DataLoss, InvalidArgument, NotFound
+from arriero.gates import GateResult
 from arriero.store.files import DIRECTORY_MODE, safe_relative, sha256_file, tree_files
 from arriero.store.layout import Layout
 from arriero.store.manifest import Manifest
 from arriero.store.trash import Trash
-from arriero.store.waivers import Waivers
+from arriero.store.waivers import Waiver, Waivers, applied
 
 _HEX = frozenset("0123456789abcdef")
 _HEX_DIGITS = 64
@@ -33,12 +34,19 @@ class Artifact:
         digest: `sha256:...`.
         path: directory of its files; read-only, may be memory-mapped in place.
         quarantined: a gate failed that nobody waived.
+        waivers: of its failed gates, oldest first.
     """
 
     digest: str
     manifest: Manifest
     path: Path
     quarantined: bool
+    waivers: tuple[Waiver, ...] = ()
+
+    @property
+    def gates(self) -> tuple[GateResult, ...]:
+        """What was proved about it, waivers applied."""
+        return applied(self.manifest.gates, self.waivers)
 
     def file(self, relative: str) -> Path:
         """The path of one of its files.
@@ -107,7 +115,9 @@ class Artifacts:
         with contextlib.suppress(OSError):
             if path.stat().st_mode & 0o222:  # its publisher died between rename and chmod
                 path.chmod(DIRECTORY_MODE)
-        return Artifact(digest, manifest, path, self._waivers.quarantined(manifest))
+        waivers = tuple(self._waivers.of(digest)) if manifest.quarantined else ()
+        left = set(manifest.failed_gates) - {waiver.gate for waiver in waivers}
+        return Artifact(digest, manifest, path, bool(left), waivers)
 
     def claim(self, digest: str) -> bool:
         """Whether an artifact is there, and will stay if a root was written before."""
@@ -162,29 +172,52 @@ class Artifacts:
             )
         return "sha256:" + found[0]
 
-    def verify(self, digest: str) -> None:
-        """Read every byte of an artifact again.
+    def verify(self, digest: str, on_bytes: Callable[[int], None] = lambda done: None) -> None:
+        """Read every byte of an artifact, and of its manifest, again.
+
+        Args:
+            digest: of the artifact.
+            on_bytes: called with the bytes read so far; what it raises ends it.
 
         Raises:
             NotFound: not there.
-            DataLoss: changed, missing or additional files, all named.
+            DataLoss: changed, missing or additional files, all named; see `problems`.
         """
+        wrong = self.problems(digest, on_bytes)
+        if wrong:
+            artifact = self.get(digest)
+            raise DataLoss(
+                f"{artifact.manifest.kind} {digest} is damaged: {'; '.join(wrong)}; restore "
+                f"{artifact.path} from a backup, or make the artifact again"
+            )
+
+    def problems(
+        self, digest: str, on_bytes: Callable[[int], None] = lambda done: None
+    ) -> list[str]:
+        """What is not as the manifest says, a file each; as `verify`.
+
+        Raises:
+            NotFound: not there. DataLoss: the manifest itself is damaged.
+        """
+        self._cache.pop(digest, None)  # the manifest, too, is read from the disk
         artifact = self.get(digest)
         wrong = []
         there = set(tree_files(artifact.path))
+        done = 0
         for entry in artifact.manifest.files:
             if entry.path not in there:
                 wrong.append(f"{entry.path} is missing")
                 continue
             there.discard(entry.path)
-            size, sha256 = sha256_file(artifact.path / entry.path)
+            size, sha256 = sha256_file(artifact.path / entry.path, _from(done, on_bytes))
+            done += size
             if size != entry.size:
                 wrong.append(f"{entry.path} has {size} bytes, expected {entry.size}")
             elif sha256 != entry.sha256:
                 wrong.append(f"{entry.path} has sha256 {sha256}, expected {entry.sha256}")
-        wrong += [f"{name} does not belong" for name in sorted(there)]
-        if wrong:
-            raise DataLoss(
-                f"{artifact.manifest.kind} {digest} is damaged: {'; '.join(wrong)}; restore "
-                f"{artifact.path} from a backup, or make the artifact again"
-            )
+        return [*wrong, *(f"{name} does not belong" for name in sorted(there))]
+
+
+def _from(start: int, on_bytes: Callable[[int], None]) -> Callable[[int], None]:
+    """Tell bytes read of one file as bytes read of all."""
+    return lambda read: on_bytes(start + read)

@@ -15,7 +15,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -26,6 +26,7 @@ FILE_MODE = 0o444
 DIRECTORY_MODE = 0o555
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,190}")
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
+_HASH_CHUNK = 1 << 22
 
 
 def safe_relative(text: str, *, field: str = "path") -> PurePosixPath:
@@ -212,11 +213,22 @@ def refuse_newer(found: int, newest: int, what: str) -> None:
         )
 
 
-def sha256_file(path: Path) -> tuple[int, str]:
-    """Size in bytes and hexadecimal sha256 of a file's content."""
+def sha256_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> tuple[int, str]:
+    """Size in bytes and hexadecimal sha256 of a file's content.
+
+    Args:
+        path: the file.
+        on_bytes: called with the bytes read so far, now and then.
+    """
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return file.tell(), digest
+        if on_bytes is None:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return file.tell(), digest
+        hasher = hashlib.sha256()
+        while chunk := file.read(_HASH_CHUNK):
+            hasher.update(chunk)
+            on_bytes(file.tell())
+        return file.tell(), hasher.hexdigest()
 
 
 def tree_files(directory: Path) -> dict[str, os.stat_result]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from arriero.errors import DataLoss, NotFound
 from arriero.gates import GateResult
@@ -16,6 +16,7 @@ from arriero.store.artifacts import Artifacts
 from arriero.store.files import now, read_json, safe_name, to_json, write_atomic
 from arriero.store.layout import Layout
 from arriero.store.manifest import FORMAT, check_digest, gates_from_json, gates_to_json
+from arriero.store.waivers import Waiver, applied
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,8 @@ class Results:
     def get(self, service: str, key: str) -> Result | None:
         """What the work with this key made, if all of it is there and not quarantined.
 
-        A hit makes its artifacts young again for gc.
+        A hit makes its artifacts young again for gc. Gates that were waived since
+        are WAIVED.
         """
         directory = self._layout.root / "results" / safe_name(service, field="service")
         path = directory / f"{safe_name(key, field='key')}.json"
@@ -69,14 +71,17 @@ class Results:
                 gates_from_json(value["gates"]),
                 value["time"],
             )
+            waivers: list[Waiver] = []
             for digest in result.outputs.values():
                 self._artifacts.touch(digest)
-                if self._artifacts.get(digest).quarantined:
+                artifact = self._artifacts.get(digest)
+                if artifact.quarantined:
                     return None
+                waivers += artifact.waivers
         except (FileNotFoundError, NotFound):
             return None
         except (DataLoss, KeyError, TypeError, ValueError) as error:
             # Nothing is lost but time: the work is done again and the record replaced.
             log.warning("result %s of %s is not usable: %s", key, service, error)
             return None
-        return result
+        return replace(result, gates=applied(result.gates, waivers))

@@ -10,7 +10,7 @@ import builtins
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from arriero.store.results import Result, Results
 from arriero.store.roots import Lease, Pin, Roots
 from arriero.store.tags import TagEntry, Tags, parse_tag
 from arriero.store.trash import Trash
-from arriero.store.waivers import Waiver, Waivers
+from arriero.store.waivers import Waiver, Waivers, applied
 
 log = logging.getLogger(__name__)
 
@@ -184,6 +184,20 @@ class Store:
         """
         self._artifacts.verify(digest)
 
+    def problems(
+        self, digest: str, on_bytes: Callable[[int], None] = lambda done: None
+    ) -> builtins.list[str]:
+        """As `verify`, but giving what is wrong, a file each.
+
+        Args:
+            digest: of the artifact.
+            on_bytes: called with the bytes read so far; what it raises ends it.
+
+        Raises:
+            DataLoss: the manifest itself is damaged. NotFound.
+        """
+        return self._artifacts.problems(digest, on_bytes)
+
     def waive(self, digest: str, gate: str, reason: str, who: str) -> None:
         """Let a failed gate pass, for a reason, on a person's word.
 
@@ -196,6 +210,12 @@ class Store:
     def waivers(self, digest: str) -> builtins.list[Waiver]:
         """The waivers of an artifact, oldest first."""
         return self._waivers.of(digest)
+
+    def gates(self, manifest: Manifest) -> tuple[GateResult, ...]:
+        """What was proved about an artifact, collected or not, waivers applied."""
+        if not manifest.quarantined:
+            return manifest.gates
+        return applied(manifest.gates, self._waivers.of(manifest.digest))
 
     # Tags
 

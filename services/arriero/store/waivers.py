@@ -6,10 +6,12 @@ the gate measured, or who may waive.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from arriero.errors import FailedPrecondition, InvalidArgument
+from arriero.gates import GateResult, Verdict
 from arriero.store.files import now, read_json, safe_name, to_json, write_atomic
 from arriero.store.layout import Layout
 from arriero.store.manifest import FORMAT, Manifest, check_digest
@@ -23,6 +25,20 @@ class Waiver:
     reason: str
     who: str
     time: str
+
+
+def applied(gates: Iterable[GateResult], waivers: Sequence[Waiver]) -> tuple[GateResult, ...]:
+    """Gate results as they stand: a failed gate that was waived is WAIVED, by whom and why."""
+    by_gate = {waiver.gate: waiver for waiver in waivers}
+    results = []
+    for result in gates:
+        waiver = by_gate.get(result.gate)
+        if result.verdict is Verdict.FAILED and waiver is not None:
+            said = f"waived by {waiver.who}: {waiver.reason}"
+            detail = f"{said} ({result.detail})" if result.detail else said
+            result = replace(result, verdict=Verdict.WAIVED, detail=detail)
+        results.append(result)
+    return tuple(results)
 
 
 class Waivers:
@@ -63,8 +79,3 @@ class Waivers:
             value = read_json(path, FORMAT, "the waiver")
             found.append(Waiver(value["gate"], value["reason"], value["who"], value["time"]))
         return sorted(found, key=lambda waiver: waiver.time)
-
-    def quarantined(self, manifest: Manifest) -> bool:
-        """Whether a gate failed that nobody waived."""
-        failed = set(manifest.failed_gates)
-        return bool(failed and failed - {waiver.gate for waiver in self.of(manifest.digest)})

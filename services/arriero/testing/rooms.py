@@ -21,7 +21,8 @@ from google.protobuf import empty_pb2
 from google.protobuf.message import Message
 
 from arriero import refs
-from arriero.errors import ArrieroError, Cancelled, InvalidArgument, NotFound
+from arriero.errors import ArrieroError, Cancelled, GateFailed, InvalidArgument, NotFound
+from arriero.gates import GateResult, Mode, Verdict
 from arriero.operations.inputs import NO_DIGEST
 from arriero.operations.intake import operation_id
 from arriero.rpc import Server, to_status
@@ -77,7 +78,7 @@ class FakeRooms:
         cancelled: names of operations that were told to stop.
         held: stages that do not end until `release`.
         failures: by stage, how its work ends.
-        gates: by stage, what its gates say.
+        gates: by stage, what its gates say; a failed one quarantines what it makes.
         check: called with kind and spec before anything else; may refuse.
         caching: equal work is answered from what was done before.
     """
@@ -269,7 +270,11 @@ class FakeRooms:
             return
         operation.gates = self.gates.get(operation.stage, [])
         operation.error = self.failures.get(operation.stage)
-        if operation.error is None:
+        refused = [g.gate for g in operation.gates if g.verdict == types_pb2.GATE_VERDICT_FAILED]
+        if refused and operation.error is None:
+            operation.outputs = self._publish(operation, inputs)
+            operation.error = GateFailed(f"{', '.join(refused)} failed")
+        elif operation.error is None:
             operation.outputs = self._publish(operation, inputs)
             self._results[key] = operation.outputs
         operation.ended.set()
@@ -291,6 +296,7 @@ class FakeRooms:
                     digest=artifact.digest,
                     kind=artifact.manifest.kind,
                     size_bytes=artifact.manifest.size,
+                    quarantined=artifact.quarantined,
                 )
             )
         return made
@@ -313,8 +319,14 @@ class FakeRooms:
                 parents=inputs,
                 golden=golden if kind == "gguf" else None,
                 labels={"stage": operation.stage, "output": name},
+                gates=[_result(gate) for gate in operation.gates],
             ),
         )
+
+
+def _result(message: types_pb2.GateResult) -> GateResult:
+    name = types_pb2.GateVerdict.Name(message.verdict).removeprefix("GATE_VERDICT_").lower()
+    return GateResult(message.gate, Mode.ENFORCE, Verdict(name), detail=message.detail)
 
 
 def _outputs(kind: str, spec: Any) -> list[tuple[str, str]]:

@@ -22,6 +22,7 @@ COMMANDS = [
     ["run"],
     *(["runs", name] for name in ("list", "get", "watch", "logs", "cancel", "retry")),
     *(["artifacts", name] for name in ("list", "get", "lineage", "tag", "pull", "push", "gc")),
+    ["artifacts", "verify"],
     *(["endpoints", name] for name in ("list", "get", "create", "scale", "delete")),
     ["chat"],
     ["generate"],
@@ -50,6 +51,25 @@ def test_a_missing_pipeline_file_is_named(home: object) -> None:
     shown = runner.invoke(app, ["run", "nowhere.yaml"])
     assert shown.exit_code == 2
     assert "nowhere.yaml" in shown.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["runs", "retry", "p-1", "--waive", "merge.logits"],
+        ["runs", "retry", "p-1", "--waive", "merge.logits", "--reason", " "],
+        ["runs", "retry", "p-1", "--reason", "because"],
+        ["runs", "retry", "p-1", "--stage", "merge"],
+        ["artifacts", "verify"],
+        ["artifacts", "verify", "model/m:v1", "--all"],
+        ["artifacts", "verify", "model/m:v1", "--kind", "model"],
+    ],
+    ids=" ".join,
+)
+def test_half_a_wish_is_refused_before_anybody_is_asked(arguments: list[str]) -> None:
+    shown = runner.invoke(app, arguments)
+    assert shown.exit_code == 2
+    assert "is missing" in shown.stderr or "expected" in shown.stderr or "goes with" in shown.stderr
 
 
 def test_errors_as_json_carry_code_and_fields(capsys: pytest.CaptureFixture[str]) -> None:

@@ -213,6 +213,17 @@ async def test_a_pull_is_all_or_nothing(tmp_path):
             await client.artifacts.pull("gguf/faq:prod", goal)
 
 
+async def test_verifying_tells_what_differs():
+    seen: list[tuple[int, int]] = []
+    async with running() as platform, AsyncClient(platform.address) as client:
+        platform.artifacts.put("model", "m", {"a": b"abc"}, tag="model/m:v1")
+        on_bytes = lambda *n: seen.append(n)  # noqa: E731
+        assert await client.artifacts.verify("model/m:v1", on_bytes=on_bytes) == []
+        assert seen == [(0, 3), (3, 3)]
+        platform.artifacts.corrupt = True
+        assert await client.artifacts.verify("model/m:v1") == ["a has another sha256"]
+
+
 async def test_a_server_cannot_write_outside_of_the_directory(tmp_path):
     async with running() as platform, AsyncClient(platform.address) as client:
         for bad in ("../evil", "/tmp/evil", "a/../../evil"):
