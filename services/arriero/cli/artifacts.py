@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from arriero.cli import render
+from arriero.cli import evaluation, render
 from arriero.cli.session import Format, Output, as_json, client, command, show
 from arriero.client import absolute_source
 from arriero.errors import DataLoss, InvalidArgument, NotFound
@@ -94,8 +94,10 @@ def _details(item: pb.Artifact) -> RenderableType:
         facts.add_row("golden logits", item.golden)
     if item.parents:
         facts.add_row("parents", "\n".join(item.parents))
+    figures = evaluation.view(item.metrics) if item.labels.get("report") == "evaluation" else None
     for name, value in sorted(item.metrics.items()):
-        facts.add_row(name, f"{value:.6g}")
+        if figures is None or "." not in name:
+            facts.add_row(name, f"{value:.6g}")
     for name, text in sorted(item.labels.items()):
         facts.add_row(name, text)
     if item.gates:
@@ -106,7 +108,10 @@ def _details(item: pb.Artifact) -> RenderableType:
     files = render.table("file", "size", "sha256")
     for file in item.files:
         files.add_row(file.path, render.size(file.size_bytes), file.sha256[:16])
-    return Group(facts, "", files)
+    parts: list[RenderableType] = [facts, ""]
+    if figures is not None:
+        parts += [figures, ""]
+    return Group(*parts, files)
 
 
 @app.command()

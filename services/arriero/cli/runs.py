@@ -14,7 +14,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from arriero.cli import render, watch
+from arriero.cli import evaluation, render, watch
 from arriero.cli.session import Format, Output, as_json, client, command, show
 from arriero.client import load_pipeline, pipeline_schema
 from arriero.errors import InvalidArgument
@@ -96,6 +96,8 @@ def _closing(run: pb.Run) -> None:
     if state == "SUCCEEDED":
         render.console.print()
         render.console.print(render.summary(run))
+        if (found := evaluation.of_run(run)) is not None:
+            render.console.print("", found)
         endpoints = [
             stage.deploy.endpoint
             for stage in run.pipeline.stages
@@ -178,6 +180,8 @@ def get(run_id: RunId, output: Output = Format.TABLE) -> None:
             for gate in stage.metadata.gates:
                 if render.verdict(gate.verdict) == "WAIVED":
                     parts.append(f"\n{stage.name}: {gate.gate} was {gate.detail}")
+        if (figures := evaluation.of_run(found)) is not None:
+            parts += ["", figures]
         if found.error.message:
             parts.append(f"\nerror: {found.error.message}")
         return Group(*parts)

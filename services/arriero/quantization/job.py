@@ -6,16 +6,13 @@ know gRPC, nor how outputs are published.
 
 from __future__ import annotations
 
-import json
 import os
-import time
 from pathlib import Path
 
 from arriero.errors import FailedPrecondition, NotFound, ResourceExhausted
-from arriero.gates.golden import Golden, compare
+from arriero.gates.golden import Golden
 from arriero.llama import (
     QuantType,
-    golden_logits,
     insert_metadata,
     quantize,
     read_header,
@@ -26,7 +23,7 @@ from arriero.operations.job import Job, Output, main
 from arriero.prompts import Template
 from arriero.quantization import converter
 from arriero.quantization.checkpoint import read_checkpoint
-from arriero.quantization.evaluation import Measurement, choose_smallest, report, table
+from arriero.quantization.evaluate import run_evaluate
 from arriero.quantization.proof import prove_tokens
 from arriero.store import Artifact
 
@@ -147,67 +144,6 @@ def _keep(made: Path, kept: Path) -> Path:
     return kept
 
 
-def run_evaluate(job: Job) -> list[Output]:
-    """Measure every file against golden logits; outputs `chosen` (if asked for), `report`."""
-    source = job.optional_input("golden") or job.store.get(job.spec.golden)
-    golden = Golden.read(source.path)
-    files = job.inputs["models"]
-    total = len(files) * len(golden.tokens)
-    measurements: list[Measurement] = []
-    for i, artifact in enumerate(files):
-        job.check_preempted()
-        kind = artifact.manifest.labels.get("quant_type", "gguf")
-        job.progress(
-            phase=f"measuring {kind}", step=i * len(golden.tokens), total=total, unit="tokens"
-        )
-        path = _gguf(artifact)
-        started = time.monotonic()
-        compared = compare(golden, golden_logits(path, golden))
-        header = read_header(path)
-        measurement = Measurement.of(
-            compared,
-            name=artifact.manifest.name,
-            digest=artifact.digest,
-            quant_type=kind,
-            size_bytes=header.size,
-            bits_per_weight=header.bits_per_weight,
-            seconds=time.monotonic() - started,
-        )
-        job.log.info("%s: KL %.5f nats per token", kind, measurement.kl_divergence)
-        measurements.append(measurement)
-    job.progress(phase="choosing", step=total, total=total, unit="tokens")
-    chosen: Measurement | None = None
-    max_kld: float | None = None
-    if job.spec.HasField("choose"):
-        max_kld = job.spec.choose.smallest.max_kld
-        chosen = choose_smallest(measurements, max_kld)
-    directory = job.output_dir("report")
-    data = report(measurements, golden=source.digest, max_kld=max_kld, chosen=chosen)
-    (directory / "report.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    text = table(measurements, chosen)
-    (directory / "report.txt").write_text(text, encoding="utf-8")
-    for line in text.splitlines():
-        job.log.info("%s", line)
-    shown = chosen or measurements[0]
-    outputs = [
-        Output(
-            name="report",
-            kind="report",
-            path=directory,
-            artifact_name=files[0].manifest.name or "evaluation",
-            metrics={
-                "kl_divergence": shown.kl_divergence,
-                "top1_agreement": shown.top1_agreement,
-                "size_bytes": shown.size_bytes,
-            },
-            labels={"report": "evaluation"},
-        )
-    ]
-    if chosen is not None:
-        outputs.insert(0, Output(name="chosen", kind="gguf", existing=chosen.digest))
-    return outputs
-
-
 def _golden(job: Job, model: Artifact) -> Artifact | None:
     """The golden report that travels with the files, if there is one."""
     named = job.optional_input("golden")
@@ -220,16 +156,6 @@ def _golden(job: Job, model: Artifact) -> Artifact | None:
     except NotFound:
         job.log.warning("the model's golden logits %s are gone", model.manifest.golden)
         return None
-
-
-def _gguf(artifact: Artifact) -> Path:
-    """Path of the one GGUF file of an artifact."""
-    names = [entry.path for entry in artifact.manifest.files if entry.path.endswith(".gguf")]
-    if len(names) != 1:
-        raise FailedPrecondition(
-            f"gguf {artifact.digest} holds {len(names)} *.gguf files, expected exactly one"
-        )
-    return artifact.file(names[0])
 
 
 def _keep_log(job: Job, log: Path, *, whole: bool) -> None:

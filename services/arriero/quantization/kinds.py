@@ -6,14 +6,13 @@ Does not know how the work is done.
 
 from __future__ import annotations
 
-import math
-
-from arriero.errors import FailedPrecondition, InvalidArgument, NotFound
+from arriero.errors import InvalidArgument, NotFound
 from arriero.llama import expected_size, resolve_type
 from arriero.operations.defaults import with_defaults
 from arriero.operations.kinds import ResolveContext, Resolved, WorkKind
 from arriero.quantization import converter
 from arriero.quantization.checkpoint import read_checkpoint
+from arriero.quantization.evaluate_spec import check_evaluate, resolve_evaluate
 from arriero.v1 import quantization_pb2 as pb
 
 _JOB_MODULE = "arriero.quantization.job"
@@ -72,55 +71,6 @@ def _checked_quantize(spec: pb.QuantizeSpec) -> pb.QuantizeSpec:
     return resolved
 
 
-def resolve_evaluate(spec: pb.EvaluateSpec, context: ResolveContext) -> Resolved:
-    """Check an `evaluate` spec; the golden report comes out named.
-
-    Raises:
-        InvalidArgument: no files, repeated ones, a limit that is no limit.
-        FailedPrecondition: nobody made golden logits for these files.
-    """
-    resolved = _checked_evaluate(spec)
-    files = context.inputs["models"]
-    if not spec.HasField("golden"):
-        carried = files[0].manifest.golden
-        if not carried:
-            raise FailedPrecondition(
-                f"gguf {files[0].manifest.name or files[0].digest} carries no golden logits; name "
-                "the report of the training or merge that made the model in the field golden, "
-                "such as golden: train.golden"
-            )
-        resolved.golden = carried
-    largest = max(artifact.manifest.size for artifact in files)
-    return Resolved(spec=resolved, disk_bytes=1 << 20, memory_bytes=(1 << 30) + 2 * largest)
-
-
-def check_evaluate(spec: pb.EvaluateSpec, context: ResolveContext) -> None:
-    """Refuse what is wrong whatever the files are; raises as `resolve_evaluate`."""
-    _checked_evaluate(spec)
-
-
-def _checked_evaluate(spec: pb.EvaluateSpec) -> pb.EvaluateSpec:
-    resolved = with_defaults(spec)
-    if not spec.models:
-        raise InvalidArgument.field("models", "empty; expected at least one gguf")
-    seen: dict[str, int] = {}
-    for i, digest in enumerate(spec.models):
-        if digest in seen:
-            raise InvalidArgument.field(
-                f"models[{i}]", f"is the same artifact as models[{seen[digest]}]"
-            )
-        seen[digest] = i
-    if spec.HasField("choose"):
-        if not spec.choose.HasField("smallest"):
-            raise InvalidArgument.field("choose", "names no rule; expected smallest")
-        max_kld = resolved.choose.smallest.max_kld
-        if not (math.isfinite(max_kld) and max_kld > 0):
-            raise InvalidArgument.field(
-                "choose.smallest.max_kld", f"is {max_kld}; expected a positive number of nats"
-            )
-    return resolved
-
-
 WORK_KINDS = (
     WorkKind(
         name="quantize",
@@ -134,7 +84,7 @@ WORK_KINDS = (
         name="evaluate",
         job_module=_JOB_MODULE,
         spec_type=pb.EvaluateSpec,
-        semantics=1,
+        semantics=2,
         resolve=resolve_evaluate,
         check=check_evaluate,
     ),

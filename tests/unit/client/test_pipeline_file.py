@@ -27,7 +27,7 @@ stages:
     num_epochs: 2
   force: true
 - {name: quants, quantize: {model: base, types: [Q4_0, Q8_0]}}
-- {name: best, evaluate: {models: [quants], choose: {smallest: {max_kld: .05}}}}
+- {name: best, evaluate: {models: [quants], text: wiki.txt, choose: {smallest: {max_kld: .05}}}}
 - {name: live, deploy: {model: best, endpoint: zh, replicas: 3}}
 tags: {"gguf/zh:prod": best}
 """
@@ -53,6 +53,7 @@ def test_a_whole_pipeline_is_read_field_by_field(tmp_path):
         "import", "dataset", "train", "quantize", "evaluate", "deploy",
     ]  # fmt: skip
     assert getattr(pipeline.stages[0], "import").source.startswith("hf://")
+    assert pipeline.stages[4].evaluate.text == str(tmp_path / "wiki.txt")
     rows = pipeline.stages[1].dataset
     assert list(rows.sources) == [
         str(tmp_path / "rows.jsonl"),

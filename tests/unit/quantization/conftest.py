@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from arriero.gates.golden import Golden
@@ -71,3 +72,22 @@ def model(publish: Publish, tiny_llama_dir: Path, golden: Artifact, tmp_path: Pa
     shutil.copytree(tiny_llama_dir, source)
     load("alpaca").write(source)
     return publish(source, "model", name="tiny", golden=golden.digest)
+
+
+@pytest.fixture(scope="session")
+def write_tokens() -> Callable[..., Path]:
+    """Writes a prepared dataset of (ids, labels) into a directory."""
+    return _write_tokens
+
+
+def _write_tokens(directory: Path, rows: list[tuple[list[int], list[int]]]) -> Path:
+    column = pa.list_(pa.int32())
+    schema = pa.schema([("input_ids", column), ("labels", column)])
+    directory.mkdir(exist_ok=True)
+    with (
+        pa.OSFile(str(directory / "data.arrow"), "wb") as sink,
+        pa.ipc.new_file(sink, schema) as writer,
+    ):
+        for ids, labels in rows:
+            writer.write_batch(pa.record_batch([[ids], [labels]], schema=schema))
+    return directory

@@ -1,9 +1,13 @@
 import json
+from pathlib import Path
 
 import pytest
 
 from arriero.errors import FailedPrecondition
-from arriero.quantization.evaluation import Measurement, choose_smallest, report, table
+from arriero.gates import GateResult, Gates, Mode, Verdict
+from arriero.llama import QUANT_TYPES, read_header
+from arriero.quantization import limits
+from arriero.quantization.evaluation import Measurement, choose_smallest, metrics, report, table
 
 
 def measured(kind: str, size: int, kld: float) -> Measurement:
@@ -66,3 +70,76 @@ def test_the_report_is_json_and_the_table_marks_the_choice() -> None:
     assert [line.split()[0] for line in lines[1:]] == ["Q2_K", "Q4_K_M", "Q8_0", "F16"]
     assert [line.endswith("chosen") for line in lines[1:]] == [False, True, False, False]
     assert "chosen" not in table(ALL, None)
+
+
+def test_the_table_shows_only_what_was_measured() -> None:
+    assert "perplexity" not in table(ALL, None)
+    only = Measurement("tiny", "sha256:a", "Q8_0", 85, 8.5, perplexity=25.9, perplexity_error=2.5)
+    f16 = Measurement("tiny", "sha256:b", "F16", 160, 16.0, perplexity=25.5, perplexity_error=2.4)
+    head, first, last = table([only], None, f16).splitlines()
+    assert "KL" not in head
+    assert "25.900 ± 2.500" in first
+    assert last.startswith("F16")
+    assert last.endswith("(reference)")
+
+
+def test_without_golden_logits_the_reference_decides() -> None:
+    files = [
+        Measurement("t", k, k, s, 8.0, reference_kl=v)
+        for k, s, v in (("Q8_0", 9, 0.001), ("Q4_0", 5, 0.2))
+    ]
+    assert choose_smallest(files, 0.05).quant_type == "Q8_0"
+
+
+def test_metrics_name_every_file_and_the_chosen_one() -> None:
+    twice = [measured("Q8_0", 85, 0.002), measured("Q8_0", 90, 0.001)]
+    found = metrics(twice, twice[1], None)
+    assert found["Q8_0.kl_divergence"] == 0.002
+    assert found["Q8_0-2.kl_divergence"] == found["kl_divergence"] == 0.001
+    assert found["Q8_0-2.chosen"] == 1.0
+    assert "Q8_0.chosen" not in found
+    assert "perplexity" not in found
+
+
+# -- quant.kld -----------------------------------------------------------------
+
+
+def judged(*files: Measurement, mode: Mode = Mode.ENFORCE) -> GateResult:
+    gates = Gates({"quant.kld": mode})
+    limits.judge(gates, files)
+    (result,) = gates.results
+    return result
+
+
+def test_each_type_has_its_own_limit() -> None:
+    assert judged(*ALL).verdict is Verdict.PASSED
+    result = judged(measured("Q8_0", 85, 0.2), measured("Q4_K_M", 49, 0.2))
+    assert result.verdict is Verdict.FAILED
+    assert (result.figure, result.threshold) == (0.2, limits.LIMITS["Q8_0"])
+    assert "Q8_0 0.2 (limit 0.03)" in result.detail
+    assert "Q4_K_M" not in result.detail
+
+
+def test_the_file_furthest_over_its_limit_is_the_figure() -> None:
+    result = judged(measured("F16", 160, 0.02), measured("Q8_0", 85, 0.3))
+    assert result.figure == 0.3
+    assert judged(measured("Q8_0", 1, 9.0), mode=Mode.WARN).verdict is Verdict.WARNED
+
+
+def test_a_type_without_a_limit_is_not_judged() -> None:
+    result = judged(measured("TQ1_0", 10, 9.0))
+    assert result.verdict is Verdict.SKIPPED
+    assert "TQ1_0" in result.detail
+
+
+def test_every_type_of_more_than_two_bits_has_a_limit_that_grows_with_fewer_bits() -> None:
+    known = {name: QUANT_TYPES[name] for name in limits.LIMITS}
+    assert {k for k, v in QUANT_TYPES.items() if v.bits > 3} - known.keys() == set()
+    ordered = sorted(known, key=lambda name: -known[name].bits)
+    assert limits.LIMITS[ordered[0]] < limits.LIMITS[ordered[-1]]
+
+
+def test_an_unnamed_file_is_of_the_type_that_its_metadata_say(tiny_gguf: Path) -> None:
+    header = read_header(tiny_gguf)
+    assert limits.type_of(header, None) == "F16"
+    assert limits.type_of(header, "Q8_0") == "Q8_0"

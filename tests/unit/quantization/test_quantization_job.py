@@ -1,5 +1,6 @@
 """The whole room on a tiny model: llama.cpp's real converter, quantizer and runtime."""
 
+import hashlib
 import json
 import logging
 import shutil
@@ -7,18 +8,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from arriero.errors import DataLoss, FailedPrecondition, Preempted
 from arriero.gates import Verdict
-from arriero.llama import Header, Model, QuantType, quantize, read_header
+from arriero.gates.golden import Golden
+from arriero.llama import Header, Model, QuantType, quantize, read_header, resolve_type
 from arriero.operations.job import Job, Output
 from arriero.prompts import Template, load
-from arriero.quantization import converter
+from arriero.quantization import converter, evaluate
 from arriero.quantization import job as quantization_job
-from arriero.quantization.job import run_evaluate, run_quantize
+from arriero.quantization.evaluate import run_evaluate
+from arriero.quantization.job import run_quantize
 from arriero.store import Artifact, Store
 from arriero.testing.jobs import run_job
+from arriero.testing.models import CORPUS
 from arriero.v1 import quantization_pb2 as pb
 from arriero.v1 import types_pb2
 
@@ -200,10 +205,6 @@ def test_a_cut_off_file_is_data_loss(
 def test_golden_logits_of_another_vocabulary_are_refused(
     golden_dir: Path, store: Store, publish: Publish, tiny_gguf: Path, tmp_path: Path
 ) -> None:
-    import numpy as np
-
-    from arriero.gates.golden import Golden
-
     other = tmp_path / "golden"
     other.mkdir()
     mine = Golden.read(golden_dir)
@@ -212,5 +213,138 @@ def test_golden_logits_of_another_vocabulary_are_refused(
     source.mkdir()
     shutil.copy(tiny_gguf, source)
     gguf = publish(source, "gguf", name="tiny")
-    with pytest.raises(FailedPrecondition, match="another tokenizer or model"):
+    with pytest.raises(FailedPrecondition, match="of 384 tokens, the golden logits one of 484"):
         evaluated([gguf], publish(other, "report"), store, tmp_path, None)
+
+
+@pytest.fixture
+def files(publish: Publish, tiny_gguf: Path, tmp_path: Path) -> list[Artifact]:
+    """The tiny model's F16, Q8_0 and Q4_0 files, as imports: without golden logits."""
+    made = []
+    for name in ("F16", "Q8_0", "Q4_0"):
+        source = tmp_path / "files" / name
+        source.mkdir(parents=True)
+        target = source / f"tiny.{name}.gguf"
+        if name == "F16":
+            shutil.copy(tiny_gguf, target)
+        else:
+            quantize(tiny_gguf, target, resolve_type(name), n_threads=1)
+        made.append(publish(source, "gguf", name="tiny", labels={"quant_type": name}))
+    return made
+
+
+def test_perplexity_speed_and_the_distance_to_a_reference_are_reported(
+    files: list[Artifact], store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As if the reference did not fit: two windows at a time.
+    monkeypatch.setattr(evaluate, "REFERENCE_BYTES", 2 * 31 * 384 * 4)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(CORPUS))
+    spec = pb.EvaluateSpec(
+        models=[a.digest for a in files[1:]],
+        reference=files[0].digest,
+        text=str(text),
+        sha256="sha256:" + hashlib.sha256(text.read_bytes()).hexdigest(),
+        context=64,
+        chunks=3,
+        speed=True,
+    )
+    spec.choose.smallest.max_kld = 0.01
+    jobs: list[Job] = []
+    chosen, made = run_job(
+        run_evaluate, "evaluate", spec, {"models": files[1:], "reference": files[0]}, store,
+        tmp_path, prepare=jobs.append,
+    )  # fmt: skip
+    data = json.loads((made.path / "report.json").read_text())
+    assert data["windows"]["windows"] == 3
+    assert data["windows"]["scored_tokens"] == 3 * 31
+    q8, q4 = data["models"]
+    assert q8["reference_kl"] < 0.01 < q4["reference_kl"]
+    assert q8["reference_top1"] > q4["reference_top1"]
+    assert q8["perplexity"] == pytest.approx(data["reference"]["perplexity"], rel=0.05)
+    assert q8["kl_divergence"] is None
+    assert q8["generation_tokens_per_second"] > 0
+    assert chosen.existing == files[1].digest
+    assert made.metrics["Q4_0.reference_kl"] == q4["reference_kl"]
+    (gate,) = jobs[0].gates.results
+    assert (gate.gate, gate.verdict) == ("quant.kld", Verdict.PASSED)
+    shown = (made.path / "report.txt").read_text()
+    assert "(reference)" in shown
+    assert "perplexity" in shown
+
+
+def test_a_reference_is_compared_over_the_golden_tokens_where_there_is_no_text(
+    files: list[Artifact], golden: Artifact, store: Store, tmp_path: Path
+) -> None:
+    spec = pb.EvaluateSpec(
+        models=[files[2].digest], reference=files[0].digest, golden=golden.digest
+    )
+    inputs = {"models": files[2:], "reference": files[0], "golden": golden}
+    (made,) = run_job(run_evaluate, "evaluate", spec, inputs, store, tmp_path)
+    (q4,) = json.loads((made.path / "report.json").read_text())["models"]
+    # F16 of the tiny model is its golden logits but for rounding.
+    assert q4["reference_kl"] == pytest.approx(q4["kl_divergence"], rel=0.05)
+
+
+def test_rows_are_scored_as_a_training_evaluates_them(
+    files: list[Artifact],
+    store: Store,
+    publish: Publish,
+    write_tokens: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    ids = [1, *range(260, 300)]
+    write_tokens(tmp_path / "rows", [(ids, [-100] * 20 + ids[20:]), (ids[:9], ids[:9])])
+    rows = publish(tmp_path / "rows", "dataset", name="rows")
+    spec = pb.EvaluateSpec(models=[files[0].digest], dataset=rows.digest)
+    inputs = {"models": files[:1], "dataset": rows}
+    (made,) = run_job(run_evaluate, "evaluate", spec, inputs, store, tmp_path)
+    data = json.loads((made.path / "report.json").read_text())
+    assert data["windows"] == {"dataset": rows.digest, "windows": 2, "scored_tokens": 21 + 8}
+    assert data["models"][0]["scored_tokens"] == 29
+
+
+def test_a_text_that_changed_since_is_refused(
+    files: list[Artifact], store: Store, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("now this")
+    spec = pb.EvaluateSpec(
+        models=[files[0].digest], text=str(text), sha256="sha256:" + "0" * 64, context=64
+    )
+    with pytest.raises(DataLoss, match="changed since"):
+        run_job(run_evaluate, "evaluate", spec, {"models": files[:1]}, store, tmp_path)
+
+
+def test_files_of_another_model_fail_quant_kld(
+    files: list[Artifact], store: Store, publish: Publish, golden_dir: Path, tmp_path: Path
+) -> None:
+    mine = Golden.read(golden_dir)
+    other = tmp_path / "golden"
+    other.mkdir()
+    # What another model of the same vocabulary would say: everything one token further.
+    Golden(mine.tokens, mine.lengths, np.roll(mine.logprobs, 1, axis=1)).write(other)
+    golden = publish(other, "report")
+    jobs: list[Job] = []
+    spec = pb.EvaluateSpec(models=[a.digest for a in files], golden=golden.digest)
+    inputs = {"models": files, "golden": golden}
+    run_job(run_evaluate, "evaluate", spec, inputs, store, tmp_path, prepare=jobs.append)
+    (gate,) = jobs[0].gates.results
+    assert gate.verdict is Verdict.FAILED
+    assert gate.figure is not None
+    assert gate.figure > 1
+    assert "of one model" in gate.detail
+
+
+def test_a_gguf_of_an_unknown_architecture_is_named(
+    store: Store, publish: Publish, golden: Artifact, tiny_gguf: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "odd"
+    source.mkdir()
+    # Same length, so that every offset stays.
+    data = tiny_gguf.read_bytes().replace(b"llama", b"lhama")
+    (source / "odd.gguf").write_bytes(data)
+    spec = pb.EvaluateSpec(models=["x"], golden=golden.digest)
+    gguf = publish(source, "gguf", name="odd")
+    with pytest.raises(DataLoss, match="unknown model architecture: 'lhama'"):
+        run_job(run_evaluate, "evaluate", spec, {"models": gguf, "golden": golden}, store, tmp_path)

@@ -5,7 +5,8 @@ import pytest
 
 from arriero.errors import FailedPrecondition, InvalidArgument
 from arriero.operations.kinds import ResolveContext, Resolved
-from arriero.quantization.kinds import WORK_KINDS, resolve_evaluate, resolve_quantize
+from arriero.quantization.evaluate_spec import resolve_evaluate
+from arriero.quantization.kinds import WORK_KINDS, resolve_quantize
 from arriero.settings import SourceSettings
 from arriero.store import Artifact, Store
 from arriero.v1 import quantization_pb2 as pb
@@ -128,6 +129,86 @@ def test_no_files_and_the_same_file_twice_are_refused(
     with pytest.raises(InvalidArgument) as caught:
         evaluated([files[0], files[1], files[0]])
     assert violation(caught) == "models[2]"
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"context": 256}, "context"),
+        ({"chunks": 3}, "chunks"),
+        ({"sha256": "sha256:ab"}, "sha256"),
+        ({"text": "TEXT", "context": 4}, "context"),
+        ({"text": "TEXT", "chunks": -1}, "chunks"),
+        ({"text": "TEXT", "dataset": "sha256:ab"}, "text"),
+        ({"text": "TEXT", "sha256": "sha256:" + "0" * 64}, "sha256"),
+        ({"text": "/etc/passwd"}, "text"),
+        ({"text": "wiki.txt"}, "text"),
+        ({"text": "EMPTY"}, "text"),
+        ({"text": "DIRECTORY"}, "text"),
+    ],
+)
+def test_wrong_windows_are_refused_by_field(
+    store: Store, files: list[Artifact], tmp_path: Path, fields: dict[str, object], field: str
+) -> None:
+    (tmp_path / "text.txt").write_text("Some text.")
+    (tmp_path / "empty.txt").touch()
+    paths = {
+        "TEXT": str(tmp_path / "text.txt"),
+        "EMPTY": str(tmp_path / "empty.txt"),
+        "DIRECTORY": str(tmp_path),
+    }
+    filled = {key: paths.get(str(value), value) for key, value in fields.items()}
+    spec = pb.EvaluateSpec(models=[a.digest for a in files], **filled)  # type: ignore[arg-type]
+    context = ResolveContext(store, {"models": files}, SourceSettings((tmp_path,)))
+    with pytest.raises(InvalidArgument) as caught:
+        resolve_evaluate(spec, context)
+    assert violation(caught) == field
+
+
+def test_a_text_is_named_by_what_it_holds(
+    store: Store, files: list[Artifact], tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Some text.")
+    spec = pb.EvaluateSpec(models=[a.digest for a in files], text=str(text))
+    context = ResolveContext(store, {"models": files}, SourceSettings((tmp_path,)))
+    resolved = resolve_evaluate(spec, context)
+    assert resolved.spec.sha256.startswith("sha256:")
+    assert resolved.spec.context == 512
+    assert resolved.unkeyed == ("text",)
+
+
+def test_what_is_not_used_is_not_part_of_the_result(evaluated: Resolve) -> None:
+    spec = evaluated().spec
+    assert not spec.HasField("context")
+    assert not spec.HasField("chunks")
+
+
+def test_files_of_different_models_are_not_compared_with_one_golden(
+    evaluated: Resolve, files: list[Artifact], publish: Publish, golden_dir: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "other"
+    source.mkdir()
+    (source / "x.gguf").write_bytes(b"GGUF other")
+    golden = publish(golden_dir, "report", name="other")
+    other = publish(source, "gguf", name="other", golden=golden.digest)
+    with pytest.raises(FailedPrecondition, match=r"models\[1\] carries other golden logits"):
+        evaluated([files[0], other])
+    assert evaluated([files[0], other], golden=golden.digest).spec.golden == golden.digest
+
+
+def test_a_choice_needs_something_to_go_by(publish: Publish, store: Store, tmp_path: Path) -> None:
+    source = tmp_path / "imported"
+    source.mkdir()
+    (source / "x.gguf").write_bytes(b"GGUF")
+    (tmp_path / "text.txt").write_text("Some text.")
+    gguf = publish(source, "gguf", name="imported")
+    context = ResolveContext(store, {"models": [gguf]}, SourceSettings((tmp_path,)))
+    spec = pb.EvaluateSpec(models=[gguf.digest], text=str(tmp_path / "text.txt"))
+    assert not resolve_evaluate(spec, context).spec.golden
+    spec.choose.smallest.SetInParent()
+    with pytest.raises(FailedPrecondition, match="neither golden logits nor a reference"):
+        resolve_evaluate(spec, context)
 
 
 def test_files_without_golden_logits_say_how_to_get_them(
