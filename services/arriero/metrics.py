@@ -1,4 +1,4 @@
-"""Every Prometheus metric of the orchestrator, and the HTTP port that shows them.
+"""Every Prometheus metric of the orchestrator and the gateway, and the HTTP port that shows them.
 
 Responsibility: names, labels, and how long a run's series stay. Does not know
 where figures come from: plain numbers are handed in.
@@ -25,10 +25,12 @@ from prometheus_client.registry import Collector
 
 from arriero.errors import InvalidArgument
 
-__all__ = ["EndpointFigures", "GpuFigures", "Metrics", "StageFigures", "serve"]
+__all__ = ["EndpointFigures", "GatewayMetrics", "GpuFigures", "Metrics", "StageFigures", "serve"]
 
 RETENTION_SECONDS = 15 * 60
 MAX_RUNS = 200
+# From a first word to a long answer.
+_ANSWERS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 # From a cached stage to a training of days.
 _DURATIONS = (0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 24 * 3600)
 _log = logging.getLogger(__name__)
@@ -454,6 +456,46 @@ class Metrics:
         self._runs.state(run, state, ended=ended)
         if ended:
             self._runs_total.labels(state).inc()
+
+
+class GatewayMetrics:
+    """What the gateway is asked and answers.
+
+    Attributes:
+        registry: to show.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        self._requests = Histogram(
+            "arriero_gateway_request_seconds",
+            "From a request to its answer, or to the first word of one that streams.",
+            ("route", "status"),
+            buckets=_ANSWERS,
+            registry=registry,
+        )
+        self._prompt_tokens = Counter(
+            "arriero_gateway_prompt_tokens_total",
+            "Tokens of prompts, by endpoint.",
+            ("model_name",),
+            registry=registry,
+        )
+        self._generation_tokens = Counter(
+            "arriero_gateway_generation_tokens_total",
+            "Tokens made, by endpoint.",
+            ("model_name",),
+            registry=registry,
+        )
+
+    def answered(self, route: str, status: int, seconds: float) -> None:
+        """A request got its answer, or the first part of it."""
+        self._requests.labels(route, str(status)).observe(seconds)
+
+    def tokens(self, model: str, prompt: int, made: int) -> None:
+        """An answer ended; names that nobody serves make no series."""
+        if prompt or made:
+            self._prompt_tokens.labels(model).inc(prompt)
+            self._generation_tokens.labels(model).inc(made)
 
 
 def serve(

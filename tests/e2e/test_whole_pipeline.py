@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import openai
 import pytest
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -75,6 +76,15 @@ def test_people_and_programs_can_talk_to_it(platform: Any, run: dict[str, Any]) 
     with platform.client() as client:
         again = client.endpoint("tiny").chat("Name llama 1", max_tokens=5, temperature=0).text()
     assert again == answer["content"]
+    with openai.OpenAI(base_url=platform.json("status")["gateway"], api_key="none") as outside:
+        assert "tiny" in [model.id for model in outside.models.list()]
+        said = outside.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": "Name llama 1"}],
+            max_tokens=5,
+            temperature=0,
+        )
+    assert said.choices[0].message.content == answer["content"]
 
 
 def test_the_same_pipeline_again_does_no_work_twice(

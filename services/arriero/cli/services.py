@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import socket
 from typing import Annotated, Any
 
 import typer
@@ -30,12 +31,15 @@ def up(
         int | None, typer.Option(help="The orchestrator's; default: a free one.")
     ] = None,
     metrics_port: Annotated[int | None, typer.Option(help="The Prometheus page's.")] = None,
+    gateway_port: Annotated[int | None, typer.Option(help="The HTTP gateway's.")] = None,
     output: Output = Format.TABLE,
 ) -> None:
     """Start all services on this machine; Ctrl-C stops them."""
     home = Home.default()
-    arguments = [] if port is None else ["--port", str(port)]
-    arguments += [] if metrics_port is None else ["--metrics-port", str(metrics_port)]
+    ports = {"--port": port, "--metrics-port": metrics_port, "--gateway-port": gateway_port}
+    arguments = [
+        word for name, value in ports.items() if value is not None for word in (name, str(value))
+    ]
     if detach:
         if as_json():
             render.print_json(local.start_detached(home, arguments))
@@ -45,7 +49,7 @@ def up(
         render.console.print(view(home, state))
         return
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    supervisor = Supervisor(home, port=port, metrics_port=metrics_port)
+    supervisor = Supervisor(home, port=port, metrics_port=metrics_port, gateway_port=gateway_port)
     signal.signal(signal.SIGTERM, supervisor.stop)
     signal.signal(signal.SIGINT, supervisor.stop)
 
@@ -80,9 +84,20 @@ def status(output: Output = Format.TABLE) -> None:
     state = home.running()
     if state is None:
         raise FailedPrecondition(f"nothing runs in {home.root}; start it: arriero up --detach")
-    for service in state["services"].values():
-        service["ready"] = check_health(service["address"])
+    for name, service in state["services"].items():
+        check = _listens if name == "gateway" else check_health
+        service["ready"] = check(service["address"])
     show(state, lambda: view(home, state))
+
+
+def _listens(address: str) -> bool:
+    """Whether somebody accepts connections: HTTP has no health that TLS does not hide."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=2):
+            return True
+    except OSError:
+        return False
 
 
 def view(home: Home, state: dict[str, Any]) -> RenderableType:
@@ -98,6 +113,7 @@ def view(home: Home, state: dict[str, Any]) -> RenderableType:
         )
     return Group(
         made,
+        f"gateway  {state['gateway']}",
         f"metrics  {state['metrics']}",
         f"store    {state['store']}",
         f"logs     {home.logs}",

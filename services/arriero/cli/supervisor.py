@@ -182,11 +182,13 @@ class Supervisor:
         home: where state, logs, store and database lie.
         port: the orchestrator's; default: the one of last time, else a free one.
         metrics_port: of the Prometheus page, likewise.
+        gateway_port: of the HTTP gateway, likewise.
     """
 
     home: Home
     port: int | None = None
     metrics_port: int | None = None
+    gateway_port: int | None = None
     children: dict[str, Child] = field(default_factory=dict)
     stopping: threading.Event = field(default_factory=threading.Event)
 
@@ -230,9 +232,13 @@ class Supervisor:
         path = self.home.root / "ports.json"
         with contextlib.suppress(OSError, ValueError):
             remembered = json.loads(path.read_text())
-        wanted = {"orchestrator": self.port, "metrics": self.metrics_port}
+        wanted = {
+            "orchestrator": self.port,
+            "metrics": self.metrics_port,
+            "gateway": self.gateway_port,
+        }
         ports: dict[str, int] = {}
-        for name in ("orchestrator", "metrics", *ROOMS):
+        for name in (*wanted, *ROOMS):
             asked = wanted.get(name)
             port = free_port(asked or remembered.get(name))
             if asked and port != asked:
@@ -273,6 +279,13 @@ class Supervisor:
                 "ARRIERO_PLATFORM_DIR": str(self.home.platform),
             },
         )
+        self._add(
+            "gateway",
+            {
+                "ARRIERO_ADDRESS": f"127.0.0.1:{ports['orchestrator']}",
+                "ARRIERO_LISTEN": f"127.0.0.1:{ports['gateway']}",
+            },
+        )
         deadline = time.monotonic() + 120
         for name, child in self.children.items():
             address = self.home.root / "run" / f"{name}.address"
@@ -303,9 +316,11 @@ class Supervisor:
         self.children[name] = child
 
     def _publish_state(self, ports: dict[str, int]) -> dict[str, Any]:
+        scheme = "https" if os.environ.get("ARRIERO_SERVER_TLS_CERT") else "http"
         state = {
             "address": f"127.0.0.1:{ports['orchestrator']}",
             "metrics": f"http://127.0.0.1:{ports['metrics']}/metrics",
+            "gateway": f"{scheme}://127.0.0.1:{ports['gateway']}/v1",
             "pid": os.getpid(),
             "start": process_start(os.getpid()),
             "store": self.home.store,

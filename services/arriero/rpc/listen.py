@@ -1,16 +1,19 @@
-"""Where a server may listen: addresses read, and refused where they expose.
+"""Where a server may listen: addresses read, refused where they expose, announced.
 
-Responsibility: `host:port` and `unix:` addresses, and the rule that plain text
-stays on this machine. Does not open any socket.
+Responsibility: `host:port` and `unix:` addresses, the rule that plain text stays
+on this machine, and the file that tells others. Does not open any socket.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import os
+import tempfile
+from pathlib import Path
 
 from arriero.errors import FailedPrecondition, InvalidArgument
 
-__all__ = ["check_plaintext", "is_local", "split"]
+__all__ = ["announce", "check_plaintext", "is_local", "split"]
 
 
 def split(address: str, *, field: str = "listen") -> tuple[str, int]:
@@ -56,3 +59,15 @@ def check_plaintext(address: str, *, insecure: bool, field: str = "listen") -> N
             "127.0.0.1, or allow plain text with ARRIERO_SERVER_INSECURE=1",
             reason="INSECURE_LISTEN",
         )
+
+
+def announce(path: Path, address: str) -> None:
+    """Write the bound address; readers wait for the file to appear, so it appears whole."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(address + "\n")
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

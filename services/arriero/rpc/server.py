@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import signal
-import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -143,7 +142,7 @@ class Server:
             self._follow(supervisor)
         _log.info("%s listens on %s", self.name, self.address)
         if settings.address_file:
-            _write_atomic(settings.address_file, self.address)
+            listen.announce(settings.address_file, self.address)
         return self.address
 
     def set_ready(self, ready: bool) -> asyncio.Task[None]:
@@ -275,15 +274,3 @@ def _bind(
         return address
     host = address.rpartition(":")[0]
     return f"{host}:{port}"
-
-
-def _write_atomic(path: Path, text: str) -> None:
-    """Readers wait for the file to appear, so it must appear whole."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -1,0 +1,174 @@
+"""Answers as OpenAI's clients read them.
+
+Responsibility: bodies and events of chat and text completions, models and
+errors (the shapes of OpenAI's API reference). Does not know HTTP or where text
+comes from.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from arriero.errors import (
+    ArrieroError,
+    DeadlineExceeded,
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    NotFound,
+    OutOfRange,
+    PermissionDenied,
+    ResourceExhausted,
+    Unauthenticated,
+    Unavailable,
+    Unimplemented,
+)
+
+__all__ = ["DONE", "Answer", "Choice", "error_body", "event", "http_status", "models"]
+
+DONE = b"data: [DONE]\n\n"
+
+# The nearest first: subclasses before their parents.
+_STATUS: tuple[tuple[type[ArrieroError], int, str], ...] = (
+    (InvalidArgument, 400, "invalid_request_error"),
+    (OutOfRange, 400, "invalid_request_error"),
+    (Unauthenticated, 401, "authentication_error"),
+    (PermissionDenied, 403, "permission_error"),
+    (NotFound, 404, "invalid_request_error"),
+    (FailedPrecondition, 409, "invalid_request_error"),
+    (ResourceExhausted, 429, "rate_limit_error"),
+    (Unimplemented, 501, "invalid_request_error"),
+    (Unavailable, 503, "server_error"),
+    (DeadlineExceeded, 504, "server_error"),
+)
+
+
+def http_status(error: ArrieroError) -> int:
+    """The HTTP status of an error."""
+    return next((status for kind, status, _ in _STATUS if isinstance(error, kind)), 500)
+
+
+def error_body(error: ArrieroError) -> dict[str, Any]:
+    """The body of an error; `param` names the field that is wrong."""
+    kind = next((word for cls, _, word in _STATUS if isinstance(error, cls)), "server_error")
+    violations = error.violations if isinstance(error, InvalidArgument) else ()
+    message = "something went wrong in the server" if type(error) is Internal else error.message
+    return {
+        "error": {
+            "message": message,
+            "type": kind,
+            "param": violations[0].field if violations else None,
+            "code": error.reason.lower(),
+        }
+    }
+
+
+def event(data: Mapping[str, Any]) -> bytes:
+    """A server-sent event."""
+    return b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"
+
+
+def models(names: Iterable[tuple[str, int]]) -> dict[str, Any]:
+    """`/v1/models` of (name, creation in Unix seconds)."""
+    return {"object": "list", "data": [model(name, created) for name, created in names]}
+
+
+def model(name: str, created: int) -> dict[str, Any]:
+    """One model."""
+    return {"id": name, "object": "model", "created": created, "owned_by": "arriero"}
+
+
+@dataclass(slots=True)
+class Choice:
+    """One answer, as far as it has come."""
+
+    index: int = 0
+    text: str = ""
+    finish_reason: str | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the parts of one answer have in common."""
+
+    model: str
+    chat: bool
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def whole(self, choices: Iterable[Choice]) -> dict[str, Any]:
+        """The body of an answer that does not stream."""
+        choices = list(choices)
+        return {
+            **self._head("chat.completion"),
+            "choices": [
+                {
+                    "index": choice.index,
+                    **(
+                        {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
+                        if self.chat
+                        else {"text": choice.text}
+                    ),
+                    "finish_reason": choice.finish_reason,
+                    "logprobs": None,
+                }
+                for choice in choices
+            ],
+            "usage": _usage(choices),
+        }
+
+    def part(self, index: int, text: str | None, *, first: bool = False) -> dict[str, Any]:
+        """An event with more text; the first one of a chat says whose it is."""
+        delta: dict[str, Any] = {}
+        if first:
+            delta["role"] = "assistant"
+        if text is not None:
+            delta["content"] = text
+        said = {"delta": delta} if self.chat else {"text": text or ""}
+        return self._chunk([{"index": index, **said, "finish_reason": None, "logprobs": None}])
+
+    def end(self, choice: Choice) -> dict[str, Any]:
+        """The event that says why a choice ended."""
+        said: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
+        return self._chunk(
+            [
+                {
+                    "index": choice.index,
+                    **said,
+                    "finish_reason": choice.finish_reason,
+                    "logprobs": None,
+                }
+            ]
+        )
+
+    def used(self, choices: Iterable[Choice]) -> dict[str, Any]:
+        """The event with the tokens used, which has no choices."""
+        return {**self._chunk([]), "usage": _usage(list(choices))}
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self._head("chat.completion.chunk"), "choices": choices}
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{self.id}",
+            "object": kind if self.chat else "text_completion",
+            "created": self.created,
+            "model": self.model,
+        }
+
+
+def _usage(choices: list[Choice]) -> dict[str, int]:
+    prompt = sum(choice.prompt_tokens for choice in choices)
+    completion = sum(choice.completion_tokens for choice in choices)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    }

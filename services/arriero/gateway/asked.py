@@ -1,0 +1,215 @@
+"""What an OpenAI client asks for, read and checked.
+
+Responsibility: JSON bodies of chat and text completions to what an endpoint
+takes; parameters that nothing here obeys are refused by name instead of being
+ignored. Does not know HTTP or how an answer looks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from arriero.client import Sampling
+from arriero.errors import InvalidArgument
+
+__all__ = ["Ask", "read_chat", "read_completion"]
+
+Body = Mapping[str, Any]
+
+# Carry nothing that could change the text.
+_HARMLESS = frozenset(
+    {
+        "metadata",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+    }
+)
+# What a client may send as long as it asks for nothing: parameter -> such values.
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False, 0),
+    "modalities": (["text"],),
+    "n": (1,),
+    "presence_penalty": (0,),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+}
+_COMMON = frozenset({"model", "stream", "stream_options", "max_tokens", "stop"})
+# Parameters that go on under llama.cpp's names: OpenAI's own, and those that
+# llama.cpp's and vLLM's servers take beside them.
+_NUMBERS: Mapping[str, type] = {
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "min_p": float,
+    "repeat_penalty": float,
+    "seed": int,
+}
+_SEEDS = 2**32
+_MAX_PROMPTS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request.
+
+    Attributes:
+        model: the endpoint's name.
+        stream: as server-sent events.
+        usage: send a last event with the tokens used.
+        sampling: what was given; the rest is the replica's default.
+        messages: of a chat; empty for a text completion.
+        prompts: of a text completion, one choice each.
+    """
+
+    model: str
+    stream: bool
+    usage: bool
+    sampling: Sampling
+    messages: tuple[Mapping[str, str], ...] = ()
+    prompts: tuple[str, ...] = field(default=())
+
+
+def read_chat(data: bytes) -> Ask:
+    """A body of `/v1/chat/completions`.
+
+    Raises:
+        InvalidArgument: not JSON, a field that is missing, wrong or not obeyed here.
+    """
+    body = _body(data, own=frozenset({"messages", "max_completion_tokens"}))
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise InvalidArgument.field("messages", "is missing or empty; expected a list of messages")
+    return _ask(body, messages=tuple(_message(m, f"messages[{i}]") for i, m in enumerate(messages)))
+
+
+def read_completion(data: bytes) -> Ask:
+    """A body of `/v1/completions`.
+
+    Raises:
+        InvalidArgument: as `read_chat`.
+    """
+    body = _body(data, own=frozenset({"prompt"}))
+    prompt = body.get("prompt")
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts):
+        raise InvalidArgument.field("prompt", "expected a text or a list of texts (no token ids)")
+    if not 1 <= len(prompts) <= _MAX_PROMPTS:
+        raise InvalidArgument.field("prompt", f"{len(prompts)} texts; expected 1 to {_MAX_PROMPTS}")
+    return _ask(body, prompts=tuple(prompts))
+
+
+def _ask(body: Body, **what: Any) -> Ask:
+    model = body.get("model")
+    if not isinstance(model, str) or not model:
+        raise InvalidArgument.field("model", "is missing; expected the name of an endpoint")
+    options = body.get("stream_options") or {}
+    if not isinstance(options, dict):
+        raise InvalidArgument.field("stream_options", "expected an object")
+    return Ask(
+        model=model,
+        stream=_flag(body, "stream"),
+        usage=_flag(options, "include_usage"),
+        sampling=_sampling(body),
+        **what,
+    )
+
+
+def _body(data: bytes, *, own: frozenset[str]) -> Body:
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError):
+        raise InvalidArgument("the body is not JSON in UTF-8") from None
+    if not isinstance(body, dict):
+        raise InvalidArgument("the body is not a JSON object")
+    for name, value in body.items():
+        if name in _COMMON or name in own or name in _NUMBERS or name in _HARMLESS:
+            continue
+        if name not in _NEUTRAL:
+            raise InvalidArgument.field(name, "is not a parameter of this API")
+        if value is not None and value not in _NEUTRAL[name]:
+            raise InvalidArgument.field(name, "is not supported by this server; leave it out")
+    return body
+
+
+def _message(message: Any, path: str) -> dict[str, str]:
+    if not isinstance(message, dict):
+        raise InvalidArgument.field(path, "expected an object with role and content")
+    role = message.get("role")
+    if role == "developer":  # OpenAI's newer word
+        role = "system"
+    if role not in ("system", "user", "assistant"):
+        raise InvalidArgument.field(
+            f"{path}.role", f"{role!r}; expected system, developer, user or assistant"
+        )
+    return {"role": role, "content": _content(message.get("content"), f"{path}.content")}
+
+
+def _content(content: Any, path: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise InvalidArgument.field(path, "expected a text or a list of text parts")
+    texts = []
+    for i, part in enumerate(content):
+        if not isinstance(part, dict) or part.get("type") != "text":
+            raise InvalidArgument.field(f"{path}[{i}]", "only parts of type text are supported")
+        if not isinstance(part.get("text"), str):
+            raise InvalidArgument.field(f"{path}[{i}].text", "expected a text")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _sampling(body: Body) -> Sampling:
+    sampling: dict[str, Any] = {}
+    for name, kind in _NUMBERS.items():
+        if body.get(name) is not None:
+            sampling[name] = _number(name, body[name], kind)
+    if "seed" in sampling:
+        # Clients send any 64-bit number; llama.cpp takes 32 bits.
+        sampling["seed"] %= _SEEDS
+    for name in ("max_completion_tokens", "max_tokens"):
+        if body.get(name) is not None:
+            sampling["max_tokens"] = _number(name, body[name], int)
+            break
+    stop = body.get("stop")
+    if stop is not None:
+        stops = [stop] if isinstance(stop, str) else stop
+        if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
+            raise InvalidArgument.field("stop", "expected a text or a list of texts")
+        sampling["stop"] = stops
+    return cast(Sampling, sampling)
+
+
+def _number(name: str, value: Any, kind: Callable[[Any], Any]) -> Any:
+    wanted = (int,) if kind is int else (int, float)
+    if isinstance(value, bool) or not isinstance(value, wanted) or not math.isfinite(value):
+        what = "a whole number" if kind is int else "a number"
+        raise InvalidArgument.field(name, f"{value!r}; expected {what}")
+    if kind is int and not -(2**63) <= value < 2**64:
+        raise InvalidArgument.field(name, "is out of range")
+    return kind(value)
+
+
+def _flag(body: Body, name: str) -> bool:
+    value = body.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise InvalidArgument.field(name, f"{value!r}; expected true or false")
+    return bool(value)

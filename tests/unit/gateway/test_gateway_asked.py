@@ -1,0 +1,115 @@
+"""What OpenAI's clients may send: taken, passed over, or refused by name."""
+
+import json
+from typing import Any
+
+import pytest
+
+from arriero.errors import InvalidArgument
+from arriero.gateway.asked import read_chat, read_completion
+
+CHAT: dict[str, Any] = {"model": "faq", "messages": [{"role": "user", "content": "Hello"}]}
+
+
+def body(**fields: Any) -> bytes:
+    return json.dumps({**CHAT, **fields}).encode()
+
+
+def test_a_chat_has_its_messages_and_no_sampling_that_was_not_asked_for() -> None:
+    ask = read_chat(body())
+    assert ask.model == "faq"
+    assert list(ask.messages) == [{"role": "user", "content": "Hello"}]
+    assert ask.sampling == {}
+    assert not ask.stream
+
+
+def test_sampling_goes_on_under_llama_cpps_names() -> None:
+    ask = read_chat(
+        body(temperature=0, top_p=0.5, top_k=3, min_p=0.1, repeat_penalty=1.1, seed=7, stop="END")
+    )
+    assert ask.sampling == {
+        "temperature": 0.0,
+        "top_p": 0.5,
+        "top_k": 3,
+        "min_p": 0.1,
+        "repeat_penalty": 1.1,
+        "seed": 7,
+        "stop": ["END"],
+    }
+
+
+def test_both_words_for_the_longest_answer_are_known() -> None:
+    assert read_chat(body(max_tokens=5)).sampling == {"max_tokens": 5}
+    assert read_chat(body(max_completion_tokens=6)).sampling == {"max_tokens": 6}
+
+
+def test_seeds_of_64_bits_become_seeds_that_llama_cpp_takes() -> None:
+    assert read_chat(body(seed=2**40 + 3)).sampling == {"seed": 3}
+    assert read_chat(body(seed=-1)).sampling == {"seed": 2**32 - 1}
+
+
+def test_text_parts_are_joined_and_a_developer_is_the_system() -> None:
+    ask = read_chat(
+        body(
+            messages=[
+                {"role": "developer", "content": "Be brief."},
+                {"role": "user", "content": [{"type": "text", "text": t} for t in ("a", "b")]},
+            ]
+        )
+    )
+    assert list(ask.messages) == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "ab"},
+    ]
+
+
+def test_what_changes_nothing_may_be_sent() -> None:
+    read_chat(body(user="me", n=1, tools=[], logprobs=False, presence_penalty=0, seed=None))
+    read_chat(body(response_format={"type": "text"}, stream_options={"include_usage": True}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"n": 2}, "n"),
+        ({"logprobs": True}, "logprobs"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"temprature": 0.5}, "temprature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"seed": 2**70}, "seed"),
+        ({"stop": [""]}, "stop"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream_options": 5}, "stream_options"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+         "messages[0].content[0]"),
+        ({"model": ""}, "model"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_or_not_obeyed_is_refused_by_name(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidArgument) as refused:
+        read_chat(body(**fields))
+    assert refused.value.violations[0].field == param
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000])
+def test_a_body_that_is_no_json_object_is_refused(data: bytes) -> None:
+    with pytest.raises(InvalidArgument):
+        read_chat(data)
+
+
+def test_a_completion_takes_one_prompt_or_several() -> None:
+    one = json.dumps({"model": "faq", "prompt": "Once"}).encode()
+    assert read_completion(one).prompts == ("Once",)
+    two = json.dumps({"model": "faq", "prompt": ["Once", "Twice"]}).encode()
+    assert read_completion(two).prompts == ("Once", "Twice")
+    for prompt in ([1, 2, 3], [], None, ["x"] * 65):
+        with pytest.raises(InvalidArgument):
+            read_completion(json.dumps({"model": "faq", "prompt": prompt}).encode())
