@@ -57,7 +57,7 @@ def test_a_killed_job_is_tried_again_from_its_checkpoint(service, tmp_path):
     complete(service, done)
     metadata = metadata_of(done)
     assert metadata.attempt == 2
-    assert metadata.jobs[0].status.code == code_pb2.RESOURCE_EXHAUSTED
+    assert metadata.jobs[0].status.code == code_pb2.UNAVAILABLE
     assert (
         metadata.jobs[1].start_time.ToMilliseconds() >= metadata.jobs[0].end_time.ToMilliseconds()
     )

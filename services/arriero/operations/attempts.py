@@ -20,9 +20,10 @@ from pathlib import Path
 from arriero.errors import ArrieroError, Cancelled, Internal, Unavailable
 from arriero.operations import logs
 from arriero.operations.delivery import failure
-from arriero.operations.endings import Ending, Next, ending_of
+from arriero.operations.endings import Ending, Next, ending_of, reason_of
 from arriero.operations.handoff import EXIT_FAILED, Assignment, Outcome, to_json, type_name
 from arriero.operations.kinds import WorkKind
+from arriero.operations.memory import oom_kills
 from arriero.operations.publishing import publish
 from arriero.operations.records import ExecutionRecord, JobRecord, Records, Result, State, now
 from arriero.operations.runner import Handle, Launch, Runner
@@ -116,11 +117,13 @@ class Attempts:
             self._check(execution)
             await asyncio.to_thread(self.store.preflight, record.disk_bytes)
             self._check(execution)
+            kills = oom_kills()
             code = await self._run_job(execution)
+            killed = None if kills is None else (oom_kills() or 0) > kills
         finally:
             self.slots.release()
         self._check(execution, outcome=self._outcome(record))
-        return await self._conclude(execution, code)
+        return await self._conclude(execution, code, oom_killed=killed)
 
     async def _run_job(self, execution: Execution) -> int:
         record = execution.record
@@ -142,6 +145,7 @@ class Attempts:
             report_address=self.report_address,
             report_token=execution.token,
             service_process=ProcessId.of(os.getpid()),
+            last_failure=reason_of(record.jobs[-1].status) if record.jobs else "",
         )
         log = self.records.log_path(record.id)
         with os_errors(assignment.directory):
@@ -195,12 +199,14 @@ class Attempts:
             return False  # judged already: the next attempt was due
         return await self._conclude(execution, None)
 
-    async def _conclude(self, execution: Execution, code: int | None) -> bool:
+    async def _conclude(
+        self, execution: Execution, code: int | None, *, oom_killed: bool | None = None
+    ) -> bool:
         """Judge the newest attempt; whether that ended the execution."""
         record = execution.record
         outcome = self._outcome(record)
         lines = [] if outcome else logs.tail(self.records.log_path(record.id))
-        ending = ending_of(code, outcome, lines)
+        ending = ending_of(code, outcome, lines, oom_killed=oom_killed)
         job = record.jobs[-1]
         job.status, job.counted = ending.status, ending.counted
         if ending.next is Next.PUBLISH:

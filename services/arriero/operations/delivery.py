@@ -150,8 +150,7 @@ def failure(attempt: int, error: BaseException, log: logging.Logger) -> Outcome:
 
 
 def _translate(error: BaseException) -> ArrieroError:
-    # torch's own class, without importing torch.
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if _memory_ran_out(error):
         return ResourceExhausted(
             f"out of memory: {error or 'an allocation failed'}; "
             "use smaller batches or shorter rows, or a machine with more memory",
@@ -167,6 +166,13 @@ def _translate(error: BaseException) -> ArrieroError:
     return Internal(
         f"{type(error).__name__}: {text} (a defect; the operation's log has the details)"
     )
+
+
+def _memory_ran_out(error: BaseException) -> bool:
+    # torch's own class, without importing torch; its CPU allocator has only words.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def _now() -> str:

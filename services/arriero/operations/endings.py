@@ -7,7 +7,7 @@ failed. Does not know processes or records.
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
@@ -15,6 +15,9 @@ from typing import Any
 from arriero.errors import ArrieroError, Preempted, ResourceExhausted, Unavailable
 from arriero.operations.handoff import EXIT_TRY_AGAIN, Outcome, to_json
 from arriero.rpc.status import to_status
+
+# What shells and launchers add to a signal's number.
+_SHELL = 128
 
 
 class Next(Enum):
@@ -43,7 +46,13 @@ class Ending:
         return str(self.status.get("message", "done"))
 
 
-def ending_of(code: int | None, outcome: Outcome | None, last_lines: Sequence[str] = ()) -> Ending:
+def ending_of(
+    code: int | None,
+    outcome: Outcome | None,
+    last_lines: Sequence[str] = (),
+    *,
+    oom_killed: bool | None = None,
+) -> Ending:
     """The verdict on a job.
 
     An outcome is the job's own word and wins over the exit code, which
@@ -53,6 +62,7 @@ def ending_of(code: int | None, outcome: Outcome | None, last_lines: Sequence[st
         code: exit code, -n for signal n; None when nobody saw it end.
         outcome: what the job wrote, if it got that far.
         last_lines: of its log, for jobs that wrote no outcome.
+        oom_killed: whether the kernel killed for memory meanwhile; None: not known.
     """
     if outcome is not None:
         if outcome.ok:
@@ -69,14 +79,8 @@ def ending_of(code: int | None, outcome: Outcome | None, last_lines: Sequence[st
             counted=False,
         )
     said = f"; it last wrote: {' | '.join(last_lines)}" if last_lines else ""
-    if code == -signal.SIGKILL:
-        return _again(
-            ResourceExhausted(
-                "the job was killed (SIGKILL), probably because memory ran out; use smaller "
-                f"batches or a machine with more memory{said}",
-                reason="OUT_OF_MEMORY",
-            )
-        )
+    if code in (-signal.SIGKILL, _SHELL + signal.SIGKILL):
+        return _again(_killed(oom_killed, said))
     if code == -signal.SIGTERM:
         return _again(
             Preempted("the job was told to stop (SIGTERM) before it could save"), counted=False
@@ -88,6 +92,31 @@ def ending_of(code: int | None, outcome: Outcome | None, last_lines: Sequence[st
         Unavailable(
             f"the job exited with code {code} and left no outcome{said}", reason="JOB_CRASHED"
         )
+    )
+
+
+def reason_of(status: Mapping[str, Any] | None) -> str:
+    """The reason (`OUT_OF_MEMORY`) that a status as JSON carries; empty without one."""
+    details = (status or {}).get("details") or ()
+    return next((str(item["reason"]) for item in details if "reason" in item), "")
+
+
+def _killed(oom_killed: bool | None, said: str) -> ArrieroError:
+    advice = f"use smaller batches or shorter rows, or a machine with more memory{said}"
+    if oom_killed:
+        return ResourceExhausted(
+            f"the job was killed by the kernel's out-of-memory killer; {advice}",
+            reason="OUT_OF_MEMORY",
+        )
+    if oom_killed is None:
+        return ResourceExhausted(
+            f"the job was killed (SIGKILL), probably because memory ran out; {advice}",
+            reason="OUT_OF_MEMORY",
+        )
+    return Unavailable(
+        "the job was killed (SIGKILL), by somebody or a watchdog: the kernel counted no kill "
+        f"for want of memory{said}",
+        reason="JOB_KILLED",
     )
 
 

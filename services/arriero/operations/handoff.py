@@ -58,7 +58,8 @@ class Assignment:
     """Everything that one attempt needs to know.
 
     `inputs` are digests by field name; `staging` is the execution's directory;
-    `watch_service` makes the job end within two seconds of its service's death.
+    `watch_service` makes the job end within two seconds of its service's death;
+    `last_failure` is the reason of the attempt before, such as `OUT_OF_MEMORY`.
     """
 
     service: str
@@ -76,6 +77,7 @@ class Assignment:
     report_token: str = ""
     service_process: ProcessId | None = None
     watch_service: bool = True
+    last_failure: str = ""
     format: int = FORMAT
 
     @property

@@ -41,6 +41,8 @@ class Job:
     Attributes:
         spec: the resolved spec, in the kind's own type.
         kind, run, stage, attempt: what this is a part of; attempts count from 1.
+        last_failure: how the attempt before ended, as a word (`OUT_OF_MEMORY`); empty
+            for the first.
         store: to read from; a job publishes nothing.
         inputs: artifacts by the spec's field name.
         checkpoints: directory that survives attempts (and a retry of the same work).
@@ -62,6 +64,7 @@ class Job:
         attempt: int = 1,
         run: str = "",
         stage: str = "",
+        last_failure: str = "",
         preempted: threading.Event | None = None,
         nudge: Callable[[], None] | None = None,
     ) -> None:
@@ -70,6 +73,7 @@ class Job:
         self.attempt = attempt
         self.run = run
         self.stage = stage
+        self.last_failure = last_failure
         self.store = store
         self.inputs = inputs
         self.directory = staging / "attempts" / str(attempt)
@@ -125,6 +129,9 @@ class Job:
         total: int = 0,
         unit: str = "",
         loss: float | None = None,
+        raw_loss: float | None = None,
+        grad_norm: float | None = None,
+        micro_batch_size: int | None = None,
         learning_rate: float | None = None,
         tokens_per_second: float | None = None,
         tokens: int | None = None,
@@ -135,8 +142,9 @@ class Job:
         """Say how far the work is; call as often as you like.
 
         The service hears it at most twice a second. `loss` is in nats per
-        token, `mfu` 0..1, `checkpoint_time` in seconds since the epoch (of the
-        newest complete checkpoint). The time left and the usage of host and
+        token and smoothed, `raw_loss` the last step's, `mfu` 0..1,
+        `checkpoint_time` in seconds since the epoch (of the newest complete
+        checkpoint). The time left and the usage of host and
         GPUs are added here. `force` asks to be heard soon.
         """
         self.meter.update(
@@ -145,6 +153,9 @@ class Job:
             total=total,
             unit=unit,
             loss=loss,
+            raw_loss=raw_loss,
+            grad_norm=grad_norm,
+            micro_batch_size=micro_batch_size,
             learning_rate=learning_rate,
             tokens_per_second=tokens_per_second,
             tokens=tokens,
@@ -249,6 +260,7 @@ def _run(assignment: Assignment, handlers: Mapping[str, Handler]) -> int:
             attempt=assignment.attempt,
             run=assignment.run,
             stage=assignment.stage,
+            last_failure=assignment.last_failure,
             preempted=preempted,
             nudge=lambda: sender.nudge() if sender is not None else None,
         )

@@ -25,7 +25,16 @@ if TYPE_CHECKING:
 INTERVAL = 0.5
 DEADLINE = 2.0
 # What training said stays while later phases go on.
-_KEPT = ("loss", "learning_rate", "tokens", "training_step", "training_total_steps")
+_KEPT = (
+    "loss",
+    "raw_loss",
+    "grad_norm",
+    "micro_batch_size",
+    "learning_rate",
+    "tokens",
+    "training_step",
+    "training_total_steps",
+)
 
 
 class ProgressMeter:
@@ -51,6 +60,9 @@ class ProgressMeter:
         total: int = 0,
         unit: str = "",
         loss: float | None = None,
+        raw_loss: float | None = None,
+        grad_norm: float | None = None,
+        micro_batch_size: int | None = None,
         learning_rate: float | None = None,
         tokens_per_second: float | None = None,
         tokens: int | None = None,
@@ -71,6 +83,9 @@ class ProgressMeter:
                 total_steps=total,
                 unit=unit,
                 loss=loss,
+                raw_loss=raw_loss,
+                grad_norm=grad_norm,
+                micro_batch_size=micro_batch_size,
                 learning_rate=learning_rate,
                 tokens_per_second=tokens_per_second,
                 tokens=tokens,

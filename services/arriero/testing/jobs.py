@@ -30,6 +30,7 @@ def make_job(
     attempt: int = 1,
     run: str = "run",
     stage: str = "stage",
+    last_failure: str = "",
 ) -> Job:
     """A job whose staging directory is `tmp_path/"staging"`.
 
@@ -42,6 +43,7 @@ def make_job(
         attempt: counts from 1.
         run: recorded in log lines, as is `stage`.
         stage: see `run`.
+        last_failure: how the attempt before ended.
     """
     resolved: dict[str, list[Artifact]] = {}
     for name, value in inputs.items():
@@ -56,6 +58,7 @@ def make_job(
         attempt=attempt,
         run=run,
         stage=stage,
+        last_failure=last_failure,
     )
 
 
@@ -68,6 +71,7 @@ def run_job(
     tmp_path: Path,
     *,
     attempt: int = 1,
+    last_failure: str = "",
     prepare: Callable[[Job], None] | None = None,
 ) -> list[Output]:
     """Run a handler and return what it returns; what it raises comes through as it is.
@@ -80,10 +84,11 @@ def run_job(
         store: see `kind`.
         tmp_path: see `kind`.
         attempt: see `kind`.
+        last_failure: see `kind`.
         prepare: called with the job before the handler, to keep it (its gates, its
             meter) or to set `preempted`.
     """
-    job = make_job(kind, spec, inputs, store, tmp_path, attempt=attempt)
+    job = make_job(kind, spec, inputs, store, tmp_path, attempt=attempt, last_failure=last_failure)
     if prepare is not None:
         prepare(job)
     return list(handler(job))

@@ -19,12 +19,14 @@ from pathlib import Path
 from arriero.errors import DiskFull
 from arriero.store.files import fsync_directory, fsync_tree, sha256_file
 
-__all__ = ["Checkpoints"]
+__all__ = ["Checkpoints", "checkpoint_bytes"]
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"
 _NAME = re.compile(r"step-(\d{10})")
 _ASIDE = ".aside-"
+# A float32 weight and two moments of AdamW, of each trained parameter.
+_BYTES_PER_SAVED = 12
 
 _log = logging.getLogger("arriero.job.train")
 
@@ -44,13 +46,21 @@ class Checkpoints:
         for left in directory.glob(_ASIDE + "*"):  # an attempt died while it wrote
             shutil.rmtree(left, ignore_errors=True)
 
-    def save(self, step: int, write: Callable[[Path], None], *, needed: int = 0) -> Path:
+    def save(
+        self,
+        step: int,
+        write: Callable[[Path], None],
+        *,
+        needed: int = 0,
+        best: int | None = None,
+    ) -> Path:
         """Write a checkpoint of a step; older ones than `keep` go afterwards.
 
         Args:
             step: optimizer steps done.
             write: fills an empty directory with plain files.
             needed: bytes that it will write at most, for the message of a full disk.
+            best: a step whose checkpoint stays, however old it is.
 
         Raises:
             DiskFull: there was no room; nothing half-written stays.
@@ -85,7 +95,7 @@ class Checkpoints:
                     free=free,
                 ) from error
             raise
-        self._prune()
+        self._prune(best)
         return target
 
     def newest(self) -> Path | None:
@@ -97,16 +107,31 @@ class Checkpoints:
             _log.warning("checkpoint %s is passed over: %s", path.name, problem)
         return None
 
+    def whole(self, step: int) -> Path | None:
+        """The checkpoint of a step, if it is there and whole."""
+        path = self.directory / f"step-{step:010d}"
+        problem = _problem(path)
+        if problem is not None:
+            _log.warning("checkpoint %s is passed over: %s", path.name, problem)
+        return path if problem is None else None
+
     def _complete(self) -> list[Path]:
         """By step, oldest first. Directories of other names are none of ours."""
         return sorted(path for path in self.directory.iterdir() if _NAME.fullmatch(path.name))
 
-    def _prune(self) -> None:
+    def _prune(self, best: int | None) -> None:
         for path in self._complete()[: -self.keep]:
+            if best is not None and path.name == f"step-{best:010d}":
+                continue
             # Out of sight first: a kill in between leaves nothing that looks complete.
             aside = self.directory / f"{_ASIDE}old-{path.name}"
             path.rename(aside)
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def checkpoint_bytes(parameters: int) -> int:
+    """Bytes of one checkpoint of so many trained parameters at most, states and manifest too."""
+    return parameters * _BYTES_PER_SAVED + (1 << 20)
 
 
 def _problem(path: Path) -> str | None:

@@ -23,7 +23,7 @@ from arriero.weights.layout import TORCH_NAMES
 
 def golden_logits(
     base: Path,
-    adapter: Path,
+    adapter: Path | None,
     sequences: Sequence[Sequence[int]],
     *,
     device: str = "cpu",
@@ -36,7 +36,7 @@ def golden_logits(
 
     Args:
         base: the base model's directory.
-        adapter: a healthy PEFT directory.
+        adapter: a healthy PEFT directory; without one it is the model's own word.
         sequences: token ids; each is run alone, from position 0.
         device: to compute on.
         tick: told how many sequences are done.
@@ -66,9 +66,10 @@ def golden_logits(
     )
 
 
-def merged(base: Path, adapter: Path, device: str = "cpu") -> Any:
+def merged(base: Path, adapter: Path | None, device: str = "cpu") -> Any:
     """The merged model, in the types of the base's files, computing in float32."""
-    weights = MergedWeights.open(base, [adapter], [1.0])
+    adapters = [] if adapter is None else [adapter]
+    weights = MergedWeights.open(base, adapters, [1.0] * len(adapters))
     kinds = {plan.dtype for plan in weights.values()}
     # Mixed types are held in float32, which all of them fit in without loss.
     stored = getattr(torch, TORCH_NAMES[kinds.pop()]) if len(kinds) == 1 else torch.float32

@@ -1,72 +1,80 @@
-"""The `train` job: a model and rows in, an adapter and golden logits out.
+"""The `train` job: a model and rows in, an adapter (or a model) and golden logits out.
 
-Responsibility: put the room's parts together for one attempt, resume from its
-newest checkpoint, report. Does not know gRPC, nor who started it.
+Responsibility: put the room's parts together for one attempt, and report. Does not
+know gRPC, nor who started it.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import os
 import shutil
-import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from arriero.errors import DataLoss, Preempted
-from arriero.gates.golden import probe_sequences
+from arriero.errors import Preempted
+from arriero.gates import Mode
 from arriero.llama.cores import threads
 from arriero.operations.job import Job, Output, main
+from arriero.operations.memory import available_bytes
 from arriero.prompts import FILE_NAME as TEMPLATE_FILE
-from arriero.training.checkpoints import Checkpoints
-from arriero.training.plan import Plan, checkpoint_bytes
-from arriero.training.rows import PROBE_FILE, Rows, check_ids, read_facts
-from arriero.training.spec import embedding_rows, lora_of, plan_of, read_config
+from arriero.training import proof
+from arriero.training.memory import fit, gigabytes
+from arriero.training.plan import Plan
+from arriero.training.rows import Rows, check_ids, read_facts
+from arriero.training.spec import (
+    demand_of,
+    embedding_rows,
+    longest_of,
+    lora_of,
+    plan_of,
+    quantization_of,
+    read_config,
+)
 from arriero.weights import Weights
-from arriero.weights.health import check_adapter
 
 if TYPE_CHECKING:
-    from arriero.training.loop import Loop, Report, State
+    from arriero.training.loop import Loop
     from arriero.training.numerics import Numerics
+    from arriero.training.recovery import Recovery
+    from arriero.training.state import Report, State
 
-_TENSORS, _STATE = "tensors.pt", "state.json"
 # The first and the last losses are means over this many steps at most.
 _MEAN_STEPS = 10
 
 
 def train(job: Job) -> Sequence[Output]:
-    """Stage `train`: outputs `adapter`, and `golden` (report) unless the adapter is ill.
+    """Stage `train`: outputs `adapter` (`model` with `method: full`), and `golden`
+    (report) unless the first is ill.
 
     Raises:
         Preempted: told to leave; the newest checkpoint is of the last whole step.
-        FailedPrecondition: the loss is not finite, or the rows are another model's.
+        FailedPrecondition: the loss is not finite, memory does not suffice, or the
+            rows are another model's.
         DiskFull: no room for a checkpoint.
     """
     job.progress(phase="loading", force=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch  # seconds, with what follows: said to be loading first
 
-    from arriero.training import adapter, numerics
+    from arriero.training import adapter, allocator, finite, numerics, whole
+    from arriero.training.optimizers import check_optimizer
 
     torch.set_num_threads(threads())
-    spec = job.spec
-    base, dataset = job.input("model"), job.input("dataset")
+    base, full = job.input("model"), job.spec.method == "full"
     weights = Weights.open(base.path)
     rows, val_rows = _open_rows(job, weights)
-    plan, lora = plan_of(spec, len(rows)), lora_of(spec)
+    plan = plan_of(job.spec, len(rows))
     how = numerics.choose(plan.dtype)
+    check_optimizer(plan.optimizer, how.device)
+    micro_batch = _fitting(job, weights, how, plan)
     job.check_preempted()
-    model = adapter.load_base(base.path, how.dtype, how.device)
-    model = adapter.attach(model, lora, base=base.digest, seed=plan.seed)
-    if plan.gradient_checkpointing:
-        adapter.spare_activations(model)
+    model = _load(job, weights, how, plan)
     trained = sum(weight.numel() for weight in adapter.trained_weights(model).values())
+    allocator.release(how.device)  # what loading left
     job.log.info(
         "training %d of %d parameters on %s in %s with %d threads: %d rows, %d steps of %d",
         trained,
-        weights.elements + trained,
+        weights.elements if full else weights.elements + trained,
         how.device,
         str(how.dtype).removeprefix("torch."),
         torch.get_num_threads(),
@@ -74,27 +82,37 @@ def train(job: Job) -> Sequence[Output]:
         plan.total_steps,
         plan.batch_size,
     )
-    state = _train(job, model, (rows, val_rows), plan, how, parameters=weights.elements)
-    directory = job.output_dir("adapter")
-    adapter.save(model, directory)
-    if (dataset.path / TEMPLATE_FILE).is_file():
-        shutil.copyfile(dataset.path / TEMPLATE_FILE, directory / TEMPLATE_FILE)
-    del model
-    if how.device == "cuda":
-        torch.cuda.empty_cache()
+    loop = _loop(job, model, (rows, val_rows), plan, how, weights.elements)
+    if micro_batch < plan.micro_batch_size:
+        loop.state.micro_batch_size = micro_batch
+    state, best = _run(job, loop)
+    name = "model" if full else "adapter"
+    directory = job.output_dir(name)
+    if full:
+        whole.save(model, weights, base.path, directory)
+    else:
+        adapter.save(model, directory)
+    if (job.input("dataset").path / TEMPLATE_FILE).is_file():
+        shutil.copyfile(job.input("dataset").path / TEMPLATE_FILE, directory / TEMPLATE_FILE)
+    del model, loop
+    allocator.release(how.device)
+    metrics = _metrics(state, best)
+    finite.judge(job.gates, state)
+    proof.improves(job.gates, state.base_loss, metrics.get("val_loss"))
     output = Output(
-        name="adapter",
-        kind="adapter",
+        name=name,
+        kind=name,
         path=directory,
         artifact_name=base.manifest.name,
-        metrics={**_metrics(state), "parameters": float(trained)},
-        labels={"base": base.digest},
+        metrics={**metrics, "parameters": float(trained)},
+        labels=_labels(job, full=full),
         licenses=base.manifest.licenses,
     )
-    if not _healthy(job, directory, weights):
+    if not proof.healthy(job.gates, directory, weights, full=full):
         return [output]
     output.golden = "output:golden"
-    return [output, _golden(job, directory, rows, how.device, state)]
+    facts = {**metrics, "trained_on": _held_as(job, how)}
+    return [output, proof.golden(job, output, rows, how.device, state, facts)]
 
 
 def _open_rows(job: Job, weights: Weights) -> tuple[Rows, Rows | None]:
@@ -109,85 +127,148 @@ def _open_rows(job: Job, weights: Weights) -> tuple[Rows, Rows | None]:
     return rows, val_rows
 
 
-def _train(
+def _fitting(job: Job, weights: Weights, how: Numerics, plan: Plan) -> int:
+    """The micro batch that memory holds by estimate.
+
+    Raises:
+        FailedPrecondition: it holds none.
+    """
+    import torch
+
+    model = job.input("model").path
+    longest = longest_of(read_facts(job.input("dataset").path))
+    demand = demand_of(
+        job.spec,
+        read_config(model),
+        weights,
+        longest,
+        plan.micro_batch_size,
+        base_bytes=4 if how.dtype == torch.float32 else 2,
+        host=how.device == "cpu",
+    )
+    if how.device == "cpu":
+        free, where = available_bytes(), "this host"
+    else:
+        free, where = torch.cuda.mem_get_info()[0], torch.cuda.get_device_name()
+    rows = fit(demand, free, where)
+    need = demand.need()
+    job.log.info(
+        "memory: about %s (%s) of %s free on %s",
+        gigabytes(need.total),
+        need,
+        gigabytes(free),
+        where,
+    )
+    if rows < plan.micro_batch_size:
+        job.log.warning(
+            "that is too much for micro_batch_size %d: it is %d, with %d accumulated a step; "
+            "batch_size stays %d",
+            plan.micro_batch_size,
+            rows,
+            -(-plan.batch_size // rows),
+            plan.batch_size,
+        )
+    return rows
+
+
+def _load(job: Job, weights: Weights, how: Numerics, plan: Plan) -> Any:
+    """The model, with what is to be trained of it."""
+    import torch
+
+    from arriero.training import adapter, whole
+    from arriero.training.neftune import add_noise
+
+    spec, base = job.spec, job.input("model")
+    if spec.method == "full":
+        model = adapter.load_base(base.path, torch.float32, how.device)
+        model = whole.unfreeze(model, weights)
+    else:
+        lora = lora_of(spec)
+        model = adapter.load_base(
+            base.path, how.dtype, how.device, quantization_of(spec), lora.modules_to_save
+        )
+        model = adapter.attach(model, lora, base=base.digest, seed=plan.seed)
+    if plan.gradient_checkpointing:
+        adapter.spare_activations(model)
+    add_noise(adapter.core(model), plan.neftune_alpha)
+    return model
+
+
+def _loop(
     job: Job,
     model: Any,
     rows: tuple[Rows, Rows | None],
     plan: Plan,
     how: Numerics,
-    *,
     parameters: int,
-) -> State:
-    """Train from the newest checkpoint to the end."""
-    from arriero.training.loop import Loop, Stopped
+) -> Loop:
+    from arriero.training.loop import Loop
 
     pad_id = read_facts(job.input("dataset").path).get("pad_token_id")
     pad_id = max(0, int(pad_id or 0))  # any id: what is padded is never looked at
-    loop = Loop(model, *rows, plan, how, pad_id=pad_id, parameters=parameters)
-    checkpoints = Checkpoints(job.checkpoints, plan.save_total_limit)
-    saved: float | None = None  # when the newest complete one was
-    saved_step = 0
-    if (newest := checkpoints.newest()) is not None:
-        loop.restore(*_read(newest))
-        saved, saved_step = newest.stat().st_mtime, loop.state.step
-        job.log.info("resumed from step %d of %d", loop.state.step, plan.total_steps)
-    needed = checkpoint_bytes(sum(weight.numel() for weight in loop.tensors()["weights"].values()))
+    return Loop(
+        model,
+        *rows,
+        plan,
+        how,
+        pad_id=pad_id,
+        parameters=parameters,
+        measures_base=job.gates.mode("train.improves") is not Mode.SKIP,
+        leaves_out=job.gates.mode("train.finite") is not Mode.ENFORCE,
+    )
 
-    def report(now: Report) -> None:
-        job.progress(
-            phase=now.phase,
-            step=now.step,
-            total=now.total,
-            unit="steps" if now.phase == "training" else "rows",
-            loss=now.loss,
-            learning_rate=now.learning_rate,
-            tokens_per_second=now.tokens_per_second,
-            tokens=now.tokens,
-            mfu=now.mfu,
-            checkpoint_time=saved,
-        )
 
-    def save() -> None:
-        nonlocal saved, saved_step
-        job.store.preflight(needed)
-        checkpoints.save(loop.state.step, lambda place: _write(place, loop), needed=needed)
-        saved, saved_step = time.time(), loop.state.step
+def _run(job: Job, loop: Loop) -> tuple[State, int]:
+    """Train from the newest checkpoint to the end; the state, and the step handed on."""
+    from arriero.training import allocator
+    from arriero.training.loop import Stopped
+    from arriero.training.recovery import Recovery
 
+    recovery = Recovery(loop, job.checkpoints, job.store, job.gates)
+    recovery.resume(out_of_memory=job.last_failure == "OUT_OF_MEMORY")
+    total = loop.plan.total_steps
     # The step that it goes on from: what is left is told from this process' own speed.
-    report(loop.report())
+    _report(job, recovery, loop.report())
     try:
-        state = loop.run(report=report, save=save, should_stop=job.preempted.is_set)
+        state = loop.run(
+            report=lambda now: _report(job, recovery, now),
+            save=recovery.save,
+            should_stop=job.preempted.is_set,
+        )
     except Stopped as stopped:
-        if loop.state.step != saved_step:
-            save()
+        recovery.save_if_newer()
         raise Preempted(
-            f"told to leave at step {loop.state.step} of {plan.total_steps}; it is saved, and "
+            f"told to leave at step {loop.state.step} of {total}; it is saved, and "
             "the next attempt goes on from there"
         ) from stopped
+    except Exception as error:
+        if not allocator.ran_out(error):
+            recovery.forget()
+        raise
     for step, loss in state.val_losses:
         job.log.info("held-out loss %.4f nats per token at step %d", loss, step)
-    return state
+    return state, recovery.load_best() if loop.plan.load_best else state.step
 
 
-def _write(directory: Path, loop: Loop) -> None:
-    import torch
+def _report(job: Job, recovery: Recovery, now: Report) -> None:
+    job.progress(
+        phase=now.phase,
+        step=now.step,
+        total=now.total,
+        unit="steps" if now.phase == "training" else "rows",
+        loss=now.loss,
+        raw_loss=now.raw_loss,
+        grad_norm=now.grad_norm,
+        micro_batch_size=now.micro_batch_size,
+        learning_rate=now.learning_rate,
+        tokens_per_second=now.tokens_per_second,
+        tokens=now.tokens,
+        mfu=now.mfu,
+        checkpoint_time=recovery.time,
+    )
 
-    # Through memory: torch's own writer hides why it fails.
-    buffer = io.BytesIO()
-    torch.save(loop.tensors(), buffer)
-    (directory / _TENSORS).write_bytes(buffer.getbuffer())
-    (directory / _STATE).write_text(json.dumps(loop.state.to_dict()), encoding="utf-8")
 
-
-def _read(directory: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    import torch
-
-    # To the CPU: generators' states stay there, the rest is copied to its parameters.
-    tensors = torch.load(directory / _TENSORS, map_location="cpu", weights_only=True)
-    return tensors, json.loads((directory / _STATE).read_text(encoding="utf-8"))
-
-
-def _metrics(state: State) -> dict[str, float]:
+def _metrics(state: State, best: int) -> dict[str, float]:
     count = max(1, min(_MEAN_STEPS, len(state.losses) // 4))
     metrics = {
         "steps": float(state.step),
@@ -198,73 +279,29 @@ def _metrics(state: State) -> dict[str, float]:
         metrics["loss_first"] = sum(state.losses[:count]) / count
         metrics["loss_last"] = sum(state.losses[-count:]) / count
     if state.val_losses:
-        metrics["val_loss"] = state.val_losses[-1][1]
+        last = state.val_losses[-1][1]
+        metrics["val_loss"] = next((loss for step, loss in state.val_losses if step == best), last)
+        metrics["best_step"] = float(best)
+    if state.base_loss is not None:
+        metrics["base_val_loss"] = state.base_loss
+    if state.micro_batch_size:
+        metrics["micro_batch_size"] = float(state.micro_batch_size)
     return metrics
 
 
-def _healthy(job: Job, directory: Path, base: Weights) -> bool:
-    """Judge `adapter.health`; whether golden logits can be made of it."""
-    if not job.gates.wanted("adapter.health"):
-        return True
-    with job.gates.timed():
-        problems = check_adapter(directory, base=base)
-    job.gates.judge(
-        "adapter.health",
-        not problems,
-        figure=float(len(problems)),
-        threshold=0.0,
-        unit="problems",
-        detail="; ".join(problems),
-    )
-    return not problems
-
-
-def _golden(job: Job, adapter: Path, rows: Rows, device: str, state: State) -> Output:
-    from arriero.training.golden import golden_logits
-
-    sequences = _probe(job, rows)
-
-    def tick(done: int) -> None:
-        job.progress(phase="proving", step=done, total=len(sequences), unit="sequences")
-
-    tick(0)
+def _labels(job: Job, *, full: bool) -> dict[str, str]:
     base = job.input("model")
-    golden = golden_logits(base.path, adapter, sequences, device=device, tick=tick)
-    directory = job.output_dir("golden")
-    golden.write(directory)
-    figures = {
-        "format": 1,
-        "report": "golden",
-        "base": base.digest,
-        "tokens": len(golden.tokens),
-        "sequences": len(golden.lengths),
-        "vocabulary": int(golden.logprobs.shape[1]),
-        "losses": state.losses,
-        "val_losses": state.val_losses,
-        **_metrics(state),
-    }
-    (directory / "report.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
-    return Output(
-        name="golden",
-        kind="report",
-        path=directory,
-        artifact_name=base.manifest.name,
-        metrics={"tokens": float(len(golden.tokens))},
-        labels={"report": "golden"},
-        gates=(),
-    )
+    labels = {"base": base.digest}
+    if full:
+        kept = ("architecture", "license_files")
+        labels |= {key: base.manifest.labels[key] for key in kept if key in base.manifest.labels}
+    return labels
 
 
-def _probe(job: Job, rows: Rows) -> list[list[int]]:
-    """The dataset's probe; a dataset without one is probed with its own rows."""
-    path = job.input("dataset").path / PROBE_FILE
-    if not path.is_file():
-        return probe_sequences([rows.ids(row).tolist() for row in range(min(len(rows), 256))])
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))["sequences"]
-        return [[int(i) for i in ids] for ids in found]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataLoss(f"{PROBE_FILE} of the dataset cannot be read: {error}") from error
+def _held_as(job: Job, how: Numerics) -> str:
+    """In what the base was held while it was trained on: `nf4`, `bfloat16`."""
+    packed = quantization_of(job.spec)
+    return packed.name if packed else str(how.dtype).removeprefix("torch.")
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ jobs, artifacts or directories.
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,90 +22,45 @@ from torch.nn import functional
 from transformers import get_scheduler
 
 from arriero.errors import FailedPrecondition
-from arriero.training.adapter import trained_weights
+from arriero.training import allocator, stopping
+from arriero.training.adapter import core, trained_weights
+from arriero.training.finite import Finite
 from arriero.training.numerics import Numerics, peak_flops
+from arriero.training.optimizers import make_optimizer
 from arriero.training.plan import Plan
 from arriero.training.rows import MASKED, MicroBatch, Rows, batches, collate
+from arriero.training.state import Report, State
 
-# Share of the past in the smoothed loss.
-_SMOOTHING = 0.9
 # Steps that the speed is taken over.
 _SPEED_STEPS = 10
 # Seconds between checkpoints when `save_steps` is 0.
 SAVE_SECONDS = 60.0
-# Of a token: forward, and backward to activations alone (the base's weights have no gradients).
-_FLOPS_PER_PARAMETER = 4
+# Of a token: forward, and backward to activations alone (the base's weights have no
+# gradients); and to the weights where they are trained.
+_FLOPS_PER_PARAMETER, _FLOPS_PER_TRAINED = 4, 2
+
+
+_log = logging.getLogger("arriero.job.train")
+T = TypeVar("T")
 
 
 class Stopped(Exception):
     """The loop left between two batches; its state is that of the last whole step."""
 
 
-@dataclass(slots=True)
-class State:
-    """How far a training is; JSON.
-
-    Attributes:
-        step: optimizer steps done.
-        tokens: unpadded tokens seen; `trained_tokens` of them counted in the loss.
-        losses: mean loss in nats per trained token, one per step that had any.
-        smoothed: exponential mean of `losses`, not yet corrected for its start.
-        val_losses: [step, mean loss of the held-out rows].
-    """
-
-    step: int = 0
-    tokens: int = 0
-    trained_tokens: int = 0
-    losses: list[float] = field(default_factory=list)
-    smoothed: float = 0.0
-    val_losses: list[list[float]] = field(default_factory=list)
-
-    def add(self, loss: float) -> None:
-        """Take in the loss of a step."""
-        self.losses.append(loss)
-        self.smoothed = _SMOOTHING * self.smoothed + (1 - _SMOOTHING) * loss
-
-    @property
-    def smooth_loss(self) -> float | None:
-        """Exponential mean of the losses (Kingma & Ba 2014's bias correction)."""
-        if not self.losses:
-            return None
-        return self.smoothed / (1 - _SMOOTHING ** len(self.losses))
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return asdict(self)
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What can be said after a step, or in the middle of a validation.
-
-    `step` and `total` count optimizer steps when `phase` is `training`, rows
-    when it is `validating`.
-    """
-
-    phase: str
-    step: int
-    total: int
-    loss: float | None
-    learning_rate: float
-    tokens_per_second: float | None
-    tokens: int
-    mfu: float | None
-
-
 class Loop:
     """One training of one model.
 
     Args:
-        model: with LoRA on it; what requires gradients is trained.
+        model: what of it requires gradients is trained.
         rows: to train on.
         val_rows: held out, if any.
         plan: how.
         numerics: where the model is, and in what it computes.
         pad_id: any id that has an embedding.
         parameters: of the base, for the model FLOPs utilisation.
+        measures_base: take the held-out loss before the first step too.
+        leaves_out: go on without the steps whose loss is not finite, instead of ending.
         clock: seconds, for the speed and for when to save.
     """
 
@@ -119,6 +74,8 @@ class Loop:
         *,
         pad_id: int = 0,
         parameters: int = 0,
+        measures_base: bool = False,
+        leaves_out: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model = model
@@ -126,11 +83,14 @@ class Loop:
         self.state = State()
         self._rows, self._val_rows = rows, val_rows
         self._numerics, self._pad_id, self._clock = numerics, pad_id, clock
-        self._peak, self._parameters = peak_flops(numerics), parameters
+        self._measures_base = measures_base
+        self._finite = Finite(plan, numerics, leaves_out=leaves_out)
         self._weights = trained_weights(model)
-        self._optimizer = torch.optim.AdamW(
-            self._weights.values(), lr=plan.learning_rate, weight_decay=plan.weight_decay
-        )
+        self._peak = peak_flops(numerics)
+        trained = sum(weight.numel() for weight in self._weights.values())
+        self._flops = _FLOPS_PER_PARAMETER * parameters + _FLOPS_PER_TRAINED * trained
+        self._optimizer = make_optimizer(plan, self._weights.values(), numerics.device)
+        self._grad_norm: float | None = None
         self._scheduler = get_scheduler(
             plan.scheduler,
             self._optimizer,
@@ -139,7 +99,7 @@ class Loop:
         )
         self._scaler = torch.amp.GradScaler(numerics.device, enabled=numerics.scaled)
         # Prompts need no logits, and those of a large vocabulary are most of the memory.
-        forward = inspect.signature(model.get_base_model().forward).parameters
+        forward = inspect.signature(core(model).forward).parameters
         self._chooses_logits = "logits_to_keep" in forward
         self._rate = float(self._scheduler.get_last_lr()[0])
         self._order: tuple[int, list[npt.NDArray[np.int64]]] = (-1, [])
@@ -159,24 +119,43 @@ class Loop:
         Args:
             report: called after each step.
             save: writes a checkpoint from `tensors` and `state`; called after the
-                first step (a full disk shows early), then as the plan says.
+                first step (a full disk shows early), then as the plan says, and
+                at each lowest held-out loss where the plan hands that on.
             should_stop: asked between micro batches.
 
         Raises:
             Stopped: `should_stop` said so; `tensors` and `state` may be saved.
-            FailedPrecondition: the loss or a gradient is not finite.
+            FailedPrecondition: the loss or a gradient is not finite, or memory does
+                not hold one row.
         """
         plan, state = self.plan, self.state
         saved_at, saved_step = self._clock(), state.step
         while True:
-            self._validate_if_due(report, should_stop)
-            if state.step >= plan.total_steps:
+            found_best = self._validate_if_due(report, should_stop)
+            if found_best and plan.load_best:
+                save()
+                saved_at, saved_step = self._clock(), state.step
+            if state.step >= plan.total_steps or self._is_enough():
                 return state
             if state.step != saved_step and self._save_is_due(self._clock() - saved_at):
                 save()
                 saved_at, saved_step = self._clock(), state.step
             self._step(should_stop)
             report(self.report())
+
+    def _is_enough(self) -> bool:
+        plan, losses = self.plan, self.state.val_losses
+        if not stopping.exhausted(losses, plan.patience, plan.threshold):
+            return False
+        found = stopping.best(losses)
+        _log.info(
+            "stopped early at step %d of %d: %d validations without an improvement on %s",
+            self.state.step,
+            plan.total_steps,
+            plan.patience,
+            f"{found[1]:.4f} nats at step {found[0]}" if found else "no finite loss",
+        )
+        return True
 
     def _save_is_due(self, seconds: float) -> bool:
         every, step = self.plan.save_steps, self.state.step
@@ -198,6 +177,21 @@ class Loop:
         Raises:
             FailedPrecondition: they are another model's.
         """
+        self.load_weights(tensors)
+        self._optimizer.load_state_dict(tensors["optimizer"])
+        self._scheduler.load_state_dict(tensors["scheduler"])
+        if self._numerics.scaled:
+            self._scaler.load_state_dict(tensors["scaler"])
+        self._generators = dict(tensors["generators"])
+        self._rate = float(self._scheduler.get_last_lr()[0])
+        self.state = State(**state)
+
+    def load_weights(self, tensors: Mapping[str, Any]) -> None:
+        """Take the trained weights of `tensors` alone.
+
+        Raises:
+            FailedPrecondition: they are another model's.
+        """
         found = tensors["weights"]
         if {n: w.shape for n, w in found.items()} != {n: w.shape for n, w in self._weights.items()}:
             raise FailedPrecondition(
@@ -207,23 +201,52 @@ class Loop:
         with torch.no_grad():
             for name, weight in self._weights.items():
                 weight.copy_(found[name])
-        self._optimizer.load_state_dict(tensors["optimizer"])
-        self._scheduler.load_state_dict(tensors["scheduler"])
-        if self._numerics.scaled:
-            self._scaler.load_state_dict(tensors["scaler"])
-        self._generators = dict(tensors["generators"])
-        self._rate = float(self._scheduler.get_last_lr()[0])
-        self.state = State(**state)
+
+    @property
+    def dtype(self) -> str:
+        """In what it computes: `float32`, `bfloat16`, `float16`."""
+        return str(self._numerics.dtype).removeprefix("torch.")
+
+    def probe(self) -> float | None:
+        """Loss of the first row of the next step, as the step would compute it.
+
+        Dropout included, so that equal losses before and after a resume prove weights,
+        random state and data position at once. None when that row trains nothing.
+        """
+        row = self._batch(self.state.step)[:1]
+        micro = collate(self._rows, row, self._pad_id)
+        if not len(micro.positions):
+            return None
+        _restore_generators(self._generators, self._numerics.device)
+        self.model.train()
+        with torch.no_grad():
+            return float(self._loss(micro)) / self._rows.trained(row)
 
     def _step(self, should_stop: Callable[[], bool]) -> None:
         """One optimizer step; leaves everything as it was if it is stopped."""
         started = self._clock()
         chosen = self._batch(self.state.step)
+        value = self._with_memory(lambda: self._gradients(chosen, should_stop))
+        self._finish_step(started, chosen, value)
+
+    def _with_memory(self, work: Callable[[], T]) -> T:
+        """Do work, again with smaller micro batches where memory runs out."""
+        while True:
+            try:
+                return work()
+            except Exception as error:
+                if not allocator.ran_out(error):
+                    raise
+            # Not inside `except`: the error holds on to the tensors of its frames.
+            self.shrink("out of memory")
+
+    def _gradients(self, chosen: npt.NDArray[np.int64], should_stop: Callable[[], bool]) -> float:
+        """Add up the gradients of a step's rows; their mean loss."""
         trained = self._rows.trained(chosen)
         _restore_generators(self._generators, self._numerics.device)
         self.model.train()
         total = torch.zeros((), device=self._numerics.device)
-        size = self.plan.micro_batch_size
+        size = self.micro_batch_size
         for start in range(0, len(chosen), size):
             if should_stop():
                 self._optimizer.zero_grad(set_to_none=True)
@@ -234,11 +257,15 @@ class Loop:
                 loss = self._loss(micro) / trained
                 self._scaler.scale(loss).backward()
                 total += loss.detach()
-        value, self._rate = float(total), float(self._scheduler.get_last_lr()[0])
-        if trained:
-            self._check(value, "loss")
-            self._apply()
+        return float(total)
+
+    def _finish_step(self, started: float, chosen: npt.NDArray[np.int64], value: float) -> None:
+        trained = self._rows.trained(chosen)
+        self._rate = float(self._scheduler.get_last_lr()[0])
+        about = (self.state, self._rate, chosen)
+        if trained and self._finite.allows("loss", value, *about) and self._apply(*about):
             self.state.add(value)
+        self._optimizer.zero_grad(set_to_none=True)
         self._scheduler.step()
         tokens = int(self._rows.lengths[chosen].sum())
         self.state.step += 1
@@ -247,29 +274,54 @@ class Loop:
         self._generators = _generators(self._numerics.device)
         self._speed.append((self._clock() - started, tokens))
 
-    def _apply(self) -> None:
+    @property
+    def micro_batch_size(self) -> int:
+        """Rows of a forward pass now: the plan's, or what memory has left of it."""
+        return self.state.micro_batch_size or self.plan.micro_batch_size
+
+    def shrink(self, why: str) -> None:
+        """Halve the micro batch; the batch stays, in twice as many parts.
+
+        Raises:
+            FailedPrecondition: it is one row already.
+        """
+        size = self.micro_batch_size
+        if size == 1:
+            raise FailedPrecondition(
+                f"{why} with micro_batch_size 1: use gradient_checkpointing, load_in_4bit, "
+                "shorter rows (cutoff_len) or a machine with more memory",
+                reason="OUT_OF_MEMORY",
+            )
+        self.state.micro_batch_size = size // 2
+        parts = math.ceil(self.plan.batch_size / (size // 2))
+        _log.warning(
+            "%s with micro_batch_size %d: from here on it is %d, with %d accumulated a step; "
+            "batch_size stays %d",
+            why,
+            size,
+            size // 2,
+            parts,
+            self.plan.batch_size,
+        )
+        self._optimizer.zero_grad(set_to_none=True)
+        allocator.release(self._numerics.device)
+
+    def _apply(self, state: State, rate: float, rows: npt.NDArray[np.int64]) -> bool:
+        """Move the weights by their gradients; whether these were fit for it."""
         self._scaler.unscale_(self._optimizer)
         limit = self.plan.max_grad_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self._weights.values(), limit)
-        if not self._numerics.scaled:  # a loss scale is found by trying: it skips such steps
-            self._check(float(norm), "gradient")
+        norm = float(torch.nn.utils.clip_grad_norm_(self._weights.values(), limit))
+        self._grad_norm = norm if math.isfinite(norm) else None
+        # A loss scale is found by trying: it skips such steps by itself.
+        if not self._numerics.scaled and not self._finite.allows(
+            "gradient", norm, state, rate, rows
+        ):
+            return False
+        before = self._scaler.get_scale()
         self._scaler.step(self._optimizer)
         self._scaler.update()
-        self._optimizer.zero_grad(set_to_none=True)
-
-    def _check(self, value: float, what: str) -> None:
-        if math.isfinite(value):
-            return
-        step = self.state.step + 1
-        lower = self.plan.learning_rate / 3
-        raise FailedPrecondition(
-            f"the {what} is {value} at step {step} of {self.plan.total_steps} (learning rate "
-            f"{self._rate:.3g}, {str(self._numerics.dtype).removeprefix('torch.')}); lower "
-            f"learning_rate (such as {lower:.1g}), raise warmup_steps, lower max_grad_norm, "
-            "or use dtype float32",
-            reason="LOSS_NOT_FINITE",
-            metadata={"step": str(step), "value": str(value)},
-        )
+        self._finite.scaled(state, skipped=self._scaler.get_scale() < before)
+        return True
 
     def _loss(self, micro: MicroBatch) -> torch.Tensor:
         """Sum of -log p over the trained tokens, float32, nats."""
@@ -291,28 +343,49 @@ class Loop:
 
     def _validate_if_due(
         self, report: Callable[[Report], None], should_stop: Callable[[], bool]
-    ) -> None:
+    ) -> bool:
+        """Take the held-out loss when it is due; whether it is the lowest so far."""
         state, rows = self.state, self._val_rows
-        ends = state.step % self.plan.steps_per_epoch == 0 or state.step == self.plan.total_steps
+        if rows is None or not len(rows):
+            return False
+        if state.step == 0:
+            if self._measures_base and state.base_loss is None:
+                state.base_loss = self._validate(rows, report, should_stop)
+            return False
         done = bool(state.val_losses) and state.val_losses[-1][0] == state.step
-        if rows is None or not len(rows) or not state.step or not ends or done:
-            return
-        self.model.eval()
+        if done or not self.plan.validates_at(state.step):
+            return False
+        loss = self._validate(rows, report, should_stop)
+        if loss is None:
+            return False
+        state.val_losses.append([state.step, loss])
+        found = stopping.best(state.val_losses)
+        return found is not None and found[0] == state.step
+
+    def _validate(
+        self, rows: Rows, report: Callable[[Report], None], should_stop: Callable[[], bool]
+    ) -> float | None:
+        """Mean loss of held-out rows, nats per trained token."""
         order = np.argsort(-rows.lengths, kind="stable")
-        size = self.plan.micro_batch_size
-        total, trained = 0.0, 0
-        for start in range(0, len(order), size):
-            if should_stop():
-                raise Stopped
-            chosen = order[start : start + size]
-            micro = collate(rows, chosen, self._pad_id)
-            if len(micro.positions):
-                with torch.inference_mode():
-                    total += float(self._loss(micro))
-                trained += rows.trained(chosen)
-            report(self.report("validating", start + len(chosen), len(order)))
-        if trained:
-            state.val_losses.append([state.step, total / trained])
+
+        def total_loss() -> tuple[float, int]:
+            self.model.eval()
+            size = self.micro_batch_size
+            total, trained = 0.0, 0
+            for start in range(0, len(order), size):
+                if should_stop():
+                    raise Stopped
+                chosen = order[start : start + size]
+                micro = collate(rows, chosen, self._pad_id)
+                if len(micro.positions):
+                    with torch.inference_mode():
+                        total += float(self._loss(micro))
+                    trained += rows.trained(chosen)
+                report(self.report("validating", start + len(chosen), len(order)))
+            return total, trained
+
+        total, trained = self._with_memory(total_loss)
+        return total / trained if trained else None
 
     def _batch(self, step: int) -> npt.NDArray[np.int64]:
         epoch, place = divmod(step, self.plan.steps_per_epoch)
@@ -333,7 +406,7 @@ class Loop:
         """How far it is; `step` and `total` default to the optimizer's."""
         seconds = sum(taken for taken, _ in self._speed)
         speed = sum(n for _, n in self._speed) / seconds if seconds > 0 else None
-        flops = _FLOPS_PER_PARAMETER * self._parameters * (speed or 0.0)
+        flops = self._flops * (speed or 0.0)
         return Report(
             phase=phase,
             step=step or self.state.step,
@@ -343,6 +416,9 @@ class Loop:
             tokens_per_second=speed,
             tokens=self.state.tokens,
             mfu=flops / self._peak if flops and self._peak else None,
+            raw_loss=self.state.losses[-1] if self.state.losses else None,
+            grad_norm=self._grad_norm,
+            micro_batch_size=self.micro_batch_size,
         )
 
 

@@ -1,15 +1,15 @@
 """What a training is going to do, in numbers.
 
 Responsibility: hyperparameters after all defaults, and what follows from them:
-steps, warmup, memory. Pure arithmetic; knows neither protos nor torch.
+steps, warmup, what is trained. Pure arithmetic; knows neither protos nor torch.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 # Schedulers of transformers.get_scheduler that need nothing but steps and warmup.
 SCHEDULERS = (
@@ -21,18 +21,10 @@ SCHEDULERS = (
     "constant_with_warmup",
     "inverse_sqrt",
 )
-OPTIMIZERS = ("adamw_torch",)
+OPTIMIZERS = ("adamw_torch", "adamw_8bit", "paged_adamw_8bit")
+METHODS = ("lora", "full")
+FOUR_BIT_TYPES = ("nf4", "fp4")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# Weight, gradient and two moments of AdamW, float32 each.
-_BYTES_PER_TRAINED = 16
-# What a checkpoint holds of them: weight and moments.
-_BYTES_PER_SAVED = 12
-# Interpreter, torch, transformers and PEFT, in bytes: measured 0.7 GB.
-_LIBRARIES = 900_000_000
-# Hidden-sized activations that one layer keeps for its backward pass: Korthikanti
-# et al. 2022 (arXiv:2205.05198) count 34 bytes a value in 16 bits; SwiGLU's three
-# intermediate ones are counted apart.
-_KEPT_PER_LAYER = 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +41,12 @@ class Plan:
         max_grad_norm: 0 leaves gradients as they are.
         save_steps: optimizer steps between checkpoints; 0 means one a minute.
         dtype: `auto`, `float32`, `bfloat16`, `float16`.
+        betas, epsilon: of AdamW.
+        neftune_alpha: noise on the embeddings; 0 means none.
+        eval_steps: optimizer steps between validations; 0 means each epoch's end.
+        patience: validations without an improvement of more than `threshold` nats
+            after which the training ends; 0 means never.
+        load_best: hand on the weights of the lowest validation loss.
     """
 
     rows: int
@@ -67,6 +65,14 @@ class Plan:
     save_steps: int = 0
     save_total_limit: int = 2
     gradient_checkpointing: bool = False
+    optimizer: str = "adamw_torch"
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    neftune_alpha: float = 0.0
+    eval_steps: int = 0
+    patience: int = 0
+    threshold: float = 0.0
+    load_best: bool = False
 
     @property
     def steps_per_epoch(self) -> int:
@@ -93,53 +99,72 @@ class Plan:
         share = math.ceil(round(self.warmup * self.total_steps, 6))
         return min(share, self.total_steps - 1)
 
+    def validates_at(self, step: int) -> bool:
+        """Whether the held-out rows are looked at after so many steps."""
+        every = self.eval_steps or self.steps_per_epoch
+        return step > 0 and (step % every == 0 or step == self.total_steps)
+
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """PEFT's LoraConfig, as far as this build has it; `targets` is `all-linear` or names."""
+    """PEFT's LoraConfig, by its names; `targets` is `all-linear` or names.
+
+    `rank_pattern` and `alpha_pattern` override by module: the first key that matches
+    the whole name or a dotted ending of it (PEFT's rule).
+    """
 
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.05
     targets: str | tuple[str, ...] = ("q_proj", "v_proj")
     rslora: bool = False
+    dora: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    def rank_of(self, module: str) -> int:
+        """The rank that a module gets."""
+        for pattern, rank in self.rank_pattern.items():
+            if pattern_matches(pattern, module):
+                return rank
+        return self.rank
+
+    def parameters(self, modules: Mapping[str, tuple[int, int]]) -> int:
+        """Parameters of A (rank, in) and B (out, rank), and of DoRA's magnitudes (out).
+
+        Args:
+            modules: those that are targeted, with their shapes (out, in).
+        """
+        return sum(
+            self.rank_of(name) * (out + inner) + (out if self.dora else 0)
+            for name, (out, inner) in modules.items()
+        )
 
 
-def trained_parameters(modules: Mapping[str, tuple[int, int]], rank: int) -> int:
-    """Parameters of A (rank, in) and B (out, rank) over modules of shape (out, in)."""
-    return sum(rank * (out + inner) for out, inner in modules.values())
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """How the base is held while it is trained on (QLoRA, Dettmers et al. 2023).
 
-
-def checkpoint_bytes(parameters: int) -> int:
-    """Bytes of one checkpoint, with a reserve for states and manifest."""
-    return parameters * _BYTES_PER_SAVED + (1 << 20)
-
-
-def memory_bytes(
-    config: Mapping[str, Any],
-    *,
-    parameters: int,
-    trained: int,
-    rows: int,
-    length: int,
-    gradient_checkpointing: bool,
-) -> int:
-    """Memory that a training needs, roughly and rather too much than too little.
-
-    Args:
-        config: the model's `config.json`.
-        parameters: of the base, counted in float32 (a CPU without fast bfloat16).
-        trained: LoRA's.
-        rows: of a micro batch.
-        length: tokens of the longest row.
-        gradient_checkpointing: keeps one layer's activations instead of all.
+    Attributes:
+        bits: 4 or 8.
+        kind: `nf4` or `fp4`; of 4 bits only.
+        double: quantize the scales too; of 4 bits only.
     """
-    hidden = int(config.get("hidden_size", 0))
-    layers = int(config.get("num_hidden_layers", 0))
-    inner = int(config.get("intermediate_size", 4 * hidden))
-    vocabulary = int(config.get("vocab_size", 0))
-    per_layer = 4 * (_KEPT_PER_LAYER * hidden + 3 * inner)
-    kept = layers * 4 * hidden + per_layer if gradient_checkpointing else layers * per_layer
-    # Logits, their float32 copy and their gradient.
-    per_token = kept + 3 * 4 * vocabulary
-    return _LIBRARIES + parameters * 4 + trained * _BYTES_PER_TRAINED + rows * length * per_token
+
+    bits: int
+    kind: str = "nf4"
+    double: bool = True
+
+    @property
+    def name(self) -> str:
+        """`nf4`, `fp4` or `int8`."""
+        return self.kind if self.bits == 4 else "int8"
+
+
+def pattern_matches(pattern: str, module: str) -> bool:
+    """PEFT's rule for keys of `rank_pattern`; a pattern that is no regular expression: False."""
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", module) is not None
+    except re.error:
+        return False

@@ -6,30 +6,30 @@ Reads headers and counts alone; never imports torch, does not know the loop.
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from arriero.errors import FailedPrecondition, FieldViolation, InvalidArgument
+from arriero.errors import FailedPrecondition
 from arriero.gates import check_modes
 from arriero.gates.golden import TOKENS
 from arriero.operations.defaults import with_defaults
 from arriero.operations.kinds import ResolveContext, Resolved
 from arriero.store import Artifact
-from arriero.training import plan as plans
-from arriero.training.plan import Lora, Plan
+from arriero.training import checks
+from arriero.training.checkpoints import checkpoint_bytes
+from arriero.training.memory import Demand
+from arriero.training.plan import Lora, Plan, Quantization
 from arriero.training.rows import Rows, check_ids, read_facts
 from arriero.v1 import training_pb2
-from arriero.weights import Weights
+from arriero.weights import TensorInfo, Weights
 from arriero.weights.health import ALL_LINEAR, linear_modules, matches
 
 _FLOATS = ("F32", "F16", "BF16", "F64")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 _MICRO_BATCH = 4
-_MAX_RANK = 4096
 # As many as make no warm-up too long, while the dataset is not known.
 _MANY_ROWS = 1 << 40
 
@@ -49,32 +49,26 @@ def resolve(spec: training_pb2.TrainSpec, context: ResolveContext) -> Resolved:
     datasets = [("dataset", dataset)]
     datasets += [("val_dataset", item) for item in context.inputs.get("val_dataset", [])]
     facts = read_facts(dataset.path)
-    lora, plan = lora_of(resolved), plan_of(resolved, facts["rows"])
+    plan = plan_of(resolved, facts["rows"])
     weights = Weights.open(model.path)
     modules = linear_modules(weights)
-    _raise([*_check_alone(resolved, plan), *_check_targets(lora, modules)])
+    problems = [*checks.alone(resolved, plan, lora_of(resolved))]
+    if resolved.method == "lora":
+        problems += checks.modules(lora_of(resolved), modules, weights)
+    checks.refuse([*problems, *checks.validation(plan, len(datasets) > 1)])
     config = read_config(model.path)
     _check_weights(weights, modules)
     _check_datasets(datasets, model, embedding_rows(weights, config))
-    targeted = {name: shape for name, shape in modules.items() if targets(name, lora)}
-    trained = plans.trained_parameters(targeted, lora.rank)
-    longest = int(facts.get("max_length") or facts.get("cutoff_len") or 0)
-    golden = 2 * TOKENS * int(config.get("vocab_size", 0))
+    demand = demand_of(resolved, config, weights, longest_of(facts), plan.micro_batch_size)
+    golden = 2 * TOKENS * int(config.get("vocab_size") or 0)
+    output = weights.nbytes if demand.full else 4 * demand.trained
+    # One more than are kept exists while the newest is written; the best is kept beside.
+    kept = plan.save_total_limit + 1 + plan.load_best
     return Resolved(
         spec=resolved,
-        # One more than are kept exists while the newest is written.
-        disk_bytes=(plan.save_total_limit + 1) * plans.checkpoint_bytes(trained)
-        + 4 * trained
-        + golden,
-        memory_bytes=plans.memory_bytes(
-            config,
-            parameters=weights.elements,
-            trained=trained,
-            rows=plan.micro_batch_size,
-            length=longest,
-            gradient_checkpointing=plan.gradient_checkpointing,
-        ),
-        unkeyed=("resources", "save_steps", "save_total_limit"),
+        disk_bytes=kept * checkpoint_bytes(demand.trained) + output + golden,
+        memory_bytes=demand.need().total,
+        unkeyed=("resources", "save_steps", "save_total_limit", "report_to"),
     )
 
 
@@ -82,13 +76,7 @@ def check(spec: training_pb2.TrainSpec, context: ResolveContext) -> None:
     """Refuse what is wrong whatever the model and the dataset are; raises as `resolve`."""
     check_modes(spec.gates)
     filled = _filled(spec)
-    _raise([*_check_alone(filled, plan_of(filled, _MANY_ROWS))])
-
-
-def _check_alone(spec: training_pb2.TrainSpec, plan: Plan) -> Iterable[FieldViolation]:
-    yield from _check_plan(plan)
-    yield from _check_names(spec)
-    yield from _check_rank(lora_of(spec))
+    checks.refuse([*checks.alone(filled, plan_of(filled, _MANY_ROWS), lora_of(filled))])
 
 
 def plan_of(spec: training_pb2.TrainSpec, rows: int) -> Plan:
@@ -110,7 +98,22 @@ def plan_of(spec: training_pb2.TrainSpec, rows: int) -> Plan:
         save_steps=spec.save_steps,
         save_total_limit=spec.save_total_limit,
         gradient_checkpointing=spec.gradient_checkpointing,
+        optimizer=spec.optim,
+        betas=(spec.adam_beta1, spec.adam_beta2),
+        epsilon=spec.adam_epsilon,
+        neftune_alpha=spec.neftune_noise_alpha,
+        eval_steps=spec.eval_steps,
+        patience=spec.early_stopping_patience,
+        threshold=spec.early_stopping_threshold,
+        load_best=spec.load_best_model_at_end,
     )
+
+
+def quantization_of(spec: training_pb2.TrainSpec) -> Quantization | None:
+    """How a resolved spec holds the base, unless in its own type."""
+    if spec.load_in_4bit:
+        return Quantization(4, spec.bnb_4bit_quant_type, spec.bnb_4bit_use_double_quant)
+    return Quantization(8) if spec.load_in_8bit else None
 
 
 def lora_of(spec: training_pb2.TrainSpec) -> Lora:
@@ -122,7 +125,71 @@ def lora_of(spec: training_pb2.TrainSpec) -> Lora:
         dropout=spec.lora.lora_dropout,
         targets=ALL_LINEAR if names == (ALL_LINEAR,) else names,
         rslora=spec.lora.use_rslora,
+        dora=spec.lora.use_dora,
+        modules_to_save=tuple(spec.lora.modules_to_save),
+        rank_pattern=dict(sorted(spec.lora.rank_pattern.items())),
+        alpha_pattern=dict(sorted(spec.lora.alpha_pattern.items())),
     )
+
+
+def demand_of(
+    spec: training_pb2.TrainSpec,
+    config: Mapping[str, Any],
+    base: Weights,
+    longest: int,
+    rows: int,
+    *,
+    base_bytes: int = 0,
+    host: bool = True,
+) -> Demand:
+    """What memory a resolved spec's training depends on, from headers alone.
+
+    Args:
+        spec: resolved.
+        config: the model's `config.json`.
+        base: its tensors.
+        longest: tokens of the longest row.
+        rows: of a micro batch.
+        base_bytes: per parameter, once the device is known; 0 takes what `dtype` says,
+            and for `auto` float32's, a CPU without fast bfloat16.
+        host: whether it trains in the host's memory.
+    """
+    modules, lora, full = linear_modules(base), lora_of(spec), spec.method == "full"
+    if full:
+        trained = base.elements
+    else:
+        trained = lora.parameters({n: shape for n, shape in modules.items() if targets(n, lora)})
+        trained += sum(math.prod(info.shape) for info in saved_whole(base, lora))
+    packed = quantization_of(spec)
+    return Demand(
+        config=config,
+        parameters=base.elements,
+        linear=sum(out * inner for out, inner in modules.values()),
+        trained=trained,
+        full=full,
+        base_bytes=base_bytes or (2 if spec.dtype in ("bfloat16", "float16") else 4),
+        quantization=packed.name if packed else "",
+        double=packed.double if packed else False,
+        optimizer=spec.optim,
+        rows=rows,
+        length=longest,
+        gradient_checkpointing=spec.gradient_checkpointing,
+        host=host,
+    )
+
+
+def longest_of(facts: Mapping[str, Any]) -> int:
+    """Tokens of a dataset's longest row."""
+    return int(facts.get("max_length") or facts.get("cutoff_len") or 0)
+
+
+def saved_whole(base: Weights, lora: Lora) -> list[TensorInfo]:
+    """The base's tensors of `modules_to_save`."""
+    return [
+        info
+        for name, info in base.items()
+        if matches(name.rpartition(".")[0], list(lora.modules_to_save))
+    ]
 
 
 def targets(module: str, lora: Lora) -> bool:
@@ -168,108 +235,6 @@ def _filled(spec: training_pb2.TrainSpec) -> training_pb2.TrainSpec:
     return filled
 
 
-def _raise(problems: Sequence[FieldViolation]) -> None:
-    if problems:
-        raise InvalidArgument(
-            "; ".join(f"{item.field}: {item.description}" for item in problems),
-            violations=problems,
-        )
-
-
-def _check_plan(plan: Plan) -> Iterable[FieldViolation]:
-    def wrong(field: str, value: object, expected: str) -> FieldViolation:
-        return FieldViolation(field, f"{value}; expected {expected}")
-
-    positive = "a number above 0"
-    if not (math.isfinite(plan.learning_rate) and plan.learning_rate > 0):
-        yield wrong("learning_rate", plan.learning_rate, positive)
-    if plan.max_steps < 0:
-        yield wrong("max_steps", plan.max_steps, "a number of steps, or 0 for whole epochs")
-    if plan.max_steps == 0 and not (math.isfinite(plan.num_epochs) and plan.num_epochs > 0):
-        yield wrong("num_epochs", plan.num_epochs, positive)
-    if plan.batch_size < 1:
-        yield wrong("batch_size", plan.batch_size, "at least 1 row")
-    if plan.micro_batch_size < 1:
-        yield wrong("micro_batch_size", plan.micro_batch_size, "at least 1 row")
-    elif plan.batch_size >= 1 and plan.batch_size % plan.micro_batch_size:
-        yield wrong(
-            "micro_batch_size",
-            plan.micro_batch_size,
-            f"a divisor of batch_size {plan.batch_size}, such as "
-            f"{math.gcd(plan.batch_size, plan.micro_batch_size)}",
-        )
-    for field, value in (
-        ("weight_decay", plan.weight_decay),
-        ("max_grad_norm", plan.max_grad_norm),
-    ):
-        if not (math.isfinite(value) and value >= 0):
-            yield wrong(field, value, "a number of at least 0")
-    if plan.save_steps < 0:
-        yield wrong("save_steps", plan.save_steps, "a number of steps, or 0 for one a minute")
-    if plan.save_total_limit < 1:
-        yield wrong("save_total_limit", plan.save_total_limit, "at least 1 checkpoint")
-    yield from _check_warmup(plan)
-
-
-def _check_warmup(plan: Plan) -> Iterable[FieldViolation]:
-    warmup = plan.warmup
-    if not math.isfinite(warmup) or warmup < 0 or (warmup >= 1 and warmup != int(warmup)):
-        yield FieldViolation(
-            "warmup_steps", f"{warmup}; expected a number of steps, or a share of them below 1"
-        )
-    elif warmup >= 1 and plan.batch_size >= 1 and (plan.max_steps > 0 or plan.num_epochs > 0):
-        total = plan.total_steps if math.isfinite(plan.num_epochs) else math.inf
-        if warmup >= total:
-            yield FieldViolation(
-                "warmup_steps",
-                f"{int(warmup)} steps of {total} in all; expected fewer, or a share below 1 "
-                "such as 0.05",
-            )
-
-
-def _check_names(spec: training_pb2.TrainSpec) -> Iterable[FieldViolation]:
-    for field, choices in (
-        ("lr_scheduler_type", plans.SCHEDULERS),
-        ("optim", plans.OPTIMIZERS),
-        ("dtype", plans.DTYPES),
-    ):
-        value = getattr(spec, field)
-        if value not in choices:
-            yield FieldViolation(
-                field,
-                f"{value!r} is not available; expected {_listed(choices)}{_near(value, choices)}",
-            )
-
-
-def _check_rank(lora: Lora) -> Iterable[FieldViolation]:
-    if not 1 <= lora.rank <= _MAX_RANK:
-        yield FieldViolation("lora.r", f"{lora.rank}; expected a rank of 1 to {_MAX_RANK}")
-    if not (math.isfinite(lora.alpha) and lora.alpha > 0):
-        yield FieldViolation("lora.lora_alpha", f"{lora.alpha}; expected a number above 0")
-    if not 0 <= lora.dropout < 1:
-        yield FieldViolation("lora.lora_dropout", f"{lora.dropout}; expected 0 <= dropout < 1")
-
-
-def _check_targets(lora: Lora, modules: dict[str, tuple[int, int]]) -> Iterable[FieldViolation]:
-    leaves = sorted({name.rsplit(".", 1)[-1] for name in modules})
-    if isinstance(lora.targets, str):
-        if not modules:
-            yield FieldViolation("lora.target_modules", "the model has no linear layers")
-        return
-    if ALL_LINEAR in lora.targets:
-        yield FieldViolation(
-            "lora.target_modules", f"{ALL_LINEAR!r} among other names; expected it alone"
-        )
-        return
-    for name in lora.targets:
-        if not any(matches(module, [name]) for module in modules):
-            yield FieldViolation(
-                "lora.target_modules",
-                f"{name!r} is no linear layer of this model; expected {ALL_LINEAR} or of: "
-                f"{_listed(leaves)}{_near(name, leaves)}",
-            )
-
-
 def _check_weights(weights: Weights, modules: dict[str, tuple[int, int]]) -> None:
     packed = [name for name in modules if weights[name + ".weight"].dtype not in _FLOATS]
     if packed:
@@ -293,12 +258,3 @@ def _check_datasets(
         # Rows of the very model's own tokenizer need not be read to know.
         if facts.get("tokenizer") != model.digest:
             check_ids(Rows(artifact.path), embeddings, what=field)
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names)
-
-
-def _near(name: str, choices: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(choices), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""

@@ -229,6 +229,9 @@ class Progress(_message.Message):
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     TRAINING_STEP_FIELD_NUMBER: _builtins.int
     TRAINING_TOTAL_STEPS_FIELD_NUMBER: _builtins.int
+    RAW_LOSS_FIELD_NUMBER: _builtins.int
+    GRAD_NORM_FIELD_NUMBER: _builtins.int
+    MICRO_BATCH_SIZE_FIELD_NUMBER: _builtins.int
     phase: _builtins.str
     """Such as `tokenizing`, `training`."""
     step: _builtins.int
@@ -254,6 +257,12 @@ class Progress(_message.Message):
     stay while later phases (saving, proving) go on.
     """
     training_total_steps: _builtins.int
+    raw_loss: _builtins.float
+    """Training loss of the last step, in nats per token."""
+    grad_norm: _builtins.float
+    """Norm of the last step's gradient, before it was clipped."""
+    micro_batch_size: _builtins.int
+    """Rows per forward pass now: less than was asked for where memory ran out."""
     @_builtins.property
     def gpus(self) -> _containers.RepeatedCompositeFieldContainer[Global___GpuUsage]:
         """One per GPU that the job uses."""
@@ -284,15 +293,20 @@ class Progress(_message.Message):
         update_time: _timestamp_pb2.Timestamp | None = ...,
         training_step: _builtins.int | None = ...,
         training_total_steps: _builtins.int | None = ...,
+        raw_loss: _builtins.float | None = ...,
+        grad_norm: _builtins.float | None = ...,
+        micro_batch_size: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_cpu_cores", b"_cpu_cores", "_eta_seconds", b"_eta_seconds", "_learning_rate", b"_learning_rate", "_loss", b"_loss", "_memory_bytes", b"_memory_bytes", "_mfu", b"_mfu", "_tokens", b"_tokens", "_tokens_per_second", b"_tokens_per_second", "_training_step", b"_training_step", "_training_total_steps", b"_training_total_steps", "checkpoint_time", b"checkpoint_time", "cpu_cores", b"cpu_cores", "eta_seconds", b"eta_seconds", "learning_rate", b"learning_rate", "loss", b"loss", "memory_bytes", b"memory_bytes", "mfu", b"mfu", "tokens", b"tokens", "tokens_per_second", b"tokens_per_second", "training_step", b"training_step", "training_total_steps", b"training_total_steps", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cpu_cores", b"_cpu_cores", "_eta_seconds", b"_eta_seconds", "_grad_norm", b"_grad_norm", "_learning_rate", b"_learning_rate", "_loss", b"_loss", "_memory_bytes", b"_memory_bytes", "_mfu", b"_mfu", "_micro_batch_size", b"_micro_batch_size", "_raw_loss", b"_raw_loss", "_tokens", b"_tokens", "_tokens_per_second", b"_tokens_per_second", "_training_step", b"_training_step", "_training_total_steps", b"_training_total_steps", "checkpoint_time", b"checkpoint_time", "cpu_cores", b"cpu_cores", "eta_seconds", b"eta_seconds", "grad_norm", b"grad_norm", "learning_rate", b"learning_rate", "loss", b"loss", "memory_bytes", b"memory_bytes", "mfu", b"mfu", "micro_batch_size", b"micro_batch_size", "raw_loss", b"raw_loss", "tokens", b"tokens", "tokens_per_second", b"tokens_per_second", "training_step", b"training_step", "training_total_steps", b"training_total_steps", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cpu_cores", b"_cpu_cores", "_eta_seconds", b"_eta_seconds", "_learning_rate", b"_learning_rate", "_loss", b"_loss", "_memory_bytes", b"_memory_bytes", "_mfu", b"_mfu", "_tokens", b"_tokens", "_tokens_per_second", b"_tokens_per_second", "_training_step", b"_training_step", "_training_total_steps", b"_training_total_steps", "checkpoint_time", b"checkpoint_time", "cpu_cores", b"cpu_cores", "eta_seconds", b"eta_seconds", "gpus", b"gpus", "learning_rate", b"learning_rate", "loss", b"loss", "memory_bytes", b"memory_bytes", "mfu", b"mfu", "phase", b"phase", "step", b"step", "tokens", b"tokens", "tokens_per_second", b"tokens_per_second", "total_steps", b"total_steps", "training_step", b"training_step", "training_total_steps", b"training_total_steps", "unit", b"unit", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cpu_cores", b"_cpu_cores", "_eta_seconds", b"_eta_seconds", "_grad_norm", b"_grad_norm", "_learning_rate", b"_learning_rate", "_loss", b"_loss", "_memory_bytes", b"_memory_bytes", "_mfu", b"_mfu", "_micro_batch_size", b"_micro_batch_size", "_raw_loss", b"_raw_loss", "_tokens", b"_tokens", "_tokens_per_second", b"_tokens_per_second", "_training_step", b"_training_step", "_training_total_steps", b"_training_total_steps", "checkpoint_time", b"checkpoint_time", "cpu_cores", b"cpu_cores", "eta_seconds", b"eta_seconds", "gpus", b"gpus", "grad_norm", b"grad_norm", "learning_rate", b"learning_rate", "loss", b"loss", "memory_bytes", b"memory_bytes", "mfu", b"mfu", "micro_batch_size", b"micro_batch_size", "phase", b"phase", "raw_loss", b"raw_loss", "step", b"step", "tokens", b"tokens", "tokens_per_second", b"tokens_per_second", "total_steps", b"total_steps", "training_step", b"training_step", "training_total_steps", b"training_total_steps", "unit", b"unit", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cpu_cores: _TypeAlias = _typing.Literal["cpu_cores"]  # noqa: Y015
     _WhichOneofArgType__cpu_cores: _TypeAlias = _typing.Literal["_cpu_cores", b"_cpu_cores"]  # noqa: Y015
     _WhichOneofReturnType__eta_seconds: _TypeAlias = _typing.Literal["eta_seconds"]  # noqa: Y015
     _WhichOneofArgType__eta_seconds: _TypeAlias = _typing.Literal["_eta_seconds", b"_eta_seconds"]  # noqa: Y015
+    _WhichOneofReturnType__grad_norm: _TypeAlias = _typing.Literal["grad_norm"]  # noqa: Y015
+    _WhichOneofArgType__grad_norm: _TypeAlias = _typing.Literal["_grad_norm", b"_grad_norm"]  # noqa: Y015
     _WhichOneofReturnType__learning_rate: _TypeAlias = _typing.Literal["learning_rate"]  # noqa: Y015
     _WhichOneofArgType__learning_rate: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate"]  # noqa: Y015
     _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
@@ -301,6 +315,10 @@ class Progress(_message.Message):
     _WhichOneofArgType__memory_bytes: _TypeAlias = _typing.Literal["_memory_bytes", b"_memory_bytes"]  # noqa: Y015
     _WhichOneofReturnType__mfu: _TypeAlias = _typing.Literal["mfu"]  # noqa: Y015
     _WhichOneofArgType__mfu: _TypeAlias = _typing.Literal["_mfu", b"_mfu"]  # noqa: Y015
+    _WhichOneofReturnType__micro_batch_size: _TypeAlias = _typing.Literal["micro_batch_size"]  # noqa: Y015
+    _WhichOneofArgType__micro_batch_size: _TypeAlias = _typing.Literal["_micro_batch_size", b"_micro_batch_size"]  # noqa: Y015
+    _WhichOneofReturnType__raw_loss: _TypeAlias = _typing.Literal["raw_loss"]  # noqa: Y015
+    _WhichOneofArgType__raw_loss: _TypeAlias = _typing.Literal["_raw_loss", b"_raw_loss"]  # noqa: Y015
     _WhichOneofReturnType__tokens: _TypeAlias = _typing.Literal["tokens"]  # noqa: Y015
     _WhichOneofArgType__tokens: _TypeAlias = _typing.Literal["_tokens", b"_tokens"]  # noqa: Y015
     _WhichOneofReturnType__tokens_per_second: _TypeAlias = _typing.Literal["tokens_per_second"]  # noqa: Y015
@@ -314,6 +332,8 @@ class Progress(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__eta_seconds) -> _WhichOneofReturnType__eta_seconds | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__grad_norm) -> _WhichOneofReturnType__grad_norm | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate) -> _WhichOneofReturnType__learning_rate | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
@@ -321,6 +341,10 @@ class Progress(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_bytes) -> _WhichOneofReturnType__memory_bytes | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__mfu) -> _WhichOneofReturnType__mfu | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__micro_batch_size) -> _WhichOneofReturnType__micro_batch_size | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__raw_loss) -> _WhichOneofReturnType__raw_loss | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__tokens) -> _WhichOneofReturnType__tokens | None: ...
     @_typing.overload

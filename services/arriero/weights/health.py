@@ -1,13 +1,15 @@
-"""Is this LoRA adapter whole? Judged from its files alone.
+"""Is this LoRA adapter, or this trained model, whole? Judged from its files alone.
 
-Responsibility: list what is wrong with a PEFT LoRA directory, and say which
-layers of a base a `target_modules` means. numpy only; does not know how an
-adapter is trained or merged, nor what becomes of one that is refused.
+Responsibility: list what is wrong with a PEFT LoRA directory or a model that was
+trained from a base, and say which layers of a base a `target_modules` means. numpy
+only; does not know how they are trained or merged, nor what becomes of one that is
+refused.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,14 +21,16 @@ import numpy.typing as npt
 from arriero.errors import DataLoss, FailedPrecondition
 from arriero.weights.layout import TensorInfo, read_header
 from arriero.weights.lora import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from arriero.weights.reader import Weights
 
-__all__ = ["ALL_LINEAR", "check_adapter", "linear_modules", "matches"]
+__all__ = ["ALL_LINEAR", "check_adapter", "check_model", "linear_modules", "matches"]
 
 # PEFT's word for every linear layer but the output.
 ALL_LINEAR = "all-linear"
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 # The adapter's name (`default`) is in the middle only where PEFT did not save it itself.
 _PAIR = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.[^.]+)?(?:\.weight)?")
+_MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?")
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 _NOT_LINEAR = (*_EMBEDDINGS, "wte", "wpe", "embed_in", "embed_out", "embeddings")
 _SHOWN = 4
@@ -72,8 +76,10 @@ def check_adapter(
     Checks: both files are there and readable; it holds LoRA tensors at all (an
     adapter saved wrongly is a file of 443 bytes without any); every A has its B and
     the reverse; ranks are the configuration's; every value is finite; B is not
-    all zero (an untrained adapter changes nothing); and with `base`, that
-    every module which the configuration targets has its pair, in its shape.
+    all zero (an untrained adapter changes nothing); with `use_dora` every pair has
+    its magnitudes, all above zero; every name in `modules_to_save` has a tensor; and
+    with `base`, that every module which the configuration targets has its pair, and
+    whole modules theirs, in its shape (embeddings may have another number of rows).
 
     Args:
         directory: holds `adapter_config.json` and `adapter_model.safetensors`.
@@ -102,6 +108,9 @@ def check_adapter(
     problems = list(_several("tensors that no LoRA layer explains", unknown))
     problems += _check_pairs(pairs, tensors, config, rank)
     problems += _check_values(path, tensors)
+    if config.get("use_dora"):
+        problems += _check_magnitudes(path, pairs, tensors)
+    problems += _check_whole(tensors, config, base)
     if base is not None:
         problems += _check_targets(pairs, tensors, config, base)
     return problems
@@ -188,9 +197,117 @@ def _check_values(path: Path, tensors: Mapping[str, TensorInfo]) -> list[str]:
 
 def _values(data: npt.NDArray[np.uint8], info: TensorInfo) -> npt.NDArray[Any]:
     raw = data[info.start : info.start + info.nbytes].view(_DTYPES[info.dtype])
-    if info.dtype == "BF16":  # numpy has no such type: its bits are a float32's upper half
-        return (raw.astype(np.uint32) << 16).view(np.float32)
-    return raw
+    return _widened(raw) if info.dtype == "BF16" else raw
+
+
+def _widened(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
+    """bfloat16, which numpy does not have: its bits are a float32's upper half."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def check_model(directory: Path, base: Weights) -> list[str]:
+    """List what is wrong with a model that was trained from a base; empty when healthy.
+
+    Checks: the same tensors in the same shapes; every value is finite; something
+    was trained (not every tensor still has the base's bytes).
+
+    Raises:
+        DataLoss: its files are damaged.
+    """
+    model = Weights.open(directory)
+    missing = sorted(set(base) - set(model))
+    shapes = [
+        f"{name}: {model[name].shape}, the base's is {info.shape}"
+        for name, info in base.items()
+        if name in model and model[name].shape != info.shape
+    ]
+    infinite = [name for name in model if not np.isfinite(_floats(model, name)).all()]
+    problems = [
+        *_several("tensors of the base that are missing", missing),
+        *_several("tensors that the base does not have", sorted(set(model) - set(base))),
+        *_several("shapes that are not the base's", shapes),
+        *_several("tensors with values that are NaN or infinite", infinite),
+    ]
+    if not missing and all(model.raw(name) == base.raw(name) for name in model):
+        problems.append(
+            f"all {len(model)} tensors are the base's: the model was not trained, or its "
+            "changes are too small for the type that it is stored in"
+        )
+    return problems
+
+
+def _floats(weights: Weights, name: str) -> npt.NDArray[Any]:
+    """A tensor's values, flat; of types that are no floats (and thus finite) none."""
+    info = weights[name]
+    if info.dtype not in _DTYPES:
+        return np.empty(0)
+    raw = np.frombuffer(weights.raw(name), dtype=_DTYPES[info.dtype])
+    return _widened(raw) if info.dtype == "BF16" else raw
+
+
+def _check_magnitudes(
+    path: Path, pairs: Mapping[str, Mapping[str, str]], tensors: Mapping[str, TensorInfo]
+) -> list[str]:
+    """DoRA (Liu et al. 2024, arXiv:2402.09353): one norm for each row of the weight."""
+    names = {
+        found["module"]: name
+        for name in tensors
+        if (found := _MAGNITUDE.fullmatch(name.removeprefix(PREFIX)))
+    }
+    data = np.memmap(path, mode="r", dtype=np.uint8)
+    misshapen: list[str] = []
+    low: list[str] = []
+    for module, name in names.items():
+        info = tensors[name]
+        if module in pairs and "B" in pairs[module]:
+            rows = tensors[pairs[module]["B"]].shape[0]
+            if math.prod(info.shape) != rows:
+                misshapen.append(f"{module}: {info.shape} for {rows} rows")
+        if info.dtype in _DTYPES and not (_values(data, info) > 0).all():
+            low.append(module)
+    return [
+        *_several("DoRA pairs without magnitudes", sorted(set(pairs) - set(names))),
+        *_several("magnitudes of another shape than the weight's rows", misshapen),
+        *_several("modules with magnitudes that are not above 0", low),
+    ]
+
+
+def _check_whole(
+    tensors: Mapping[str, TensorInfo],
+    config: Mapping[str, Any],
+    base: Mapping[str, TensorInfo] | None,
+) -> list[str]:
+    """Modules that the adapter replaces."""
+    names = list(config.get("modules_to_save") or ())
+    found = {
+        name.removeprefix(PREFIX).replace(".modules_to_save.default", ""): info
+        for name, info in tensors.items()
+        if ".lora_" not in name
+    }
+    missing = [
+        name for name in names if not any(matches(key.rpartition(".")[0], [name]) for key in found)
+    ]
+    absent: list[str] = []
+    misshapen: list[str] = []
+    for name, info in found.items():
+        if base is None or not matches(name.rpartition(".")[0], [*names, *_EMBEDDINGS]):
+            continue
+        own = base.get(name)
+        if own is None and name.endswith("lm_head.weight"):  # tied: the embeddings stand for it
+            own = next((i for n, i in base.items() if n.endswith("embed_tokens.weight")), None)
+        if own is None:
+            absent.append(name)
+        # An embedding may have got more rows.
+        elif info.shape != own.shape and not (
+            name.endswith(tuple(f"{part}.weight" for part in _EMBEDDINGS))
+            and info.shape[1:] == own.shape[1:]
+        ):
+            misshapen.append(f"{name}: {info.shape}, the base's is {own.shape}")
+    return [
+        *_several("modules_to_save without tensors", missing),
+        *_several("whole modules that the base does not have", absent),
+        *_several("whole modules of other shapes than the base's", misshapen),
+    ]
 
 
 def _check_targets(

@@ -278,21 +278,37 @@ async def test_a_job_that_dies_is_started_again_from_its_checkpoint(make_engine,
     assert [(attempt, step) for _, attempt, step in trace_of(trace)] == [
         (1, 1), (1, 2), (1, 3), (2, 4), (2, 5), (2, 6)
     ]  # fmt: skip
-    assert metadata.jobs[0].status.code == code_pb2.RESOURCE_EXHAUSTED
+    assert metadata.jobs[0].status.code == code_pb2.UNAVAILABLE
     assert "SIGKILL" in metadata.jobs[0].status.message
     assert metadata.jobs[1].status.code == code_pb2.OK
 
 
-async def test_attempts_end_and_the_last_error_says_probably_out_of_memory(make_engine):
+async def test_attempts_end_and_the_last_error_names_the_killer(make_engine, monkeypatch):
     from toyroom_service import KINDS
 
+    kills = iter([7, 8])  # before and after the job, by the kernel's own count
+    monkeypatch.setattr("arriero.operations.attempts.oom_kills", lambda: next(kills))
     engine = make_engine(kinds=[replace(KINDS[0], max_attempts=1)])
     await engine.recover()
     spec = order(steps=2, kill_at=1)
     done = await engine.wait((await engine.start("import", spec, asked("a"))).name, 20)
     assert done.error.code == code_pb2.RESOURCE_EXHAUSTED
-    assert "probably because memory ran out" in done.error.message
+    assert "killed by the kernel's out-of-memory killer" in done.error.message
     assert metadata_of(done).attempt == 1
+
+
+@pytest.mark.parametrize(("grown", "reason"), [(1, "OUT_OF_MEMORY"), (0, "JOB_KILLED")])
+async def test_an_attempt_knows_how_the_one_before_ended(
+    make_engine, monkeypatch, tmp_path, grown, reason
+):
+    kills = iter([7, 7 + grown, 9, 9])
+    monkeypatch.setattr("arriero.operations.attempts.oom_kills", lambda: next(kills))
+    engine = make_engine()
+    await engine.recover()
+    spec = order(steps=2, kill_at=1, reasons=str(tmp_path / "reasons"))
+    done = await engine.wait((await engine.start("import", spec, asked("a"))).name, 20)
+    assert metadata_of(done).attempt == 2
+    assert (tmp_path / "reasons").read_text() == reason
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from toyroom_support import eventually, order
 from arriero import errors
 from arriero.gates import Mode, Verdict
 from arriero.operations.delivery import Output, describe, failure
-from arriero.operations.endings import Next, ending_of
+from arriero.operations.endings import Next, ending_of, reason_of
 from arriero.operations.handoff import Assignment, Outcome
 from arriero.operations.logs import LogReader, mark, tail
 from arriero.operations.process import MARKER, end_job, marked
@@ -231,6 +231,22 @@ def test_a_crash_says_its_signal_and_the_last_lines():
     assert "SIGSEGV" in ending_of(-11, None, ["Fatal Python error"]).message
     assert "Fatal Python error" in ending_of(-11, None, ["Fatal Python error"]).message
     assert "code 3" in ending_of(3, None).message
+
+
+@pytest.mark.parametrize("code", [-9, 137])
+@pytest.mark.parametrize(
+    ("oom_killed", "reason", "said"),
+    [
+        (True, "OUT_OF_MEMORY", "the kernel's out-of-memory killer"),
+        (None, "OUT_OF_MEMORY", "probably because memory ran out"),
+        (False, "JOB_KILLED", "by somebody or a watchdog"),
+    ],
+)
+def test_a_kill_for_want_of_memory_is_named_as_such(code, oom_killed, reason, said):
+    ending = ending_of(code, None, oom_killed=oom_killed)
+    assert reason_of(ending.status) == reason
+    assert said in ending.message
+    assert ending.next is Next.AGAIN
 
 
 # Processes

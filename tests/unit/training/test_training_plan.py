@@ -2,7 +2,7 @@
 
 import pytest
 
-from arriero.training.plan import Plan, memory_bytes, trained_parameters
+from arriero.training.plan import Lora, Plan
 
 
 def test_a_fraction_of_an_epoch_is_whole_steps():
@@ -31,21 +31,21 @@ def test_warmup_is_steps_or_a_share_and_leaves_a_step_to_learn_in(warmup, steps,
     assert Plan(rows=1, max_steps=steps, warmup=warmup).warmup_steps == expected
 
 
-def test_memory_grows_with_batch_and_shrinks_with_gradient_checkpointing():
-    config = {"hidden_size": 64, "num_hidden_layers": 8, "intermediate_size": 256, "vocab_size": 99}
-
-    def need(rows: int, checkpointing: bool = False) -> int:
-        return memory_bytes(
-            config,
-            parameters=10**6,
-            trained=10**4,
-            rows=rows,
-            length=512,
-            gradient_checkpointing=checkpointing,
-        )
-
-    assert need(8) > need(4) > need(4, checkpointing=True)
+def test_lora_parameters_are_counted_over_both_matrices_and_magnitudes():
+    modules = {"a": (10, 20), "b": (5, 5)}
+    assert Lora(rank=4).parameters(modules) == 4 * 30 + 4 * 10
+    assert Lora(rank=4, dora=True).parameters(modules) == 4 * 30 + 4 * 10 + 15
 
 
-def test_lora_parameters_are_counted_over_both_matrices():
-    assert trained_parameters({"a": (10, 20), "b": (5, 5)}, 4) == 4 * 30 + 4 * 10
+def test_a_pattern_sets_the_rank_of_the_modules_that_end_in_it():
+    lora = Lora(rank=4, rank_pattern={"layers.1.q_proj": 16, "v_proj": 2})
+    assert lora.rank_of("model.layers.1.q_proj") == 16
+    assert lora.rank_of("model.layers.11.q_proj") == 4
+    assert lora.rank_of("model.layers.0.v_proj") == 2
+
+
+def test_validation_is_after_each_epoch_or_every_so_many_steps_and_at_the_end():
+    plan = Plan(rows=12, batch_size=4, max_steps=8)
+    assert [step for step in range(9) if plan.validates_at(step)] == [3, 6, 8]
+    often = Plan(rows=12, batch_size=4, max_steps=5, eval_steps=2)
+    assert [step for step in range(6) if often.validates_at(step)] == [2, 4, 5]

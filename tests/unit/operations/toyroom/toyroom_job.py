@@ -3,8 +3,8 @@
 Keys: steps, seconds (per step), trace (file that gets a line per step), save
 (checkpoint each step), fail (error class), message, bug (raises KeyError), gate
 ("pass" | "fail"), kill_at and kill_attempt (SIGKILL itself at that step of that
-attempt), stubborn (ignores SIGTERM), deaf (never looks whether it is to leave),
-child (starts a process in a session of its own), text (content).
+attempt), reasons (file that gets how the attempt before ended), stubborn (ignores
+SIGTERM), deaf (never looks whether it is to leave), child (starts a process in a session of its own), text (content).
 """
 
 import json
@@ -28,6 +28,8 @@ def work(job: Job) -> list[Output]:
     first = int(saved.read_text()) if saved.exists() else 0
     job.log.info("starts at step %d", first)
     print("a raw line")
+    if order.get("reasons"):
+        Path(order["reasons"]).write_text(job.last_failure)
     if order.get("child"):
         subprocess.Popen(
             [sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True

@@ -1,0 +1,90 @@
+"""What a training needs is told before it starts, and what would make it fit."""
+
+from dataclasses import replace
+
+import pytest
+
+from arriero.errors import FailedPrecondition
+from arriero.training.memory import Demand, fit
+
+GB = 10**9
+# Llama-2-7B.
+CONFIG = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "intermediate_size": 11008,
+    "vocab_size": 32000,
+}
+LORA = Demand(
+    config=CONFIG,
+    parameters=6_738_415_616,
+    linear=6_476_005_376,
+    trained=4_194_304,
+    full=False,
+    base_bytes=2,
+    quantization="",
+    double=False,
+    optimizer="adamw_torch",
+    rows=4,
+    length=512,
+    gradient_checkpointing=False,
+    host=False,
+)
+FULL = replace(LORA, full=True, trained=LORA.parameters)
+
+
+def test_components_are_those_of_the_method():
+    lora, full = LORA.need(), FULL.need()
+    assert lora.weights == pytest.approx(13.5 * GB, rel=0.01)  # 16 bits
+    assert lora.optimizer + lora.gradients < 0.1 * GB
+    # Four bytes each for weights and gradients, eight for the two moments.
+    assert full.weights + full.gradients + full.optimizer == pytest.approx(16 * LORA.parameters)
+
+
+def test_a_quantized_base_takes_a_quarter_or_half_and_embeddings_stay():
+    nf4 = replace(LORA, quantization="nf4", double=True).need().weights
+    assert nf4 == pytest.approx(0.52 * LORA.linear + 2 * 262_410_240, rel=0.02)
+    assert nf4 < replace(LORA, quantization="nf4").need().weights
+    assert replace(LORA, quantization="int8").need().weights < LORA.need().weights * 0.55
+
+
+def test_optimizer_states_of_8_bits_take_a_quarter_and_paged_ones_none():
+    whole = FULL.need().optimizer
+    assert replace(FULL, optimizer="adamw_8bit").need().optimizer == pytest.approx(
+        whole / 4, rel=0.1
+    )
+    assert replace(FULL, optimizer="paged_adamw_8bit").need().optimizer == 0
+
+
+def test_activations_and_logits_grow_with_rows_and_shrink_with_gradient_checkpointing():
+    need, half = LORA.need(), replace(LORA, rows=2).need()
+    assert (need.activations, need.logits) == (2 * half.activations, 2 * half.logits)
+    assert replace(LORA, gradient_checkpointing=True).need().activations < need.activations / 8
+
+
+def test_the_micro_batch_is_halved_until_it_fits():
+    wide = replace(LORA, rows=16)
+    assert fit(wide, wide.need().total, "a GPU") == 16
+    assert fit(wide, wide.need().total - 1, "a GPU") == 8
+    assert fit(wide, replace(LORA, rows=1).need().total, "a GPU") == 1
+
+
+@pytest.mark.parametrize(
+    ("demand", "free", "advice"),
+    [
+        (LORA, 12 * GB, "load_in_4bit: true would make it fit"),
+        (replace(LORA, length=4096), 20 * GB, "gradient_checkpointing: true would make it fit"),
+        (replace(LORA, base_bytes=4), 20 * GB, "dtype: bfloat16 would make it fit"),
+        (FULL, 80 * GB, "optim: adamw_8bit would make it fit"),
+        (FULL, 24 * GB, "method: lora would make it fit"),
+        (FULL, 8 * GB, "method: lora with load_in_4bit: true would make it fit"),
+        (LORA, 2 * GB, "no setting makes it fit"),
+    ],
+)
+def test_what_can_not_fit_is_refused_with_figures_and_the_knob_that_helps(demand, free, advice):
+    with pytest.raises(FailedPrecondition, match=advice) as caught:
+        fit(demand, free, "this host")
+    least = replace(demand, rows=1).need()
+    assert caught.value.metadata["needed_bytes"] == str(least.total)
+    assert f"weights {least.weights / 1e9:.2f} GB" in caught.value.message
+    assert f"this host has {free / 1e9:.2f} GB free" in caught.value.message
