@@ -16,29 +16,50 @@ so a process that must live does not load models itself. `read_header` and
 `resolve_type` are safe anywhere.
 """
 
+from arriero.llama.blocks import needs_importance, quantize_rows, row_bytes, write_header
 from arriero.llama.context import Batch, Context, Rope, golden_logits
 from arriero.llama.cores import threads
 from arriero.llama.header import Header, TensorInfo, insert_metadata, read_header
 from arriero.llama.library import available, initialize
 from arriero.llama.model import Model
-from arriero.llama.quantizer import QUANT_TYPES, QuantType, expected_size, quantize, resolve_type
+from arriero.llama.quantizer import (
+    QUANT_TYPES,
+    Importance,
+    QuantType,
+    Recipe,
+    TypePlan,
+    expected_size,
+    plan_types,
+    quantize,
+    resolve_tensor_type,
+    resolve_type,
+)
 
 __all__ = [
     "QUANT_TYPES",
     "Batch",
     "Context",
     "Header",
+    "Importance",
     "Model",
     "QuantType",
+    "Recipe",
     "Rope",
     "TensorInfo",
+    "TypePlan",
     "available",
     "expected_size",
     "golden_logits",
     "initialize",
     "insert_metadata",
+    "needs_importance",
+    "plan_types",
     "quantize",
+    "quantize_rows",
     "read_header",
+    "resolve_tensor_type",
     "resolve_type",
+    "row_bytes",
     "threads",
+    "write_header",
 ]

@@ -155,6 +155,7 @@ class Context:
         n_threads: 0 for what the machine grants, less one CPU for everything else.
         rope: rope scaling.
         poll: see `Threadpool`.
+        on_eval: llama.cpp's `cb_eval`, a C callback; must outlive the context.
 
     Raises:
         InvalidArgument: impossible figures.
@@ -172,6 +173,7 @@ class Context:
         n_threads: int = 0,
         rope: Rope | None = None,
         poll: int = 50,
+        on_eval: Any = None,
     ) -> None:
         self._context: Any = None
         self._pool: library.Threadpool | None = None
@@ -195,6 +197,8 @@ class Context:
         params.n_threads = params.n_threads_batch = self.n_threads
         params.kv_unified = False
         params.no_perf = True
+        if on_eval is not None:
+            params.cb_eval = on_eval
         if rope is not None:
             params.rope_scaling_type = _ROPE_SCALING[rope.scaling]
             params.rope_freq_base = rope.freq_base or 0.0
@@ -323,11 +327,7 @@ class Context:
         ids = np.asarray(tokens, dtype=np.int64)
         if len(ids) > self.n_ctx:
             raise OutOfRange(f"{len(ids)} tokens do not fit into a context of {self.n_ctx}")
-        if len(ids) and not (ids.min() >= 0 and ids.max() < self.n_vocab):
-            raise InvalidArgument(
-                f"token {int(ids.min() if ids.min() < 0 else ids.max())} is outside of the "
-                f"vocabulary (0 to {self.n_vocab - 1}): another tokenizer"
-            )
+        self.check_ids(tokens)
         result = np.empty((len(ids), self.n_vocab), dtype=np.float32)
         step = min(_CHUNK, self.n_batch)
         batch = Batch(step)
@@ -340,6 +340,19 @@ class Context:
             result[start : start + len(chunk)] = self.all_logits(len(chunk))
         self.remove(sequence)
         return result
+
+    def check_ids(self, tokens: Sequence[int]) -> None:
+        """Refuse ids outside of the vocabulary: llama.cpp would abort or read elsewhere.
+
+        Raises:
+            InvalidArgument: with the id and the vocabulary's size.
+        """
+        ids = np.asarray(tokens, dtype=np.int64)
+        if len(ids) and not (ids.min() >= 0 and ids.max() < self.n_vocab):
+            raise InvalidArgument(
+                f"token {int(ids.min() if ids.min() < 0 else ids.max())} is outside of the "
+                f"vocabulary (0 to {self.n_vocab - 1}): another tokenizer"
+            )
 
     # -- sequences of the KV cache -------------------------------------------
 

@@ -77,6 +77,14 @@ _TYPES: Mapping[int, tuple[str, int, int]] = {
     41: ("Q1_0", 128, 18),
     42: ("Q2_0", 64, 18),
 }
+# ggml's number of a type, by its name.
+TYPE_NUMBERS: Mapping[str, int] = {name: number for number, (name, _, _) in _TYPES.items()}
+
+
+def block_of(kind: str) -> tuple[int, int]:
+    """Elements and bytes of a block of a ggml type, such as `Q4_K`."""
+    _, elements, size = _TYPES[TYPE_NUMBERS[kind]]
+    return elements, size
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -175,10 +175,31 @@ def take_errors() -> str:
     return _log.take_errors()
 
 
+def functions(signatures: Mapping[str, tuple[Any, list[Any]]]) -> dict[str, Any]:
+    """C functions that the binding leaves out, by name: result and argument types.
+
+    Raises:
+        FailedPrecondition: the linked llama.cpp does not export one.
+    """
+    loaded = binding()._lib
+    found: dict[str, Any] = {}
+    for name, (result, arguments) in signatures.items():
+        try:
+            # A private handle of each function: the binding may set its own types.
+            function = loaded[name]
+        except AttributeError as error:
+            raise FailedPrecondition(
+                f"the linked llama.cpp does not export {name}; expected the one that `make setup` "
+                "builds"
+            ) from error
+        function.restype, function.argtypes = result, arguments
+        found[name] = function
+    return found
+
+
 @functools.cache
 def _functions() -> dict[str, Any] | None:
     """Thread pool functions, or None where they live in a backend loaded at run time."""
-    library = binding()._lib
     pointer = ctypes.c_void_p
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "ggml_threadpool_params_init": (None, [ctypes.POINTER(_ThreadpoolParams), ctypes.c_int]),
@@ -187,18 +208,11 @@ def _functions() -> dict[str, Any] | None:
         "llama_attach_threadpool": (None, [pointer, pointer, pointer]),
         "llama_detach_threadpool": (None, [pointer]),
     }
-    found: dict[str, Any] = {}
-    for name, (result, arguments) in signatures.items():
-        try:
-            # A private handle of each function: the binding may set its own types.
-            function = library[name]
-        except AttributeError:
-            _logger.info("%s is not exported: contexts make a thread pool per decode", name)
-            return None
-        function.restype = result
-        function.argtypes = arguments
-        found[name] = function
-    return found
+    try:
+        return functions(signatures)
+    except FailedPrecondition as error:
+        _logger.info("%s: contexts make a thread pool per decode", error.message)
+        return None
 
 
 class Threadpool:

@@ -60,10 +60,13 @@ def outputs_of(stage: pipeline_pb2.Stage) -> tuple[Output, ...]:
         case "merge":
             return (Output("model", "model"), Output("golden", "report", certain=False))
         case "quantize":
-            return tuple(
+            files = (
                 Output(name.upper(), "model" if name.upper() in _BNB_TYPES else "gguf")
                 for name in stage.quantize.types
             )
+            # Computed from rows; a report that was given is not published again.
+            computed = (Output("imatrix", "report", certain=False),)
+            return (*files, *(computed if stage.quantize.HasField("imatrix") else ()))
         case "export":
             # One of them: what was given.
             return tuple(Output(kind, kind, certain=False) for kind in _IMPORT_KINDS)

@@ -1,26 +1,28 @@
-"""What a model directory holds, from its safetensors headers alone.
+"""What a model's weights amount to, from their headers alone.
 
-Responsibility: count weights and bytes, and tell the dominant dtype. Does not
-know tensors' contents or llama.cpp.
+Responsibility: count weights and bytes, and tell the dominant type. Does not know
+tensors' contents or llama.cpp.
 """
 
 from __future__ import annotations
 
-import json
-import struct
+import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
-from arriero.errors import DataLoss, FailedPrecondition
+from arriero.errors import FailedPrecondition
+from arriero.weights import TensorInfo, TensorPlan, Weights
 
-# The safetensors library refuses larger headers too.
-_MAX_HEADER = 100_000_000
+# safetensors' word -> the converter's, for the GGUF type that holds it without loss.
+_EXACT = {"F64": "f32", "F32": "f32", "BF16": "bf16"}
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Weights of a model directory.
+    """Weights of a model.
 
     Attributes:
         parameters: numbers stored.
@@ -37,54 +39,31 @@ class Checkpoint:
     @property
     def exact_type(self) -> str:
         """The GGUF type, as the converter takes it, that holds these weights without loss."""
-        return {"F32": "f32", "BF16": "bf16"}.get(self.dtype, "f16")
+        return _EXACT.get(self.dtype, "f16")
+
+    @classmethod
+    def of(cls, tensors: Iterable[TensorInfo | TensorPlan]) -> Self:
+        """Add up tensors.
+
+        Raises:
+            FailedPrecondition: there are none.
+        """
+        by_dtype: Counter[str] = Counter()
+        parameters = largest = 0
+        for tensor in tensors:
+            by_dtype[tensor.dtype] += tensor.nbytes
+            parameters += (count := math.prod(tensor.shape))
+            largest = max(largest, count)
+        if not by_dtype:
+            raise FailedPrecondition("the model's *.safetensors files hold no tensors")
+        return cls(parameters, by_dtype.total(), largest, by_dtype.most_common(1)[0][0])
 
 
 def read_checkpoint(directory: Path) -> Checkpoint:
-    """Read the headers of all safetensors files of a model.
+    """Read the headers of a model's safetensors files.
 
     Raises:
         FailedPrecondition: no safetensors files.
-        DataLoss: a file is cut off or no safetensors.
+        DataLoss: a file is missing, cut off or no safetensors.
     """
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise FailedPrecondition(
-            "the model has no *.safetensors files; expected a Hugging Face model directory"
-        )
-    by_dtype: Counter[str] = Counter()
-    parameters = largest = 0
-    for path in files:
-        for dtype, count, size in _tensors(path):
-            by_dtype[dtype] += size
-            parameters += count
-            largest = max(largest, count)
-    if not by_dtype:
-        raise FailedPrecondition("the model's *.safetensors files hold no tensors")
-    return Checkpoint(parameters, by_dtype.total(), largest, by_dtype.most_common(1)[0][0])
-
-
-def _tensors(path: Path) -> list[tuple[str, int, int]]:
-    """dtype, numbers and bytes of each tensor (format: the safetensors README)."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        if not 2 <= length <= min(_MAX_HEADER, size - 8):  # at least `{}`
-            raise DataLoss(f"{path.name} is not a safetensors file, or it is cut off")
-        try:
-            header = json.loads(file.read(length))
-            found = []
-            for name, tensor in header.items():
-                if name == "__metadata__":
-                    continue
-                count = 1
-                for extent in tensor["shape"]:
-                    count *= int(extent)
-                start, end = tensor["data_offsets"]
-                if not 0 <= start <= end <= size - 8 - length:
-                    raise DataLoss(f"{path.name} is cut off: tensor {name} ends past its end")
-                found.append((str(tensor["dtype"]), count, end - start))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataLoss(f"{path.name} has a damaged safetensors header: {error}") from error
-    return found
+    return Checkpoint.of(Weights.open(directory).values())

@@ -1,30 +1,37 @@
 """llama.cpp's own converter, run as a child process.
 
-Responsibility: a model directory in, one lossless GGUF file out, with the prompt
-template in its metadata. Does not know quantizing, artifacts or gRPC.
+Responsibility: a model directory in, one lossless GGUF file out, or the outline
+of one. Does not know quantizing, artifacts or gRPC.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from arriero.errors import FailedPrecondition, ResourceExhausted
+from arriero.weights import MergedWeights
+from arriero.weights.layout import build_header
 
 SETTING = "ARRIERO_LLAMA_CPP"
 _SCRIPT = "convert_hf_to_gguf.py"
-_POLL_SECONDS = 0.2
+_POLL_SECONDS = 0.05
+# The directory that the package `arriero` lies in.
+_SERVICES = Path(__file__).resolve().parents[2]
 
 # Code and pickles stay behind: the converter loads tokenizers with
 # trust_remote_code, and a model directory may come from anywhere.
 _LINKED = {".safetensors", ".json", ".model", ".txt", ".jinja", ".tiktoken"}
 _TEMPLATES = {"chat_template.jinja", "chat_template.json", "tokenizer_config.json"}
+_CONFIG = "config.json"
 _SECRETS = re.compile(
     r"(^|_)(TOKEN|SECRET|PASSWORD|CREDENTIALS?|API_?KEY|ACCESS_?KEY)(_|$)", re.IGNORECASE
 )
@@ -50,7 +57,9 @@ def locate(environment: Mapping[str, str] | None = None) -> Path:
     return root
 
 
-def prepare_view(model: Path, view: Path, chat_template: str | None) -> Path:
+def prepare_view(
+    model: Path, view: Path, chat_template: str | None, *, merged: MergedWeights | None = None
+) -> Path:
     """A directory that looks like the model, with another chat template.
 
     Weights and the rest are links; the model itself is not touched.
@@ -59,12 +68,22 @@ def prepare_view(model: Path, view: Path, chat_template: str | None) -> Path:
         model: Hugging Face model directory, may be read-only.
         view: created; its name becomes part of the file's metadata.
         chat_template: Jinja source to store; None keeps the model's own.
+        merged: stands for the model's weights; of them the view holds only the
+            header, in a sparse file, and the configuration is theirs.
     """
     view.mkdir(parents=True)
     for path in sorted(model.iterdir()):
         replaced = chat_template is not None and path.name in _TEMPLATES
+        if merged is not None and (path.name == _CONFIG or ".safetensors" in path.name):
+            replaced = True
         if path.is_file() and path.suffix in _LINKED and not replaced:
             (view / path.name).symlink_to(path.resolve())
+    if merged is not None:
+        (view / _CONFIG).write_text(json.dumps(merged.config, indent=2), encoding="utf-8")
+        header, _ = build_header(list(merged.values()), {"format": "pt"})
+        with (view / "model.safetensors").open("wb") as file:
+            file.write(header)
+            file.truncate(len(header) + merged.nbytes)
     if chat_template is not None:
         source = model / "tokenizer_config.json"
         config = json.loads(source.read_text(encoding="utf-8")) if source.is_file() else {}
@@ -75,13 +94,58 @@ def prepare_view(model: Path, view: Path, chat_template: str | None) -> Path:
     return view
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a GGUF tensor comes from.
+
+    Attributes:
+        source: the model's tensor; None where the converter makes it from the
+            configuration, in which case the outline holds its data.
+        heads: attention heads whose rows are permuted, as llama.cpp's rope wants
+            them; 0 for none.
+    """
+
+    source: str | None
+    heads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """A GGUF file that holds no weights yet.
+
+    Attributes:
+        path: the file: header, and data that no weight of the model gives; sparse.
+        origins: by GGUF tensor name.
+        obstacle: why the tensors cannot be made from the model's one by one;
+            empty when they can.
+    """
+
+    path: Path
+    origins: Mapping[str, Origin]
+    obstacle: str
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What to convert.
+
+    Attributes:
+        view: as `prepare_view` returns it.
+        out_type: `f32`, `f16` or `bf16`.
+        name: for `general.name`.
+        metadata: strings to add.
+    """
+
+    view: Path
+    out_type: str
+    name: str
+    metadata: Mapping[str, str]
+
+
 def convert(
-    root: Path,
-    view: Path,
+    conversion: Conversion,
     target: Path,
     *,
-    out_type: str,
-    name: str,
     log: Path,
     threads: int = 1,
     on_progress: Callable[[int], None] | None = None,
@@ -90,11 +154,8 @@ def convert(
     """Convert a model directory to GGUF.
 
     Args:
-        root: as `locate` returns it.
-        view: as `prepare_view` returns it.
+        conversion: what to convert.
         target: file to write.
-        out_type: `f32`, `f16` or `bf16`.
-        name: for `general.name`.
         log: file that the converter's output goes to.
         threads: of its tensor library.
         on_progress: called with the bytes written so far.
@@ -104,13 +165,51 @@ def convert(
         FailedPrecondition: the converter refuses the model, with its reason.
         ResourceExhausted: it was killed, probably for want of memory.
     """
-    command = [
-        sys.executable, str(root / _SCRIPT), str(view),
-        "--outfile", str(target), "--outtype", out_type, "--model-name", name,
-    ]  # fmt: skip
+    child = _start(conversion, target, None, log, threads)
+    _wait(child, target, log, on_progress, check)
+
+
+def outline(
+    conversion: Conversion,
+    target: Path,
+    *,
+    log: Path,
+    check: Callable[[], None] | None = None,
+) -> Outline:
+    """What `convert` would write, without reading a weight.
+
+    Args and errors are those of `convert`.
+    """
+    described = target.with_suffix(".json")
+    child = _start(conversion, target, described, log, 1)
+    _wait(child, target, log, None, check)
+    data = json.loads(described.read_text(encoding="utf-8"))
+    origins = {name: Origin(source, heads) for name, (source, heads) in data["tensors"].items()}
+    return Outline(target, origins, data["obstacle"])
+
+
+def _start(
+    conversion: Conversion, target: Path, described: Path | None, log: Path, threads: int
+) -> subprocess.Popen[bytes]:
+    root = locate()
+    request = target.with_suffix(".request.json")
+    request.write_text(
+        json.dumps(
+            {
+                "script": str(root / _SCRIPT),
+                "arguments": [
+                    str(conversion.view), "--outfile", str(target),
+                    "--outtype", conversion.out_type, "--model-name", conversion.name,
+                ],
+                "metadata": dict(conversion.metadata),
+                "outline": None if described is None else str(described),
+            }
+        ),
+        encoding="utf-8",
+    )  # fmt: skip
     environment = {key: value for key, value in os.environ.items() if not _SECRETS.search(key)}
     environment |= {
-        "PYTHONPATH": str(root / "gguf-py"),
+        "PYTHONPATH": os.pathsep.join((str(root / "gguf-py"), str(_SERVICES))),
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
@@ -119,24 +218,47 @@ def convert(
     }
     with log.open("wb") as output:
         # Same process group as the job: who kills the job kills this too.
-        child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "arriero.quantization.official", str(request)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=environment,
         )
-        try:
-            while child.poll() is None:
-                if check is not None:
-                    check()
-                if on_progress is not None and target.exists():
-                    on_progress(target.stat().st_size)
-                time.sleep(_POLL_SECONDS)
-        finally:
-            if child.poll() is None:
-                child.kill()
-                child.wait()
+
+
+def _wait(
+    child: subprocess.Popen[bytes],
+    target: Path,
+    log: Path,
+    on_progress: Callable[[int], None] | None,
+    check: Callable[[], None] | None,
+) -> None:
+    try:
+        while child.poll() is None:
+            if check is not None:
+                check()
+            if on_progress is not None and target.exists():
+                on_progress(target.stat().st_size)
+            time.sleep(_POLL_SECONDS)
+    finally:
+        if child.poll() is None:
+            child.kill()
+            child.wait()
     if child.returncode != 0:
         raise _refusal(child.returncode, log.read_text(encoding="utf-8", errors="replace"))
     if not target.is_file():
         raise FailedPrecondition("llama.cpp's converter ended without writing a file")
+
+
+def tell(log: Path, to: logging.Logger, *, whole: bool) -> None:
+    """Hand the converter's words on: all of them, or the warnings."""
+    output = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    for line in output.replace("\r", "\n").splitlines():
+        if line.startswith("Writing:") or not line.strip():
+            continue  # a progress bar
+        if whole or line.startswith(("WARNING", "ERROR")):
+            to.info("converter: %s", line.rstrip())
 
 
 def _refusal(code: int, output: str) -> FailedPrecondition | ResourceExhausted:
@@ -150,8 +272,9 @@ def _refusal(code: int, output: str) -> FailedPrecondition | ResourceExhausted:
         return FailedPrecondition(
             "llama.cpp's converter does not know this BPE tokenizer"
             + (f" (fingerprint {fingerprint[1][:16]})" if fingerprint else "")
-            + "; expected the unchanged tokenizer of a model family that llama.cpp supports "
-            "(an extended BPE vocabulary is not), or a SentencePiece tokenizer.model",
+            + ", nor are its pre-tokenizer's rules those of gpt-2, smollm, llama-bpe or qwen2; "
+            "expected the tokenizer of a model family that llama.cpp supports, its vocabulary "
+            "extended or not, or a SentencePiece tokenizer.model",
             reason="UNKNOWN_PRE_TOKENIZER",
         )
     unsupported = re.search(r"Model (\S+) is not supported", output)

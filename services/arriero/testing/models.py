@@ -43,6 +43,7 @@ def tiny_llama(
     dtype: Literal["float32", "bfloat16"] = "float32",
     hidden: int = 64,
     layers: int = 2,
+    inner: int = 0,
 ) -> Path:
     """Write a random LlamaForCausalLM with its tokenizer into `directory`.
 
@@ -57,6 +58,7 @@ def tiny_llama(
         dtype: of the stored weights.
         hidden: width, a multiple of 32 (Q8_0, Q4_0); of 256 for K-quants.
         layers: transformer blocks.
+        inner: width of the feed-forward layers; 0 for twice `hidden`.
 
     Returns:
         `directory`.
@@ -73,7 +75,7 @@ def tiny_llama(
         "model_type": "llama",
         "vocab_size": VOCABULARY,
         "hidden_size": hidden,
-        "intermediate_size": 2 * hidden,
+        "intermediate_size": inner or 2 * hidden,
         "num_hidden_layers": layers,
         "num_attention_heads": 4 if hidden >= 64 else 2,
         "num_key_value_heads": 2,

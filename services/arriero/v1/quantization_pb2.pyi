@@ -141,8 +141,9 @@ class QuantizeSpec(_message.Message):
 
     @_builtins.property
     def tensor_types(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Quant type of the tensors whose GGUF name a pattern matches, as
-        llama-quantize's `--tensor-type`: `ffn_down: Q6_K`.
+        """ggml type of the tensors in whose GGUF name a pattern (a regular expression)
+        is found, as llama-quantize's `--tensor-type`: `ffn_down: Q6_K`. Of several
+        the longest wins.
         """
 
     @_builtins.property

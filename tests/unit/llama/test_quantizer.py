@@ -4,7 +4,15 @@ from pathlib import Path
 import pytest
 
 from arriero.errors import DataLoss, FailedPrecondition, InvalidArgument
-from arriero.llama import QUANT_TYPES, Context, Model, quantize, read_header, resolve_type
+from arriero.llama import (
+    QUANT_TYPES,
+    Context,
+    Model,
+    quantize,
+    read_header,
+    resolve_tensor_type,
+    resolve_type,
+)
 from arriero.llama.library import binding
 
 
@@ -18,12 +26,21 @@ def test_an_unknown_type_is_refused_with_what_there_is(text: str) -> None:
     with pytest.raises(InvalidArgument, match="Q4_K_M, Q4_K_S") as caught:
         resolve_type(text, field="types[1]")
     assert caught.value.violations[0].field == "types[1]"
+    assert "IQ2_XS" in caught.value.message
+
+
+def test_a_type_that_needs_an_importance_matrix_is_refused_without_one() -> None:
+    with pytest.raises(InvalidArgument, match="field imatrix") as caught:
+        resolve_type("iq2_xxs", imatrix=False)
     assert "IQ2_XS" not in caught.value.message
+    assert resolve_type("iq2_xxs").needs_imatrix
 
 
-def test_a_type_that_needs_an_importance_matrix_is_refused_with_the_reason() -> None:
-    with pytest.raises(InvalidArgument, match="importance matrix"):
-        resolve_type("iq2_xxs")
+def test_a_tensor_has_one_type_not_a_mixture() -> None:
+    assert resolve_tensor_type(" q6_k ") == "Q6_K"
+    for text in ("Q4_K_M", "Q8_K", "I32", ""):
+        with pytest.raises(InvalidArgument, match="known types: F32, F16, Q4_0"):
+            resolve_tensor_type(text)
 
 
 def test_numbers_are_those_of_the_linked_library() -> None:

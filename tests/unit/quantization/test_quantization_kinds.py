@@ -6,7 +6,8 @@ import pytest
 from arriero.errors import FailedPrecondition, InvalidArgument
 from arriero.operations.kinds import ResolveContext, Resolved
 from arriero.quantization.evaluate_spec import resolve_evaluate
-from arriero.quantization.kinds import WORK_KINDS, resolve_quantize
+from arriero.quantization.kinds import WORK_KINDS
+from arriero.quantization.quantize_spec import resolve_quantize
 from arriero.settings import SourceSettings
 from arriero.store import Artifact, Store
 from arriero.v1 import quantization_pb2 as pb

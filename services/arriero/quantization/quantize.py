@@ -1,0 +1,342 @@
+"""The stage `quantize`: which way the files are made, and what is handed on.
+
+Responsibility: put the room's pieces in order and report progress. Does not know
+how tensors are computed, nor how outputs are published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+from arriero.errors import FailedPrecondition, NotFound, ResourceExhausted
+from arriero.gates.golden import Golden
+from arriero.llama import (
+    Header,
+    Importance,
+    QuantType,
+    Recipe,
+    TypePlan,
+    plan_types,
+    read_header,
+    resolve_type,
+    threads,
+    write_header,
+)
+from arriero.llama.activations import WINDOW, collect
+from arriero.operations.job import Job, Output
+from arriero.prompts import Template
+from arriero.quantization import converter, imatrix, onepass, reference
+from arriero.quantization.checkpoint import Checkpoint
+from arriero.quantization.converter import Conversion, Outline
+from arriero.quantization.proof import prove_tokens
+from arriero.quantization.rows import sequences
+from arriero.store import Artifact
+from arriero.weights import MergedWeights, Weights
+
+TEMPLATE_KEY = "arriero.template"
+SOURCE_KEY = "arriero.source"
+ADAPTERS_KEY = "arriero.adapters"
+IMATRIX_KEY = "arriero.imatrix"
+ONEPASS, REFERENCE = "onepass", "reference"
+_SHOWN = 4
+
+
+def run_quantize(job: Job) -> list[Output]:
+    """Make every file at once, tensor by tensor; one `gguf` output per type.
+
+    Where the one pass cannot (or `method` says so), the model is merged,
+    converted and quantized one after the other.
+    """
+    work = _Work(job)
+    method = work.method
+    importance, matrix = work.importance()
+    recipe = replace(work.recipe, importance=importance)
+    kinds = [resolve_type(text) for text in job.spec.types]
+    plans = [plan_types(work.outline.path, kind, recipe) for kind in kinds]
+    for kind, plan in zip(kinds, plans, strict=True):
+        _check_plan(job, kind, plan, importance)
+    job.progress(phase="comparing tokens", force=True)
+    golden = work.golden()
+    prove_tokens(
+        job.gates,
+        model=work.view,
+        gguf=work.outline.path,
+        golden=Golden.read(golden.path) if golden else None,
+        log=job.log,
+    )
+    paths = [job.output_dir(k.name) / f"{work.name}.{k.name}.gguf" for k in kinds]
+    if method == ONEPASS:
+        _in_one_pass(work, kinds, plans, recipe, paths)
+    else:
+        reference.run(
+            job,
+            work.conversion,
+            work.merged,
+            kinds,
+            recipe,
+            paths,
+            n_threads=work.workers,
+        )
+    outputs = []
+    for kind, plan, path in zip(kinds, plans, paths, strict=True):
+        header = read_header(path)
+        job.log.info(
+            "%s: %.1f MB, %.2f bits/weight", kind.name, header.size / 1e6, header.bits_per_weight
+        )
+        outputs.append(
+            Output(
+                name=kind.name,
+                kind="gguf",
+                path=path.parent,
+                artifact_name=work.name,
+                parents=work.parents,
+                golden=golden.digest if golden else None,
+                metrics={
+                    "size_bytes": header.size,
+                    "bits_per_weight": header.bits_per_weight,
+                    "parameters": header.parameters,
+                    "fallback_tensors": len(plan.fallbacks),
+                },
+                labels={"quant_type": kind.name, "method": method},
+            )
+        )
+    return [*outputs, *([matrix] if matrix else [])]
+
+
+class _Work:
+    """What a job was asked for, opened."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.model = job.input("model")
+        self.adapters = job.inputs.get("adapters", [])
+        self.name = (self.adapters or [self.model])[-1].manifest.name or "model"
+        self.workers = threads(job.spec.threads)
+        self.merged: MergedWeights | None = None
+        if self.adapters:
+            weights = list(job.spec.weights) or [1.0] * len(self.adapters)
+            self.merged = MergedWeights.open(
+                self.model.path, [adapter.path for adapter in self.adapters], weights
+            )
+        base = Weights.open(self.model.path)
+        self.checkpoint = Checkpoint.of((self.merged or base).values())
+        self.source: onepass.Source = self.merged or onepass.Stored(base)
+        self.recipe = Recipe(
+            # A proto map has no order, and the first match wins.
+            tensor_types=dict(sorted(job.spec.tensor_types.items(), key=_longest_first)),
+            output_tensor_type=job.spec.output_tensor_type,
+            token_embedding_type=job.spec.token_embedding_type,
+        )
+
+    @cached_property
+    def view(self) -> Path:
+        """A directory that looks like the merged model."""
+        template = self.template
+        return converter.prepare_view(
+            self.model.path,
+            self.job.scratch / "view" / self.name,
+            template.chat_template if template else None,
+            merged=self.merged,
+        )
+
+    @cached_property
+    def template(self) -> Template | None:
+        """What the rows were rendered with: the last adapter's, else the model's."""
+        found = [Template.read(artifact.path) for artifact in (*self.adapters[::-1], self.model)]
+        return next((template for template in found if template is not None), None)
+
+    @cached_property
+    def conversion(self) -> Conversion:
+        """What the converter is asked for."""
+        metadata = {SOURCE_KEY: self.model.digest}
+        if self.adapters:
+            metadata[ADAPTERS_KEY] = ",".join(adapter.digest for adapter in self.adapters)
+        if given := self.job.optional_input("imatrix"):
+            metadata[IMATRIX_KEY] = given.digest
+        if self.template is not None:
+            metadata[TEMPLATE_KEY] = self.template.to_json()
+        return Conversion(self.view, self.checkpoint.exact_type, self.name, metadata)
+
+    @cached_property
+    def outline(self) -> Outline:
+        """The file between model and outputs, without its tensors."""
+        self.job.progress(phase="reading metadata", force=True)
+        log = self.job.scratch / "converter.log"
+        try:
+            made = converter.outline(
+                self.conversion,
+                self.job.scratch / "outline.gguf",
+                log=log,
+                check=self.job.check_preempted,
+            )
+        except (FailedPrecondition, ResourceExhausted):
+            converter.tell(log, self.job.log, whole=True)
+            raise
+        converter.tell(log, self.job.log, whole=False)
+        return made
+
+    @cached_property
+    def method(self) -> str:
+        """`onepass` or `reference`.
+
+        Raises:
+            FailedPrecondition: the one pass was asked for by name, and cannot.
+            DiskFull: it cannot, and there is no room for the other way.
+        """
+        asked = self.job.spec.method
+        if asked == REFERENCE:
+            return REFERENCE
+        why = onepass.obstacle(self.outline, self.source)
+        if not why:
+            return ONEPASS
+        if asked == ONEPASS:
+            raise FailedPrecondition(
+                f"this model cannot be quantized in one pass: {why}; choose method auto",
+                reason="NO_ONE_PASS",
+            )
+        self.job.log.warning(
+            "not in one pass, since %s: merging, converting and quantizing one after the other", why
+        )
+        between = read_header(self.outline.path).size
+        self.job.store.preflight(between * (2 if self.adapters else 1))
+        return REFERENCE
+
+    def importance(self) -> tuple[Importance | None, Output | None]:
+        """The importance matrix, and the report that holds one that was computed here."""
+        given = self.job.optional_input("imatrix")
+        if given is None:
+            return None, None
+        header = read_header(self.outline.path)
+        if given.manifest.kind == "report":
+            importance = imatrix.read(given.path)
+            imatrix.check(importance, header)
+            return importance, None
+        return self._computed(given, header)
+
+    def _computed(self, rows: Artifact, header: Header) -> tuple[Importance, Output]:
+        limit = self.job.spec.imatrix_tokens
+        path = self.job.scratch / "exact.gguf"
+        self.job.store.preflight(header.size)
+        kind = resolve_type(self.conversion.out_type)
+        if self.method == ONEPASS:
+            plan = plan_types(self.outline.path, kind)
+            _in_one_pass(self, [kind], [plan], Recipe(), [path])
+        else:
+            reference.convert(self.job, self.conversion, self.merged, path, self.workers)
+
+        def evaluated(tokens: int) -> None:
+            self.job.check_preempted()
+            self.job.progress(phase="computing importance", step=tokens, total=limit, unit="tokens")
+
+        evaluated(0)
+        found = collect(
+            path,
+            sequences(rows.path, limit),
+            n_threads=self.job.spec.threads,
+            on_progress=evaluated,
+        )
+        path.unlink()
+        name = rows.manifest.name or rows.digest
+        importance = imatrix.importance_of(found, name)
+        imatrix.check(importance, header)
+        directory = self.job.output_dir("imatrix")
+        imatrix.write(directory / imatrix.FILE_NAME, found, dataset=name, window=WINDOW)
+        return importance, Output(
+            name="imatrix",
+            kind="report",
+            path=directory,
+            artifact_name=self.name,
+            parents=(*self.parents[:-1], rows.digest),
+            metrics={"sequences": found.sequences},
+            labels={"report": "imatrix"},
+        )
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """What the files are made of."""
+        given = self.job.optional_input("imatrix")
+        made_of = (self.model, *self.adapters, *([given] if given else []))
+        return tuple(artifact.digest for artifact in made_of)
+
+    def golden(self) -> Artifact | None:
+        """The golden report that travels with the files, if there is one."""
+        named = self.job.optional_input("golden")
+        if named is not None:
+            return named
+        # With several adapters nobody knows what the model should say.
+        carriers = self.adapters or [self.model]
+        carried = carriers[0].manifest.golden if len(carriers) == 1 else None
+        if not carried:
+            return None
+        with suppress(NotFound):
+            return self.job.store.get(carried)
+        self.job.log.warning("the golden logits %s are gone", carried)
+        return None
+
+
+def _longest_first(override: tuple[str, str]) -> tuple[int, str]:
+    return -len(override[0]), override[0]
+
+
+def _check_plan(job: Job, kind: QuantType, plan: TypePlan, importance: Importance | None) -> None:
+    """Tell of fallbacks; refuse types that would need what is not there.
+
+    Raises:
+        FailedPrecondition: tensors without an entry in the importance matrix, by name.
+    """
+    if plan.fallbacks:
+        chosen = sorted({plan.types[name] for name in plan.fallbacks})
+        job.log.warning(
+            "%s: the rows of %d of %d tensors do not fill its blocks; they become %s, such as %s",
+            kind.name, len(plan.fallbacks), len(plan.types), ", ".join(chosen),
+            ", ".join(plan.fallbacks[:_SHOWN]),
+        )  # fmt: skip
+    lacking = imatrix.uncovered(plan.types, importance)
+    if lacking:
+        raise FailedPrecondition(
+            f"{kind.name}: {len(lacking)} tensors get a type that needs an importance matrix, and "
+            f"there is none for them, such as {', '.join(lacking[:_SHOWN])}; choose another type "
+            "for them in tensor_types, output_tensor_type or token_embedding_type, or give a "
+            "matrix that holds them",
+            reason="IMATRIX_MISSING",
+        )
+
+
+def _in_one_pass(
+    work: _Work,
+    kinds: Sequence[QuantType],
+    plans: Sequence[TypePlan],
+    recipe: Recipe,
+    paths: Sequence[Path],
+) -> None:
+    job = work.job
+    importance = recipe.importance
+    metadata = importance.metadata() if importance else {}
+    targets = [
+        onepass.Target(
+            path,
+            write_header(
+                work.outline.path, path, file_type=kind.ftype, types=plan.types, metadata=metadata
+            ),
+        )
+        for kind, plan, path in zip(kinds, plans, paths, strict=True)
+    ]
+    # Exact by now; the files are still sparse.
+    job.store.preflight(sum(target.header.size for target in targets))
+    names = ", ".join(kind.name for kind in kinds)
+    onepass.fill(
+        work.outline,
+        read_header(work.outline.path),
+        work.source,
+        targets,
+        importance=importance.values if importance else {},
+        n_threads=work.workers,
+        tick=lambda done, total: job.progress(
+            phase=f"quantizing {names}", step=done, total=total, unit="weights"
+        ),
+        check=job.check_preempted,
+    )

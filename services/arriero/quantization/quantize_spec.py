@@ -1,0 +1,135 @@
+"""The spec of `quantize`: checks, defaults, and what the work will need.
+
+Responsibility: from a spec as somebody wrote it to one with nothing left open.
+Does not know how the work is done.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+from arriero.errors import InvalidArgument, NotFound
+from arriero.llama import expected_size, resolve_tensor_type, resolve_type
+from arriero.operations.defaults import with_defaults
+from arriero.operations.kinds import ResolveContext, Resolved
+from arriero.quantization import converter
+from arriero.quantization.checkpoint import Checkpoint, read_checkpoint
+from arriero.v1 import quantization_pb2 as pb
+from arriero.weights import MergedWeights
+
+_METHODS = ("auto", "onepass", "reference")
+
+
+def resolve_quantize(spec: pb.QuantizeSpec, context: ResolveContext) -> Resolved:
+    """Check a `quantize` spec; types come out as llama.cpp writes them.
+
+    Raises:
+        InvalidArgument: no types, unknown or repeated ones, types that need an
+            importance matrix without one, negative threads, weights that are not
+            one for each adapter, an unknown method, patterns that are none.
+        FailedPrecondition: the converter is missing, the model has no weights, or
+            the adapters do not fit it.
+    """
+    resolved = _checked_quantize(spec)
+    converter.locate()
+    model = context.inputs["model"][0]
+    adapters = context.inputs.get("adapters", [])
+    carriers = adapters or [model]
+    if not spec.HasField("golden") and len(carriers) == 1 and carriers[0].manifest.golden:
+        try:
+            resolved.golden = context.store.get(carriers[0].manifest.golden).digest
+        except NotFound:
+            resolved.ClearField("golden")
+    if adapters:
+        paths = [adapter.path for adapter in adapters]
+        checkpoint = Checkpoint.of(
+            MergedWeights.open(model.path, paths, list(resolved.weights)).values()
+        )
+    else:
+        checkpoint = read_checkpoint(model.path)
+    kinds = [resolve_type(name) for name in resolved.types]
+    disk = sum(expected_size(checkpoint.parameters, kind) for kind in kinds)
+    if spec.method == "reference":
+        disk += checkpoint.size * (2 if adapters else 1)
+    elif any(given.manifest.kind == "dataset" for given in context.inputs.get("imatrix", [])):
+        disk += checkpoint.size
+    return Resolved(
+        spec=resolved,
+        disk_bytes=disk,
+        # llama.cpp's quantizer holds its largest tensor in fp32 beside the source's and
+        # its own pages; the converter's libraries take the rest.
+        memory_bytes=(1 << 30) + 8 * checkpoint.largest,
+        unkeyed=("threads",),
+    )
+
+
+def check_quantize(spec: pb.QuantizeSpec, context: ResolveContext) -> None:
+    """Refuse what is wrong whatever the model is; raises as `resolve_quantize`."""
+    _checked_quantize(spec)
+
+
+def _checked_quantize(spec: pb.QuantizeSpec) -> pb.QuantizeSpec:
+    resolved = with_defaults(spec)
+    if not spec.types:
+        raise InvalidArgument.field("types", "empty; expected at least one type, such as Q4_K_M")
+    kinds = []
+    seen: dict[str, int] = {}
+    for i, text in enumerate(spec.types):
+        kind = resolve_type(text, field=f"types[{i}]", imatrix=spec.HasField("imatrix"))
+        if kind.name in seen:
+            raise InvalidArgument.field(
+                f"types[{i}]", f"{kind.name} is already there as types[{seen[kind.name]}]"
+            )
+        seen[kind.name] = i
+        kinds.append(kind)
+    resolved.types[:] = [kind.name for kind in kinds]
+    if spec.threads < 0:
+        raise InvalidArgument.field("threads", f"is {spec.threads}; expected 0 (all) or more")
+    _check_weights(spec, resolved)
+    _check_overrides(resolved)
+    if resolved.imatrix_tokens < 1:
+        raise InvalidArgument.field(
+            "imatrix_tokens", f"is {resolved.imatrix_tokens}; expected at least 1"
+        )
+    if resolved.method not in _METHODS:
+        raise InvalidArgument.field(
+            "method", f"{resolved.method!r} is not known; expected {', '.join(_METHODS)}"
+        )
+    if resolved.adapter_only:
+        raise InvalidArgument.field(
+            "adapter_only", "adapters alone are not converted by this build; leave it out"
+        )
+    return resolved
+
+
+def _check_weights(spec: pb.QuantizeSpec, resolved: pb.QuantizeSpec) -> None:
+    for i, digest in enumerate(spec.adapters):
+        if digest in spec.adapters[:i]:
+            raise InvalidArgument.field(f"adapters[{i}]", "is there twice; give it a weight of 2")
+    if spec.weights and len(spec.weights) != len(spec.adapters):
+        raise InvalidArgument.field(
+            "weights",
+            f"holds {len(spec.weights)} numbers for {len(spec.adapters)} adapters; expected one "
+            "for each, or none",
+        )
+    for i, weight in enumerate(spec.weights):
+        if not math.isfinite(weight):
+            raise InvalidArgument.field(f"weights[{i}]", f"is {weight}; expected a finite number")
+    resolved.weights[:] = list(spec.weights) or [1.0] * len(spec.adapters)
+
+
+def _check_overrides(resolved: pb.QuantizeSpec) -> None:
+    """Types as ggml writes them; patterns that a regular expression is made of."""
+    for pattern, text in list(resolved.tensor_types.items()):
+        field = f"tensor_types[{pattern}]"
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise InvalidArgument.field(
+                field, f"is no regular expression over GGUF tensor names: {error}"
+            ) from error
+        resolved.tensor_types[pattern] = resolve_tensor_type(text, field=field)
+    for field in ("output_tensor_type", "token_embedding_type"):
+        if chosen := getattr(resolved, field):
+            setattr(resolved, field, resolve_tensor_type(chosen, field=field))

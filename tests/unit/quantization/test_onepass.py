@@ -1,0 +1,368 @@
+"""One pass against the chain that everyone uses: merge, convert, llama-quantize."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from arriero.errors import DataLoss, DiskFull, FailedPrecondition, Preempted
+from arriero.llama import (
+    Header,
+    Importance,
+    Recipe,
+    plan_types,
+    quantize,
+    read_header,
+    resolve_type,
+)
+from arriero.operations.job import Job, Output
+from arriero.quantization import converter, imatrix, onepass
+from arriero.quantization import quantize as quantize_module
+from arriero.quantization.quantize import run_quantize
+from arriero.store import Artifact, Store
+from arriero.testing.adapters import tiny_adapter
+from arriero.testing.jobs import run_job
+from arriero.testing.models import tiny_llama
+from arriero.v1 import quantization_pb2 as pb
+from arriero.weights import MergedWeights, WeightsWriter
+
+Publish = Callable[..., Artifact]
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# 576 columns are no whole blocks of 256: K-quants fall back, as for SmolLM2.
+WIDTH = 576
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("wide") / "m"
+    return tiny_llama(directory, hidden=WIDTH, inner=768, dtype="bfloat16")
+
+
+@pytest.fixture(scope="module")
+def adapter(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_adapter(tmp_path_factory.mktemp("adapter") / "a", wide, targets=LINEAR)
+
+
+@pytest.fixture(scope="module")
+def official(wide: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Merged to disk, and converted by llama.cpp's own script as a person would run it."""
+    directory = tmp_path_factory.mktemp("official")
+    view = converter.prepare_view(wide, directory / "merged", None)
+    (view / "model.safetensors").unlink()
+    merged = MergedWeights.open(wide, [adapter], [1.0])
+    with WeightsWriter(view, list(merged.values())) as writer:
+        for name in merged:
+            writer.write(name, merged.tensor(name))
+    target = directory / "master.gguf"
+    script = converter.locate() / "convert_hf_to_gguf.py"
+    subprocess.run(
+        [sys.executable, str(script), str(view), "--outfile", str(target), "--outtype", "bf16"],
+        check=True,
+        capture_output=True,
+    )
+    return target
+
+
+@pytest.fixture(scope="module")
+def outline(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> converter.Outline:
+    directory = tmp_path_factory.mktemp("outline")
+    view = converter.prepare_view(wide, directory / "view" / "m", None)
+    return converter.outline(
+        converter.Conversion(view, "bf16", "m", {}),
+        directory / "outline.gguf",
+        log=directory / "log",
+    )
+
+
+@pytest.fixture
+def outlined(outline: converter.Outline, monkeypatch: pytest.MonkeyPatch) -> converter.Outline:
+    """Jobs get the wide model's outline without starting the converter again."""
+    monkeypatch.setattr(converter, "outline", lambda *_, **__: outline)
+    monkeypatch.setattr(quantize_module, "prove_tokens", lambda *_, **__: None)
+    return outline
+
+
+def tensors_of(path: Path) -> dict[str, tuple[str, bytes]]:
+    header, data = read_header(path), path.read_bytes()
+    found = {}
+    for tensor in header.tensors:
+        start = header.data_offset + tensor.offset
+        found[tensor.name] = (tensor.type, data[start : start + tensor.size])
+    return found
+
+
+def run(
+    store: Store,
+    tmp_path: Path,
+    inputs: Mapping[str, Artifact | list[Artifact]],
+    *types: str,
+    prepare: Callable[[Job], None] | None = None,
+    **fields: object,
+) -> dict[str, Output]:
+    spec = pb.QuantizeSpec(types=types, **fields)  # type: ignore[arg-type]
+    outputs = run_job(run_quantize, "quantize", spec, inputs, store, tmp_path, prepare=prepare)
+    return {output.name: output for output in outputs}
+
+
+def file_of(output: Output) -> Path:
+    (path,) = output.path.glob("*.gguf")
+    return path
+
+
+def random_importance(header: Header) -> Importance:
+    draw = np.random.default_rng(7)
+    return Importance(
+        {
+            tensor.name: draw.gamma(2.0, size=tensor.shape[0]).astype(np.float32)
+            for tensor in header.tensors
+            if tensor.name.startswith("blk.") and len(tensor.shape) == 2
+        },
+        "random",
+        3,
+    )
+
+
+@pytest.fixture(scope="module")
+def matrix(outline: converter.Outline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report as somebody with llama-imatrix would push it, by llama.cpp's own writer."""
+    import gguf
+
+    directory = tmp_path_factory.mktemp("matrix")
+    writer = gguf.GGUFWriter(directory / "imatrix.gguf", arch="")
+    writer.kv_data[0].clear()
+    writer.add_type("imatrix")
+    writer.add_uint32("imatrix.chunk_count", 3)
+    for name, values in random_importance(read_header(outline.path)).values.items():
+        writer.add_tensor(f"{name}.in_sum2", (values * 10).reshape(1, -1))
+        writer.add_tensor(f"{name}.counts", np.array([[10]], dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return directory
+
+
+PLAIN = ("F32", "F16", "Q8_0", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_S", "Q2_K", "IQ4_XS", "TQ2_0")
+
+
+def test_files_are_those_of_merging_converting_and_quantizing(
+    wide: Path, adapter: Path, official: Path, store: Store, publish: Publish, tmp_path: Path
+) -> None:
+    inputs = {
+        "model": publish(wide, "model", name="wide"),
+        "adapters": [publish(adapter, "adapter", name="tuned")],
+    }
+    jobs: list[Job] = []
+    made = run(store, tmp_path, inputs, *PLAIN, prepare=jobs.append)
+    assert list(made) == list(PLAIN)
+    for name, output in made.items():
+        path, expected = file_of(output), tmp_path / f"{name}.gguf"
+        quantize(official, expected, resolve_type(name))
+        assert tensors_of(path) == tensors_of(expected), name
+        assert list(tensors_of(path)) == list(tensors_of(expected))
+        assert output.labels["method"] == "onepass"
+        assert path.name == f"tuned.{name}.gguf"
+        header = read_header(path)
+        assert header.metadata["general.file_type"] == resolve_type(name).ftype
+        assert header.metadata["arriero.adapters"] == inputs["adapters"][0].digest  # type: ignore[index]
+    kinds = {t.type for t in read_header(file_of(made["Q4_K_M"])).tensors}
+    assert {"Q4_K", "Q5_0"} <= kinds  # some fell back, some did not
+    assert made["Q4_K_M"].metrics["fallback_tensors"] > 0
+    assert made["Q8_0"].metrics["fallback_tensors"] == 0
+    # Nothing of the size of a model was left, or lay between.
+    assert not list(jobs[0].checkpoints.iterdir())
+
+
+def test_both_methods_give_the_same_bytes(
+    wide: Path, adapter: Path, matrix: Path, store: Store, publish: Publish, tmp_path: Path
+) -> None:
+    inputs = {
+        "model": publish(wide, "model", name="wide"),
+        "adapters": [publish(adapter, "adapter", name="tuned")],
+        "imatrix": publish(matrix, "report"),
+    }
+    fields = {
+        "tensor_types": {"ffn_down": "Q6_K", r"blk\.0\.ffn_down": "Q5_0"},
+        "output_tensor_type": "Q8_0",
+        "token_embedding_type": "Q5_1",
+    }
+    types = ("Q4_K_M", "IQ2_XS", "IQ3_S", "Q2_K_S", "Q8_0")
+    one = run(store, tmp_path / "one", inputs, *types, method="onepass", **fields)
+    other = run(store, tmp_path / "other", inputs, *types, method="reference", **fields)
+    for name in types:
+        assert file_of(one[name]).read_bytes() == file_of(other[name]).read_bytes(), name
+    header = read_header(file_of(one["Q4_K_M"]))
+    kinds = {tensor.name: tensor.type for tensor in header.tensors}
+    assert kinds["blk.0.ffn_down.weight"] == "Q5_0"
+    assert kinds["blk.1.ffn_down.weight"] == "Q6_K"
+    assert kinds["output.weight"] == "Q8_0"
+    assert kinds["token_embd.weight"] == "Q5_1"
+    assert header.metadata["quantize.imatrix.entries_count"] == 14
+
+
+def test_a_matrix_changes_the_bytes(
+    wide: Path,
+    outlined: converter.Outline,
+    matrix: Path,
+    store: Store,
+    publish: Publish,
+    tmp_path: Path,
+) -> None:
+    inputs = {"model": publish(wide, "model", name="wide")}
+    plain = run(store, tmp_path / "plain", inputs, "Q4_K_M", "Q8_0")
+    inputs["imatrix"] = publish(matrix, "report")
+    weighed = run(store, tmp_path / "weighed", inputs, "Q4_K_M", "Q8_0")
+    one, other = (tensors_of(file_of(made["Q4_K_M"])) for made in (plain, weighed))
+    assert {name for name in one if one[name] != other[name]} >= {
+        "blk.0.ffn_down.weight", "blk.1.attn_q.weight"
+    }  # fmt: skip
+    one, other = (tensors_of(file_of(made["Q8_0"])) for made in (plain, weighed))
+    assert one == other  # Q8_0 has no use for it
+
+
+def test_four_types_read_the_model_once(
+    wide: Path,
+    outlined: converter.Outline,
+    store: Store,
+    publish: Publish,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read: list[tuple[str, int]] = []
+    rows = onepass.Stored.rows
+
+    def counted(self: onepass.Stored, name: str, start: int, stop: int) -> object:
+        read.extend((name, row) for row in range(start, stop))
+        return rows(self, name, start, stop)
+
+    monkeypatch.setattr(onepass.Stored, "rows", counted)
+    inputs = {"model": publish(wide, "model", name="wide")}
+    made = run(store, tmp_path, inputs, "F16", "Q8_0", "Q4_0", "Q4_K_S")
+    assert len(made) == 4
+    assert len(read) == len(set(read))
+
+
+def test_a_type_without_a_fallback_is_refused_before_anything_is_written(
+    tiny_llama_dir: Path, store: Store, publish: Publish, tmp_path: Path
+) -> None:
+    inputs = {"model": publish(tiny_llama_dir, "model", name="tiny")}
+    jobs: list[Job] = []
+    with pytest.raises(FailedPrecondition, match="no tensor type fallback"):
+        run(store, tmp_path, inputs, "Q8_0", "Q1_0", prepare=jobs.append)
+    assert not list(jobs[0].directory.rglob("*Q8_0*.gguf"))
+
+
+def test_a_disk_that_is_too_small_is_refused_with_figures(
+    wide: Path,
+    outlined: converter.Outline,
+    store: Store,
+    publish: Publish,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from arriero.store import disk
+
+    monkeypatch.setattr(disk, "room", lambda root: (1000, "the file system"))
+    jobs: list[Job] = []
+    with pytest.raises(DiskFull, match="1000 bytes"):
+        run(store, tmp_path, {"model": publish(wide, "model")}, "Q8_0", prepare=jobs.append)
+    for path in jobs[0].directory.rglob("*.Q8_0.gguf"):
+        assert path.stat().st_blocks * 512 < 100_000  # the header alone
+
+
+def test_being_told_to_leave_stops_between_blocks(
+    wide: Path,
+    outlined: converter.Outline,
+    store: Store,
+    publish: Publish,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    jobs: list[Job] = []
+    written = onepass._Filling.write
+
+    def write(self: onepass._Filling, block: onepass._Block) -> None:
+        jobs[0].preempted.set()
+        written(self, block)
+
+    monkeypatch.setattr(onepass._Filling, "write", write)
+    with pytest.raises(Preempted):
+        run(store, tmp_path, {"model": publish(wide, "model")}, "Q8_0", prepare=jobs.append)
+
+
+def test_weights_that_are_not_finite_are_refused(
+    wide: Path, outlined: converter.Outline, store: Store, publish: Publish, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(wide, broken)
+    path = broken / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-2:] = b"\xc0\x7f"  # a NaN in bfloat16
+    path.write_bytes(data)
+    with pytest.raises(DataLoss, match="NaN"):
+        run(store, tmp_path, {"model": publish(broken, "model")}, "Q8_0")
+
+
+def test_a_matrix_of_another_model_is_refused(outline: converter.Outline) -> None:
+    header = read_header(outline.path)
+    mine = random_importance(header)
+    imatrix.check(mine, header)
+    for other in (
+        {f"{name}.other": values for name, values in mine.values.items()},
+        {name: values[:-32] for name, values in mine.values.items()},
+    ):
+        with pytest.raises(FailedPrecondition, match="belongs to another model: 14 of 14"):
+            imatrix.check(Importance(other), header)
+
+
+def test_an_architecture_with_more_than_permuted_rows_falls_back_and_says_so(
+    wide: Path,
+    outlined: converter.Outline,
+    store: Store,
+    publish: Publish,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    strange = replace(outlined, obstacle="w is rearranged into v")
+    monkeypatch.setattr(converter, "outline", lambda *_, **__: strange)
+    inputs = {"model": publish(wide, "model", name="wide")}
+    made = run(store, tmp_path / "auto", inputs, "Q8_0")
+    assert made["Q8_0"].labels["method"] == "reference"
+    assert "w is rearranged into v" in caplog.text
+    with pytest.raises(FailedPrecondition, match="in one pass: w is rearranged"):
+        run(store, tmp_path / "asked", inputs, "Q8_0", method="onepass")
+
+
+def test_llama_3_rope_factors_are_made_from_the_configuration(
+    tiny_llama_dir: Path, store: Store, publish: Publish, tmp_path: Path
+) -> None:
+    model = tmp_path / "llama3"
+    shutil.copytree(tiny_llama_dir, model)
+    config = json.loads((model / "config.json").read_text())
+    config["rope_scaling"] = {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }  # fmt: skip
+    (model / "config.json").write_text(json.dumps(config))
+    inputs = {"model": publish(model, "model", name="tiny")}
+    one = run(store, tmp_path / "one", inputs, "Q8_0", method="onepass")
+    kind, data = tensors_of(file_of(one["Q8_0"]))["rope_freqs.weight"]
+    assert kind == "F32"
+    assert np.frombuffer(data, np.float32).max() == 8.0
+
+
+def test_a_plan_is_what_llama_cpp_would_do(official: Path, tmp_path: Path) -> None:
+    kind = resolve_type("Q4_K_M")
+    recipe = Recipe(importance=random_importance(read_header(official)))
+    plan = plan_types(official, kind, recipe)
+    made = quantize(official, tmp_path / "made.gguf", kind, recipe=recipe)
+    assert list(plan.types.items()) == [(t.name, t.type) for t in made.tensors]
+    assert plan.fallbacks
+    assert imatrix.uncovered(plan.types, None) == []
