@@ -193,6 +193,9 @@ def _spec_paths_absolute(stage: pipeline_pb2.Stage, directory: Path) -> None:
     if work in ("dataset", "transform"):
         sources = getattr(stage, work).sources
         sources[:] = [absolute_source(s, directory) for s in sources]
+        template = stage.dataset.template
+        if work == "dataset" and ("/" in template or template.endswith((".json", ".jinja"))):
+            stage.dataset.template = absolute_source(template, directory)
     elif work == "extend_tokenizer":
         corpus = stage.extend_tokenizer.corpus
         corpus[:] = [absolute_source(s, directory) for s in corpus]

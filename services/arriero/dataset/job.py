@@ -14,29 +14,40 @@ from typing import Any
 
 import numpy as np
 
-from arriero.dataset import arrow, packing, preparation, selection, sources
-from arriero.dataset.encoding import MASKED, Encoder, template_of
-from arriero.dataset.report import FORMAT, Tally
-from arriero.dataset.spec import SKIP, check_digests
+from arriero.dataset import arrow, packing, preparation, proofs, selection, sources
+from arriero.dataset.batches import NONE, Batches, Settings
+from arriero.dataset.crew import Crew, default_processes
+from arriero.dataset.dedup import Duplicates
+from arriero.dataset.encoding import FAIL, MASKED, own_template, template_of
+from arriero.dataset.formats import TEXT, RowFormat
+from arriero.dataset.report import FORMAT
+from arriero.dataset.spec import SKIP, check_digests, check_template_digest
 from arriero.dataset.transform.job import transform
-from arriero.dataset.vocabulary import Vocabulary
+from arriero.dataset.vocabulary import TOKENIZER_FILE, Vocabulary
 from arriero.errors import FailedPrecondition, Preempted
 from arriero.gates.golden import TOKENS, probe_sequences
 from arriero.operations.handoff import to_json
 from arriero.operations.job import Job, Output, main
+from arriero.prompts import Template
 
 DATASET_FILE = "dataset.json"
 PROBE_FILE = "probe.json"
 REPORT_FILE = "report.json"
 _LEASE_SECONDS = 24 * 3600.0
+# Bytes of sources that are worth a further process: it takes half a second to start.
+_BYTES_A_PROCESS = 1 << 20
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What the outputs are written from."""
+    """What the outputs are written from.
+
+    `template` travels with the rows; plain text takes the tokenizer's own, if any.
+    """
 
     job: Job
-    encoder: Encoder
+    vocabulary: Vocabulary
+    template: Template | None
     spool: arrow.Spool
     probe: list[list[int]]
     parents: Sequence[str]
@@ -45,7 +56,7 @@ class _Work:
 def prepare(job: Job) -> list[Output]:
     """Prepare a dataset: outputs `train`, `val` if rows are held out, `report`."""
     # Sources in the store are no inputs of the stage: gc knows of them by this alone.
-    stored = [text for text in job.spec.sources if not text.startswith("/")]
+    stored = [text for text in job.spec.sources if sources.is_stored(text)]
     if not stored:
         return _prepare(job)
     with job.store.lease("dataset", stored, ttl=_LEASE_SECONDS):
@@ -55,85 +66,181 @@ def prepare(job: Job) -> list[Output]:
 def _prepare(job: Job) -> list[Output]:
     spec = job.spec
     tokenizer = job.input("tokenizer")
-    located = [
-        sources.locate(text, store=job.store, allowed=None, field=f"sources[{i}]")
-        for i, text in enumerate(spec.sources)
-    ]
-    check_digests(located, spec.sha256)
+    located = sources.locate_all(spec.sources, job.inputs.get("rows", ()), job.store, None)
+    digests = check_digests(located[: len(spec.sources)], spec.sha256)
+    forms = preparation.formats_of(located, spec.format, dict(spec.columns))
     skip = spec.on_bad_row == SKIP
-
-    found = preparation.survey(located, _reporter(job))
-    chosen = preparation.choose(
-        found, seed=spec.seed, max_rows=spec.max_rows, val_set_size=spec.val_set_size
-    )
-    preparation.judge_schema(job.gates, found, skip=skip)
+    report = _reporter(job)
 
     job.progress(phase="loading tokenizer", force=True)
     vocabulary = Vocabulary.load(tokenizer.path)
-    declared = template_of(spec.template, tokenizer.path)
-    encoder = Encoder(
-        template=declared.bind(bos_token=vocabulary.bos, eos_token=vocabulary.eos),
-        vocabulary=vocabulary,
-        cutoff_len=spec.cutoff_len,
-        train_on_inputs=spec.train_on_inputs,
-        add_eos_token=spec.add_eos_token,
+    declared = None
+    if not _all_text(forms):
+        if spec.template_sha256:
+            check_template_digest(spec.template, spec.template_sha256)
+        declared = template_of(spec.template, tokenizer.path)
+    batches = Batches(
+        Settings(
+            tokenizer=str(_tokenizer_files(job, vocabulary)),
+            template=_bound(declared, vocabulary).to_json() if declared else "",
+            cutoff_len=spec.cutoff_len,
+            train_on_inputs=spec.train_on_inputs,
+            add_eos_token=spec.add_eos_token,
+            over_length=spec.over_length,
+            drop_masked=skip,
+        ),
+        vocabulary,
     )
-    with arrow.Spool(job.scratch / "tokens.bin") as spool:
-        encoded = preparation.encode(
-            located, chosen, encoder, spool, drop_masked=skip, report=_reporter(job)
+    encoder = batches.encoder(TEXT if declared is None else "")
+    with (
+        arrow.Spool(job.scratch / "tokens.bin") as spool,
+        Crew(batches, _processes(spec.num_proc, located)) as crew,
+    ):
+        found = _survey(job, located, forms, crew, report)
+        chosen = preparation.choose(
+            found,
+            seed=spec.seed,
+            max_rows=spec.max_rows,
+            val_set_size=spec.val_set_size,
+            weights=spec.source_weights,
         )
+        encoded = preparation.encode(located, forms, found, chosen, crew, spool, report=report)
+        _refuse_long(spec, encoded)
         with job.gates.timed():
-            preparation.judge_labels(job.gates, encoded, encoder, skip=skip)
-            preparation.judge_bos(job.gates, encoded, encoder, declared)
+            proofs.judge_schema(job.gates, found, encoded, skip=skip)
+            proofs.judge_truncation(job.gates, encoded, spec.cutoff_len, spec.max_truncated_share)
+            proofs.judge_labels(job.gates, encoded, encoder, skip=skip)
+            proofs.judge_bos(job.gates, encoded, encoder, declared)
+            proofs.judge_tokenizer(job.gates, vocabulary, tokenizer.path)
 
-        kept = [encoded.places[number] for number in chosen if number in encoded.places]
-        if not kept:
-            raise FailedPrecondition(
-                f"no row is left: all {encoded.masked.count} have prompts longer than cutoff_len "
-                f"{spec.cutoff_len}; raise it"
-            )
-        held_out = selection.held_out(len(kept), spec.val_set_size)
-        val, train = kept[:held_out], kept[held_out:]
+        kept = chosen[encoded.counts[chosen] > 0]
+        if not len(kept):
+            raise FailedPrecondition(_nothing_left(encoded, spec.cutoff_len))
+        train, val = selection.split(kept, spec.val_set_size)
+        splits = {"train": encoded.samples_of(train), "val": encoded.samples_of(val)}
         work = _Work(
             job=job,
-            encoder=encoder,
+            vocabulary=vocabulary,
+            template=encoder.template if declared else _own(tokenizer.path, vocabulary),
             spool=spool,
             # Training rows follow where the held-out ones are too few.
-            probe=_probe(spool, [*val, *train]),
+            probe=_probe(spool, [*splits["val"][: 4 * TOKENS], *splits["train"][: 4 * TOKENS]]),
             parents=[
                 tokenizer.digest,
                 *dict.fromkeys(source.artifact for source in located if source.artifact),
             ],
         )
-        outputs = [_split(work, "train", train)]
-        if val:
-            outputs.append(_split(work, "val", val))
-    report = {
-        "format": FORMAT,
-        "kind": "dataset",
+        outputs = [
+            _split(work, name, samples)
+            for name, samples in splits.items()
+            if len(samples) or name == "train"
+        ]
+    facts = {
         "rows": {
             "read": found.total,
-            "usable": len(found.usable),
+            "usable": int(found.usable.sum()),
             "chosen": len(chosen),
             "train": len(train),
             "val": len(val),
         },
-        "encoded": encoded.tally.to_json(),
+        "encoded": encoded.tally.to_json()
+        | {
+            "truncated_rows": encoded.truncated,
+            "truncated_share": job.gates.results[1].figure or 0.0,
+            "dropped_rows": encoded.dropped,
+            "longest_row": encoded.longest,
+            "straddling_rows": encoded.straddling,
+        },
+        "duplicates": {"equal": found.equal, "near": found.near},
         "bad_rows": found.bad.to_json(),
+        "unrenderable_rows": encoded.unusable.to_json(),
+        "long_rows": encoded.long.to_json(),
         "masked_rows": encoded.masked.to_json(),
         "rows_with_special_tokens": encoded.special.to_json(),
         "unused_fields": dict(found.unused),
         "sources": [
-            {"source": source.text, "sha256": digest, "bytes": source.size}
-            for source, digest in zip(located, spec.sha256, strict=False)
+            {
+                "source": source.text,
+                "format": form.name,
+                "sha256": digest,
+                "bytes": source.size,
+                "rows": end - start,
+            }
+            for source, form, digest, start, end in zip(
+                located,
+                forms,
+                [*digests, *(sources.digest(source) for source in located[len(digests) :])],
+                [0, *found.ends],
+                found.ends,
+                strict=False,
+            )
         ],
-        "template": encoder.template.name,
-        "tokenizer": tokenizer.digest,
-        "spec": to_json(spec),
+        "template": work.template.name if work.template else "",
     }
-    _log(job, encoded.tally, report)
-    outputs.append(_report(work, report, encoded.tally))
+    _log(job, facts)
+    outputs.append(_report(work, facts))
     return outputs
+
+
+def _survey(
+    job: Job,
+    located: Sequence[sources.Source],
+    forms: Sequence[RowFormat],
+    crew: Crew,
+    report: preparation.Report,
+) -> preparation.Survey:
+    how = (job.spec.dedup, job.spec.dedup_threshold)
+    if job.spec.dedup == NONE:
+        return preparation.survey(located, forms, report)
+    with Duplicates(*how, job.scratch / "dedup") as duplicates:
+        return preparation.survey(
+            located, forms, report, crew=crew, duplicates=duplicates, dedup=how
+        )
+
+
+def _all_text(forms: Sequence[RowFormat]) -> bool:
+    return all(form.name == TEXT for form in forms)
+
+
+def _tokenizer_files(job: Job, vocabulary: Vocabulary) -> Path:
+    """A directory from which every process loads the same tokenizer, soon."""
+    given = job.input("tokenizer").path
+    if (given / TOKENIZER_FILE).is_file():
+        return given
+    return vocabulary.save(job.scratch / "tokenizer", given)
+
+
+def _processes(asked: int, located: Sequence[sources.Source]) -> int:
+    size = sum(source.size for source in located)
+    return min(asked or default_processes(), 1 + size // _BYTES_A_PROCESS)
+
+
+def _bound(template: Template, vocabulary: Vocabulary) -> Template:
+    return template.bind(bos_token=vocabulary.bos, eos_token=vocabulary.eos)
+
+
+def _own(directory: Path, vocabulary: Vocabulary) -> Template | None:
+    template = own_template(directory)
+    return _bound(template, vocabulary) if template else None
+
+
+def _refuse_long(spec: Any, encoded: preparation.Encoded) -> None:
+    if spec.over_length == FAIL and encoded.long.count:
+        raise FailedPrecondition(
+            f"{encoded.long.count} rows are longer than cutoff_len {spec.cutoff_len}: "
+            f"{encoded.long}. Expected none, since over_length is fail: raise cutoff_len "
+            f"({encoded.longest} would do), or set over_length to truncate or drop",
+            reason="ROWS_TOO_LONG",
+        )
+
+
+def _nothing_left(encoded: preparation.Encoded, cutoff_len: int) -> str:
+    if encoded.unusable.count:
+        return f"no row is left: the template refuses {encoded.unusable}"
+    return (
+        f"no row is left: {encoded.masked.count} have prompts longer than cutoff_len "
+        f"{cutoff_len}, {encoded.dropped} were dropped as longer; raise it"
+    )
 
 
 def _reporter(job: Job) -> preparation.Report:
@@ -145,27 +252,29 @@ def _reporter(job: Job) -> preparation.Report:
     return report
 
 
-def _probe(spool: arrow.Spool, rows: Sequence[int]) -> list[list[int]]:
-    """The first rows that hold enough tokens, cut to the fixed tokens of golden logits."""
+def _probe(spool: arrow.Spool, samples: Sequence[int]) -> list[list[int]]:
+    """The first samples that hold enough tokens, cut to the fixed tokens of golden logits."""
     candidates: list[list[int]] = []
-    for row in rows:
+    for sample in samples:
         # Four times over: probe_sequences cuts long rows and passes over short ones.
         if sum(len(ids) for ids in candidates) >= 4 * TOKENS and len(candidates) >= TOKENS:
             break
-        candidates.append(spool.ids(row))
+        candidates.append(spool.ids(sample))
     return probe_sequences(candidates)
 
 
-def _split(work: _Work, name: str, rows: Sequence[int]) -> Output:
-    job, encoder, spool = work.job, work.encoder, work.spool
-    job.progress(phase="writing", total=len(rows), unit="rows")
+def _split(work: _Work, name: str, samples: selection.Rows) -> Output:
+    job, vocabulary, spool = work.job, work.vocabulary, work.spool
+    job.progress(phase="writing", total=len(samples), unit="rows")
     directory = job.output_dir(name)
-    samples, counts = np.array(rows, dtype=np.int64), None
+    counts = None
     if job.spec.packing:
-        packed = packing.pack(spool.lengths[samples].astype(np.int64), encoder.cutoff_len)
+        packed = packing.pack(spool.lengths[samples].astype(np.int64), job.spec.cutoff_len)
         samples, counts = samples[packed.order], packed.counts
     written = arrow.write(directory / arrow.FILE_NAME, spool, samples, MASKED, counts=counts)
-    encoder.template.write(directory)
+    if work.template:
+        work.template.write(directory)
+    template = work.template.name if work.template else ""
     facts: dict[str, Any] = {
         "format": FORMAT,
         "rows": written.rows,
@@ -174,12 +283,12 @@ def _split(work: _Work, name: str, rows: Sequence[int]) -> Output:
         "tokens": written.tokens,
         "trained_tokens": written.trained_tokens,
         "max_length": written.max_length,
-        "cutoff_len": encoder.cutoff_len,
+        "cutoff_len": job.spec.cutoff_len,
         "tokenizer": job.input("tokenizer").digest,
-        "template": encoder.template.name,
-        "bos_token_id": encoder.vocabulary.bos_id,
-        "eos_token_id": encoder.vocabulary.eos_id,
-        "pad_token_id": encoder.vocabulary.pad_id,
+        "template": template,
+        "bos_token_id": vocabulary.bos_id,
+        "eos_token_id": vocabulary.eos_id,
+        "pad_token_id": vocabulary.pad_id,
     }
     _write_json(directory / DATASET_FILE, facts)
     _write_json(directory / PROBE_FILE, {"sequences": work.probe})
@@ -189,24 +298,29 @@ def _split(work: _Work, name: str, rows: Sequence[int]) -> Output:
         path=directory,
         parents=work.parents,
         metrics={key: float(facts[key]) for key in ("rows", "samples", "tokens", "trained_tokens")},
-        labels={"template": encoder.template.name, "split": name},
+        labels={"template": template, "split": name},
     )
 
 
-def _report(work: _Work, report: dict[str, Any], tally: Tally) -> Output:
-    directory = work.job.output_dir("report")
+def _report(work: _Work, facts: dict[str, Any]) -> Output:
+    job = work.job
+    directory = job.output_dir("report")
+    report = {"format": FORMAT, "kind": "dataset", **facts}
+    report |= {"tokenizer": job.input("tokenizer").digest, "spec": to_json(job.spec)}
     _write_json(directory / REPORT_FILE, report)
+    encoded = facts["encoded"]
     return Output(
         name="report",
         kind="report",
         path=directory,
         parents=work.parents,
         metrics={
-            "rows": float(tally.rows),
-            "tokens": float(tally.tokens),
-            "trained_tokens": float(tally.trained_tokens),
-            "truncated_share": tally.truncated_share,
-            "bad_rows": float(report["bad_rows"]["count"]),
+            **{
+                key: float(encoded[key])
+                for key in ("rows", "tokens", "trained_tokens", "truncated_share", "dropped_rows")
+            },
+            "bad_rows": float(facts["bad_rows"]["count"] + facts["unrenderable_rows"]["count"]),
+            "duplicate_rows": float(sum(facts["duplicates"].values())),
         },
         labels={"report": "dataset"},
     )
@@ -216,25 +330,26 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
-def _log(job: Job, tally: Tally, report: dict[str, Any]) -> None:
+def _log(job: Job, facts: dict[str, Any]) -> None:
+    encoded = facts["encoded"]
     job.log.info(
-        "%d rows, %d tokens, %d trained, longest %d, %.1f%% truncated at %d",
-        tally.rows,
-        tally.tokens,
-        tally.trained_tokens,
-        tally.longest,
-        100 * tally.truncated_share,
+        "%d samples, %d tokens, %d trained, longest %d, %.1f%% truncated at %d",
+        encoded["rows"],
+        encoded["tokens"],
+        encoded["trained_tokens"],
+        encoded["max_length"],
+        100 * encoded["truncated_share"],
         job.spec.cutoff_len,
     )
-    if report["unused_fields"]:
-        job.log.warning("fields that the format does not read: %s", report["unused_fields"])
-    if tally.straddling:
+    if facts["unused_fields"]:
+        job.log.warning("fields that the format does not read: %s", facts["unused_fields"])
+    if encoded["straddling_rows"]:
         job.log.warning(
-            "%d rows have a token that spans the end of the prompt: serving will tokenize "
+            "%d rows have a token that spans the end of a prompt: serving will tokenize "
             "these prompts differently",
-            tally.straddling,
+            encoded["straddling_rows"],
         )
-    count = report["rows_with_special_tokens"]["count"]
+    count = facts["rows_with_special_tokens"]["count"]
     if count:
         job.log.warning("%d rows hold special tokens as text, which are read as such", count)
 

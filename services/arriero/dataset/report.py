@@ -11,7 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from arriero.dataset.encoding import EncodedRow, RenderedRow
+import numpy as np
+import numpy.typing as npt
+
 from arriero.dataset.rows import Row
 
 FORMAT = 1
@@ -19,8 +21,6 @@ FORMAT = 1
 NAMED_ROWS = 1000
 NAMED_IN_MESSAGE = 20
 SAMPLES = 3
-# Around what is trained on, in a sample.
-OPEN, CLOSE = "⟦", "⟧"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,34 +67,23 @@ class Findings:
 
 @dataclass(slots=True)
 class Tally:
-    """Figures over encoded rows."""
+    """Figures over samples."""
 
     rows: int = 0
     tokens: int = 0
     trained_tokens: int = 0
-    truncated: int = 0
-    straddling: int = 0
     longest: int = 0
     lengths: Counter[int] = field(default_factory=Counter)
     samples: list[dict[str, Any]] = field(default_factory=list)
 
-    def add(self, row: Row, rendered: RenderedRow, encoded: EncodedRow) -> None:
-        """Count a row; the first ones become samples."""
-        length = len(encoded.ids)
-        self.rows += 1
-        self.tokens += length
-        self.trained_tokens += encoded.trained
-        self.truncated += encoded.truncated
-        self.straddling += encoded.straddles
-        self.longest = max(self.longest, length)
-        self.lengths[length] += 1
-        if len(self.samples) < SAMPLES:
-            self.samples.append(_sample(row, rendered, encoded))
-
-    @property
-    def truncated_share(self) -> float:
-        """Share of rows that lost tokens, 0..1."""
-        return self.truncated / self.rows if self.rows else 0.0
+    def add(self, ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int32]) -> None:
+        """Count samples of marked ids."""
+        self.rows += len(lengths)
+        self.tokens += len(ids)
+        self.trained_tokens += int((ids >= 0).sum())
+        self.longest = max(self.longest, int(lengths.max(initial=0)))
+        values, counts = np.unique(lengths, return_counts=True)
+        self.lengths.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
 
     def to_json(self) -> dict[str, Any]:
         """The figures; lengths in buckets up to powers of two."""
@@ -104,9 +93,6 @@ class Tally:
             "trained_tokens": self.trained_tokens,
             "mean_length": self.tokens / self.rows if self.rows else 0.0,
             "max_length": self.longest,
-            "truncated_rows": self.truncated,
-            "truncated_share": self.truncated_share,
-            "straddling_rows": self.straddling,
             "lengths": histogram(self.lengths.items()),
             "samples": self.samples,
         }
@@ -118,16 +104,3 @@ def histogram(lengths: Iterable[tuple[int, int]]) -> list[dict[str, int]]:
     for length, count in lengths:
         buckets[1 << max(0, length - 1).bit_length()] += count
     return [{"up_to": bound, "rows": buckets[bound]} for bound in sorted(buckets)]
-
-
-def _sample(row: Row, rendered: RenderedRow, encoded: EncodedRow) -> dict[str, Any]:
-    start = 0 if encoded.trained_from == 0 else rendered.prompt_length
-    text = rendered.text
-    return {
-        "file": row.file,
-        "row": row.number,
-        "tokens": len(encoded.ids),
-        "trained_tokens": encoded.trained,
-        "truncated": encoded.truncated,
-        "text": f"{text[:start]}{OPEN}{text[start:]}{CLOSE}",
-    }

@@ -26,12 +26,16 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A decoded row: `number` counts from 1 in its file, `line` is where it begins."""
+    """A decoded row: `number` counts from 1 in its file, `line` is where it begins.
+
+    `size` is about how many characters it has.
+    """
 
     file: str
     number: int
     line: int
     value: Any
+    size: int = 0
 
 
 def read(path: Path, name: str = "") -> Iterator[Row]:
@@ -123,15 +127,15 @@ class _Scanner:
         """Consume one character."""
         self._at += 1
 
-    def value(self) -> Any:
-        """Consume and decode the value that begins at the next character."""
+    def value(self) -> tuple[Any, int]:
+        """Consume and decode the value that begins at the next character; and its size."""
         while True:
             try:
                 value, end = self._decoder.raw_decode(self._buffer, self._at)
                 # A number may be cut before `.5` or `e+5` and still decode.
                 if len(self._buffer) - end > _NUMBER_TAIL or self._ended:
-                    self._at = end
-                    return value
+                    size, self._at = end - self._at, end
+                    return value, size
             except json.JSONDecodeError as error:
                 cut = error.msg.startswith("Unterminated string")
                 certain = not cut and error.pos + _CERTAIN < len(self._buffer)
@@ -156,7 +160,8 @@ def _array(scanner: _Scanner) -> Iterator[Row]:
             if scanner.next_character() in ("", "]"):
                 raise scanner.problem("malformed JSON: expected a row after ','")
             line = scanner.line
-            yield Row(scanner.name, scanner.row, line, scanner.value())
+            value, size = scanner.value()
+            yield Row(scanner.name, scanner.row, line, value, size)
             separator = scanner.next_character()
             if separator not in (",", "]"):
                 found = repr(separator) if separator else "the end of the file"
@@ -200,7 +205,7 @@ def _lines(stream: TextIO, name: str) -> Iterator[Row]:
             raise _malformed(
                 name, number, line, f"cannot be decoded: {str(error)[:200]}"
             ) from error
-        yield Row(name, number, line, value)
+        yield Row(name, number, line, value, len(text))
 
 
 def _not_utf8(name: str, row: int, line: int, error: UnicodeDecodeError) -> InvalidArgument:

@@ -15,7 +15,7 @@ from arriero import refs
 from arriero.errors import FailedPrecondition, InvalidArgument, NotFound
 from arriero.gates import remedy
 from arriero.settings import SourceSettings
-from arriero.store import Store
+from arriero.store import Artifact, Store
 
 SUFFIXES = (".json", ".jsonl", ".ndjson")
 # A file of this name makes an artifact a prepared dataset, not raw rows.
@@ -99,6 +99,23 @@ def locate(text: str, *, store: Store, allowed: SourceSettings | None, field: st
         )
     _refuse_none(files, text, field)
     return Source(artifact.digest, files, artifact.digest)
+
+
+def locate_all(
+    texts: Sequence[str],
+    artifacts: Sequence[Artifact],
+    store: Store,
+    allowed: SourceSettings | None,
+) -> list[Source]:
+    """The sources of a spec, and after them the rows of other stages; raises as `locate`."""
+    named = [(text, f"sources[{i}]") for i, text in enumerate(texts)]
+    named += [(artifact.digest, f"rows[{i}]") for i, artifact in enumerate(artifacts)]
+    return [locate(text, store=store, allowed=allowed, field=field) for text, field in named]
+
+
+def is_stored(text: str) -> bool:
+    """Whether a source is one of the store's."""
+    return not text.startswith("/") and "://" not in text
 
 
 def _files(path: Path, allowed: SourceSettings | None, field: str) -> list[SourceFile]:

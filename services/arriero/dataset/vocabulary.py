@@ -7,10 +7,16 @@ without loading it, and load it when ids are wanted. Does not know templates.
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from arriero.errors import FailedPrecondition
 
@@ -18,6 +24,10 @@ TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 JINJA_FILE = "chat_template.jinja"
 _SENTENCEPIECE_FILE = "tokenizer.model"
+_SPECIAL_FILE = "special_tokens_map.json"
+_SPACE = "▁"
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+_NO_WIDTH = 1 << 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +43,24 @@ class SpecialTokens:
     add_bos: bool | None
 
 
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Tokens of several texts, one after the other.
+
+    Attributes:
+        ids: int32.
+        counts: int64, tokens of each text.
+        ends: int64, where each token ends in its text, in bytes; means nothing
+            for the texts that are in `offsets`.
+        offsets: (start, end) of each token in characters, by number of the text.
+    """
+
+    ids: npt.NDArray[np.int32]
+    counts: npt.NDArray[np.int64]
+    ends: npt.NDArray[np.int64]
+    offsets: dict[int, list[tuple[int, int]]]
+
+
 def special_tokens(directory: Path) -> SpecialTokens:
     """Read the special tokens of a tokenizer directory.
 
@@ -46,7 +74,7 @@ def special_tokens(directory: Path) -> SpecialTokens:
         )
     texts: dict[str, str | None] = {}
     config = _json(directory / CONFIG_FILE)
-    for data in (config, _json(directory / "special_tokens_map.json")):
+    for data in (config, _json(directory / _SPECIAL_FILE)):
         for key in ("bos_token", "eos_token", "pad_token"):
             if texts.get(key) is None:
                 texts[key] = _text(data.get(key))
@@ -94,6 +122,7 @@ class Vocabulary:
         # The configuration's word is what transformers and llama.cpp's converter follow.
         asked = first == [self.bos_id] if tokens.add_bos is None else tokens.add_bos
         self.adds_bos = self.bos_id is not None and asked
+        self._widths, self._lead = _widths(backend)
         self.special: dict[int, str] = {
             number: str(token.content)
             for number, token in backend.get_added_tokens_decoder().items()
@@ -124,19 +153,97 @@ class Vocabulary:
             ) from error
         return cls(backend, tokens)
 
+    def save(self, directory: Path, origin: Path) -> Path:
+        """Write it so that `load` needs no conversion; `origin` is where it was loaded from."""
+        directory.mkdir(parents=True, exist_ok=True)
+        self._backend.save(str(directory / TOKENIZER_FILE))
+        for name in (CONFIG_FILE, _SPECIAL_FILE):
+            if (origin / name).is_file():
+                shutil.copyfile(origin / name, directory / name)
+        return directory
+
     def id_of(self, text: str | None) -> int | None:
         """The id of one token, by its exact text; None when there is no such token."""
         number = self._backend.token_to_id(text) if text else None
         return None if number is None else int(number)
+
+    @property
+    def size(self) -> int:
+        """One more than the largest id."""
+        return len(self._widths)
+
+    def text_of(self, number: int) -> str | None:
+        """The token of an id, as the vocabulary has it."""
+        token = self._backend.id_to_token(number)
+        return None if token is None else str(token)
 
     def encode(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """Ids and (start, end) in characters of each text; special tokens are read, none added."""
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
         return [(encoding.ids, encoding.offsets) for encoding in encodings]
 
+    def encode_batch(self, texts: Sequence[str]) -> Tokens:
+        """As `encode`, without following offsets where the tokens themselves tell them.
+
+        A token of a byte-level or byte-fallback vocabulary stands for known
+        bytes. Where those of a text's tokens add up to the text, they say where
+        each ends; the rest, such as texts that the tokenizer normalizes, is
+        tokenized once more with offsets.
+        """
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        found = [encoding.ids for encoding in encodings]
+        counts = np.array([len(ids) for ids in found], dtype=np.int64)
+        ids = np.fromiter(chain.from_iterable(found), dtype=np.int32, count=int(counts.sum()))
+        widths = self._widths[ids]
+        ends = np.cumsum(widths)
+        last = np.cumsum(counts)
+        before = np.concatenate(([0], ends))[last - counts]
+        total = np.concatenate(([0], ends))[last] - before
+        size = np.array([len(t) if t.isascii() else len(t.encode()) for t in texts])
+        lead = total - size
+        known = (lead == 0) | ((lead == self._lead) & (counts > 0))
+        ends -= np.repeat(before + np.where(known, lead, 0), counts)
+        rest = np.flatnonzero(~known)
+        offsets = {}
+        if len(rest):
+            again = self._backend.encode_batch(
+                [texts[number] for number in rest.tolist()], add_special_tokens=False
+            )
+            offsets = {int(number): item.offsets for number, item in zip(rest, again, strict=True)}
+        return Tokens(ids, counts, ends, offsets)
+
     def count(self, text: str) -> int:
         """How many tokens a text has."""
         return len(self._backend.encode(text, add_special_tokens=False).ids)
+
+
+def _widths(backend: Any) -> tuple[npt.NDArray[np.int64], int]:
+    """Bytes of text that each token stands for, and those that a first token has too many.
+
+    Unknown and normalized tokens get a width that no sum can hide.
+    """
+    added = backend.get_added_tokens_decoder()
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    widths = np.full(max(vocabulary.values(), default=0) + 1, _NO_WIDTH, dtype=np.int64)
+    # GPT-2's alphabet has a character for each byte; SentencePiece's pieces are
+    # text with a mark for the space, and `<0x0A>` for a byte alone.
+    by_bytes = "ByteLevel" in f"{backend.pre_tokenizer!r}{backend.decoder!r}"
+    unknown = getattr(backend.model, "unk_token", None)
+    for piece, number in vocabulary.items():
+        token = added.get(number)
+        if piece == unknown:
+            continue
+        if token is not None:
+            if not (token.lstrip or token.rstrip or token.normalized):
+                widths[number] = len(piece.encode())
+        elif by_bytes:
+            widths[number] = len(piece)
+        elif _BYTE.fullmatch(piece):
+            widths[number] = 1
+        else:
+            widths[number] = len(piece.replace(_SPACE, " ").encode())
+    first = backend.encode("a", add_special_tokens=False).ids
+    return widths, int(widths[first].sum()) - 1
 
 
 def _json(path: Path) -> Mapping[str, Any]:

@@ -25,6 +25,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from arriero.errors import InvalidArgument
+from arriero.prompts import opaque
 
 # A long conversation is about 1 MB; these are far above what a template needs.
 MAX_SOURCE = 256 * 1024
@@ -67,7 +68,7 @@ def _bounded(_context: Any, items: Iterable[Any]) -> Iterator[Any]:
 def _checked(value: Any) -> Any:
     if isinstance(value, str | bytes | list | tuple) and len(value) > MAX_TEXT:
         raise _LimitExceeded(f"a value longer than {MAX_TEXT} characters")
-    return value
+    return opaque.kept(value)
 
 
 @jinja2.pass_context
@@ -176,7 +177,9 @@ def _environment() -> _Cage:
     cage.filters["tojson"] = _tojson
     for name in ("center", "format"):
         del cage.filters[name]
-    cage.filters = {name: _checked_filter(f) for name, f in cage.filters.items()}
+    cage.filters = {
+        name: _checked_filter(opaque.guarded(name, f)) for name, f in cage.filters.items()
+    }
     cage.filters |= {"_bounded": _bounded, "_sized": _sized}
     # No `strftime_now`: a prompt that changes with the day is not the one trained on.
     cage.globals.pop("lipsum", None)

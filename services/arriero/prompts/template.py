@@ -25,6 +25,8 @@ FORMAT = 1
 MODEL = "model"
 # `end_of_turn` of templates that end a turn with the tokenizer's EOS token.
 EOS = "eos"
+# `end_of_turn` of a Jinja file, which does not say, until it is bound.
+_UNKNOWN = ""
 
 _ROLES = ("system", "user", "assistant", "tool")
 _PROBE = "arriero probe"
@@ -76,7 +78,7 @@ class Template:
         if not _READS_INPUT.search(self.chat_template):
             for message in checked:
                 if extra := message.pop("input", None):
-                    message["content"] += f"\n{extra}"
+                    message["content"] += "\n" + extra
         if self.system is not None and checked[0]["role"] != "system":
             checked.insert(0, {"role": "system", "content": self.system})
         return sandbox.render(
@@ -96,14 +98,14 @@ class Template:
     def bind(self, *, bos_token: str | None, eos_token: str | None) -> Template:
         """The same template with what is true of it beside this tokenizer.
 
-        `writes_bos` and, for a template that came with a model, `end_of_turn`
-        and `stop` are read off a rendered probe instead of believed.
+        `writes_bos` and, for a template that came with a model or as Jinja alone,
+        `end_of_turn` and `stop` are read off a rendered probe instead of believed.
         """
         user = {"role": "user", "content": _PROBE}
         answer = {"role": "assistant", "content": _PROBE + " answer"}
         text = self.render([user, answer], bos_token=bos_token, eos_token=eos_token)
         bound = replace(self, writes_bos=bool(bos_token) and text.startswith(str(bos_token)))
-        if self.name != MODEL:
+        if self.name != MODEL and self.end_of_turn != _UNKNOWN:
             return bound
         end = text.rpartition(answer["content"])[2].strip()
         if not end or (eos_token and end.startswith(eos_token)):
@@ -164,15 +166,16 @@ def known() -> list[str]:
 
 
 def is_path(name: str) -> bool:
-    """Whether a template is named by the path of its JSON file."""
-    return "/" in name or name.endswith(".json")
+    """Whether a template is named by the path of its file."""
+    return "/" in name or name.endswith((".json", ".jinja"))
 
 
 def load(name_or_path: str | Path, chat_template: str | None = None) -> Template:
-    """A template by its name, by the path of its JSON file, or the model's own.
+    """A template by its name, by the path of its file, or the model's own.
 
     Args:
-        name_or_path: a name of `known()`, a path, or `model`.
+        name_or_path: a name of `known()`, the path of a file as `Template.write`
+            makes it or of a `.jinja` file, or `model`.
         chat_template: for `model`, the Jinja source that came with the tokenizer.
 
     Raises:
@@ -188,7 +191,7 @@ def load(name_or_path: str | Path, chat_template: str | None = None) -> Template
         return Template(name=MODEL, chat_template=chat_template)
     if is_path(name):
         try:
-            return Template.from_json(Path(name).read_bytes(), origin=Path(name).name)
+            return _from_file(Path(name))
         except OSError as error:
             raise InvalidArgument.field(
                 "template", f"cannot read {name!r}: {error.strerror or error}"
@@ -202,6 +205,21 @@ def load(name_or_path: str | Path, chat_template: str | None = None) -> Template
             f"unknown template {name!r}; {hint}known templates: {', '.join(known())}, {MODEL}",
         )
     return shipped[name]
+
+
+def _from_file(path: Path) -> Template:
+    if path.stat().st_size > 4 * sandbox.MAX_SOURCE:
+        raise InvalidArgument.field(
+            "template", f"{path.name} has {path.stat().st_size} bytes; no template is so long"
+        )
+    if path.suffix != ".jinja":
+        return Template.from_json(path.read_bytes(), origin=path.name)
+    try:
+        source = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidArgument.field("template", f"{path.name} is not UTF-8") from error
+    sandbox.compile_source(source)
+    return Template(name=path.stem, chat_template=source, end_of_turn=_UNKNOWN)
 
 
 @functools.lru_cache(maxsize=1)

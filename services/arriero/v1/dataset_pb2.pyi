@@ -112,11 +112,12 @@ class DatasetSpec(_message.Message):
     NUM_PROC_FIELD_NUMBER: _builtins.int
     COLUMNS_FIELD_NUMBER: _builtins.int
     TOKEN_SECRET_FIELD_NUMBER: _builtins.int
+    TEMPLATE_SHA256_FIELD_NUMBER: _builtins.int
     format: _builtins.str
     """`alpaca` (instruction, input, output, optional system and history),
     `sharegpt` (conversations of from and value), `messages` (role and
     content), `text` (plain text for continued pre-training), or `auto`: by the
-    first row.
+    first row of each source.
     """
     tokenizer: _builtins.str
     """The model or tokenizer whose tokenizer is used."""
@@ -138,7 +139,9 @@ class DatasetSpec(_message.Message):
     max_rows: _builtins.int
     """Keep the first n rows after shuffling; 0 keeps all."""
     over_length: _builtins.str
-    """Rows longer than `cutoff_len`: `truncate`, `drop` (counted) or `fail`."""
+    """Rows longer than `cutoff_len`: `truncate`, `drop` (counted), `fail`, or `split`
+    into several samples; `auto` splits plain text and truncates the rest.
+    """
     max_truncated_share: _builtins.float
     """Share of rows that may be truncated: the threshold of `dataset.truncation`."""
     dedup: _builtins.str
@@ -155,17 +158,23 @@ class DatasetSpec(_message.Message):
     """Processes; 0 means one per CPU. Never changes the result."""
     token_secret: _builtins.str
     """Name of a secret with the hub's token."""
+    template_sha256: _builtins.str
+    """`sha256:...` of the template's file, where `template` is a path: one with
+    other bytes is refused. The room fills it in.
+    """
     @_builtins.property
     def sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Files or directories (JSON, JSONL, CSV, Parquet, text; also compressed):
         paths that the service may read, `dataset/...` references of raw files in
         the store, `s3://bucket/key`, `hf://datasets/org/name@revision/path`.
+        A line of a text file is a row.
         """
 
     @_builtins.property
     def sha256(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """`sha256:...` of each source, in order: a source with other bytes is refused.
-        The room fills in what is left out, so a result says what it was made from.
+        The room fills in what is left out, so a result says what it was made from;
+        empty for a remote source, which the report has when it was fetched.
         """
 
     @_builtins.property
@@ -210,10 +219,11 @@ class DatasetSpec(_message.Message):
         num_proc: _builtins.int | None = ...,
         columns: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         token_secret: _builtins.str | None = ...,
+        template_sha256: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_eos_token", b"_add_eos_token", "_cutoff_len", b"_cutoff_len", "_dedup", b"_dedup", "_dedup_threshold", b"_dedup_threshold", "_format", b"_format", "_max_rows", b"_max_rows", "_max_truncated_share", b"_max_truncated_share", "_num_proc", b"_num_proc", "_on_bad_row", b"_on_bad_row", "_over_length", b"_over_length", "_packing", b"_packing", "_seed", b"_seed", "_template", b"_template", "_token_secret", b"_token_secret", "_train_on_inputs", b"_train_on_inputs", "_val_set_size", b"_val_set_size", "add_eos_token", b"add_eos_token", "cutoff_len", b"cutoff_len", "dedup", b"dedup", "dedup_threshold", b"dedup_threshold", "format", b"format", "max_rows", b"max_rows", "max_truncated_share", b"max_truncated_share", "num_proc", b"num_proc", "on_bad_row", b"on_bad_row", "over_length", b"over_length", "packing", b"packing", "seed", b"seed", "template", b"template", "token_secret", b"token_secret", "train_on_inputs", b"train_on_inputs", "val_set_size", b"val_set_size"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_eos_token", b"_add_eos_token", "_cutoff_len", b"_cutoff_len", "_dedup", b"_dedup", "_dedup_threshold", b"_dedup_threshold", "_format", b"_format", "_max_rows", b"_max_rows", "_max_truncated_share", b"_max_truncated_share", "_num_proc", b"_num_proc", "_on_bad_row", b"_on_bad_row", "_over_length", b"_over_length", "_packing", b"_packing", "_seed", b"_seed", "_template", b"_template", "_template_sha256", b"_template_sha256", "_token_secret", b"_token_secret", "_train_on_inputs", b"_train_on_inputs", "_val_set_size", b"_val_set_size", "add_eos_token", b"add_eos_token", "cutoff_len", b"cutoff_len", "dedup", b"dedup", "dedup_threshold", b"dedup_threshold", "format", b"format", "max_rows", b"max_rows", "max_truncated_share", b"max_truncated_share", "num_proc", b"num_proc", "on_bad_row", b"on_bad_row", "over_length", b"over_length", "packing", b"packing", "seed", b"seed", "template", b"template", "template_sha256", b"template_sha256", "token_secret", b"token_secret", "train_on_inputs", b"train_on_inputs", "val_set_size", b"val_set_size"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_eos_token", b"_add_eos_token", "_cutoff_len", b"_cutoff_len", "_dedup", b"_dedup", "_dedup_threshold", b"_dedup_threshold", "_format", b"_format", "_max_rows", b"_max_rows", "_max_truncated_share", b"_max_truncated_share", "_num_proc", b"_num_proc", "_on_bad_row", b"_on_bad_row", "_over_length", b"_over_length", "_packing", b"_packing", "_seed", b"_seed", "_template", b"_template", "_token_secret", b"_token_secret", "_train_on_inputs", b"_train_on_inputs", "_val_set_size", b"_val_set_size", "add_eos_token", b"add_eos_token", "columns", b"columns", "cutoff_len", b"cutoff_len", "dedup", b"dedup", "dedup_threshold", b"dedup_threshold", "format", b"format", "gates", b"gates", "max_rows", b"max_rows", "max_truncated_share", b"max_truncated_share", "num_proc", b"num_proc", "on_bad_row", b"on_bad_row", "over_length", b"over_length", "packing", b"packing", "rows", b"rows", "seed", b"seed", "sha256", b"sha256", "source_weights", b"source_weights", "sources", b"sources", "template", b"template", "token_secret", b"token_secret", "tokenizer", b"tokenizer", "train_on_inputs", b"train_on_inputs", "val_set_size", b"val_set_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_eos_token", b"_add_eos_token", "_cutoff_len", b"_cutoff_len", "_dedup", b"_dedup", "_dedup_threshold", b"_dedup_threshold", "_format", b"_format", "_max_rows", b"_max_rows", "_max_truncated_share", b"_max_truncated_share", "_num_proc", b"_num_proc", "_on_bad_row", b"_on_bad_row", "_over_length", b"_over_length", "_packing", b"_packing", "_seed", b"_seed", "_template", b"_template", "_template_sha256", b"_template_sha256", "_token_secret", b"_token_secret", "_train_on_inputs", b"_train_on_inputs", "_val_set_size", b"_val_set_size", "add_eos_token", b"add_eos_token", "columns", b"columns", "cutoff_len", b"cutoff_len", "dedup", b"dedup", "dedup_threshold", b"dedup_threshold", "format", b"format", "gates", b"gates", "max_rows", b"max_rows", "max_truncated_share", b"max_truncated_share", "num_proc", b"num_proc", "on_bad_row", b"on_bad_row", "over_length", b"over_length", "packing", b"packing", "rows", b"rows", "seed", b"seed", "sha256", b"sha256", "source_weights", b"source_weights", "sources", b"sources", "template", b"template", "template_sha256", b"template_sha256", "token_secret", b"token_secret", "tokenizer", b"tokenizer", "train_on_inputs", b"train_on_inputs", "val_set_size", b"val_set_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__add_eos_token: _TypeAlias = _typing.Literal["add_eos_token"]  # noqa: Y015
     _WhichOneofArgType__add_eos_token: _TypeAlias = _typing.Literal["_add_eos_token", b"_add_eos_token"]  # noqa: Y015
@@ -241,6 +251,8 @@ class DatasetSpec(_message.Message):
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     _WhichOneofReturnType__template: _TypeAlias = _typing.Literal["template"]  # noqa: Y015
     _WhichOneofArgType__template: _TypeAlias = _typing.Literal["_template", b"_template"]  # noqa: Y015
+    _WhichOneofReturnType__template_sha256: _TypeAlias = _typing.Literal["template_sha256"]  # noqa: Y015
+    _WhichOneofArgType__template_sha256: _TypeAlias = _typing.Literal["_template_sha256", b"_template_sha256"]  # noqa: Y015
     _WhichOneofReturnType__token_secret: _TypeAlias = _typing.Literal["token_secret"]  # noqa: Y015
     _WhichOneofArgType__token_secret: _TypeAlias = _typing.Literal["_token_secret", b"_token_secret"]  # noqa: Y015
     _WhichOneofReturnType__train_on_inputs: _TypeAlias = _typing.Literal["train_on_inputs"]  # noqa: Y015
@@ -273,6 +285,8 @@ class DatasetSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__template) -> _WhichOneofReturnType__template | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__template_sha256) -> _WhichOneofReturnType__template_sha256 | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__token_secret) -> _WhichOneofReturnType__token_secret | None: ...
     @_typing.overload

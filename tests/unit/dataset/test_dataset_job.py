@@ -93,6 +93,7 @@ def test_rows_become_ids_and_masked_labels(run: Run) -> None:
     assert template.name == "alpaca"
     assert {r.gate for r in done.job.gates.results if r.verdict is Verdict.PASSED} == {
         "dataset.schema",
+        "dataset.truncation",
         "dataset.labels",
         "dataset.bos",
     }
@@ -166,7 +167,7 @@ def test_a_gate_may_warn(run: Run) -> None:
 
 def test_sources_without_a_usable_row_are_refused(run: Run) -> None:
     with pytest.raises(InvalidArgument, match=r"none of 2 rows can be used: .*row 1"):
-        run([{}, 3], on_bad_row="skip")
+        run([{}, 3], on_bad_row="skip", format="alpaca")
 
 
 def test_rows_that_train_nothing_fail_the_gate_or_are_dropped(run: Run) -> None:
@@ -225,7 +226,7 @@ def test_a_template_whose_bos_is_not_the_tokenizers_fails_the_gate(
 
 def test_the_report_shows_lengths_and_marked_samples(run: Run) -> None:
     done = run(
-        [row(i, history=[["a", "b"]]) for i in range(9)] + [row(9, output="<|im_end|> x")],
+        [row(i, origin="a") for i in range(9)] + [row(9, output="<|im_end|> x")],
         cutoff_len=100,
         template="chatml",
     )
@@ -234,7 +235,7 @@ def test_the_report_shows_lengths_and_marked_samples(run: Run) -> None:
     assert sum(bucket["rows"] for bucket in encoded["lengths"]) == encoded["rows"] == 10
     assert len(encoded["samples"]) == 3
     assert encoded["samples"][0]["text"].endswith("assistant\n⟦It is 0.<|im_end|>⟧")
-    assert report["unused_fields"] == {"history": 9}
+    assert report["unused_fields"] == {"origin": 9}
     assert report["rows_with_special_tokens"]["named"][0]["row"] == 10
     assert report["rows"] == {"read": 10, "usable": 10, "chosen": 10, "train": 10, "val": 0}
     assert done.outputs["report"].metrics["truncated_share"] == encoded["truncated_share"]

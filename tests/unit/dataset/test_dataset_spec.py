@@ -30,7 +30,7 @@ def ask(store, publish, data, allowed, sentencepiece_dir) -> Ask:
 
 def test_defaults_are_filled_in(ask: Ask) -> None:
     spec = ask().spec
-    assert (spec.format, spec.template, spec.on_bad_row) == ("alpaca", "alpaca", "fail")
+    assert (spec.format, spec.template, spec.on_bad_row) == ("auto", "alpaca", "fail")
     assert (spec.cutoff_len, spec.val_set_size, spec.seed, spec.max_rows) == (512, 0, 42, 0)
     assert (spec.train_on_inputs, spec.add_eos_token) == (False, True)
     assert spec.HasField("train_on_inputs")
@@ -45,7 +45,7 @@ def test_the_key_holds_the_bytes_and_not_the_place(ask: Ask, data: Path) -> None
     first = ask()
     (data / "copy.json").write_bytes((data / "rows.json").read_bytes())
     second = ask(sources=[str(data / "copy.json")])
-    assert first.unkeyed == ("sources",)
+    assert first.unkeyed == ("sources", "num_proc", "token_secret")
     assert first.spec.sha256 == second.spec.sha256
     (data / "copy.json").write_text(json.dumps([ROW] * 4))
     assert ask(sources=[str(data / "copy.json")]).spec.sha256 != first.spec.sha256
@@ -74,7 +74,7 @@ def test_a_given_digest_must_be_the_sources(ask: Ask) -> None:
         ({"val_set_size": 2, "max_rows": 2}, "val_set_size", "leaves none"),
         ({"template": "alpacca"}, "template", "did you mean 'alpaca'"),
         ({"template": "model"}, "template", "brings no chat template"),
-        ({"template": "/etc/passwd"}, "template", "is a path"),
+        ({"template": "/etc/passwd"}, "template", "outside of the paths"),
         ({"gates": {"dataset.schemas": 1}}, "gates['dataset.schemas']", "known gates"),
         ({"sources": ["/etc/passwd"]}, "sources[0]", "outside of the paths"),
     ],

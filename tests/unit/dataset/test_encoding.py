@@ -1,16 +1,22 @@
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from arriero import prompts
-from arriero.dataset.alpaca import Example
 from arriero.dataset.encoding import EncodedRow, Encoder, template_of
+from arriero.dataset.formats import Example, RowFormat
 from arriero.dataset.vocabulary import Vocabulary, chat_template, special_tokens
 from arriero.errors import FailedPrecondition, InvalidArgument
 from arriero.prompts import Template
 
-EXAMPLE = Example("Name a river.", "The Urubamba, in Peru.", input="In Peru")
+
+def alpaca(instruction: str, output: str, **more: str) -> Example:
+    example = RowFormat("alpaca").parse({"instruction": instruction, "output": output, **more})
+    assert isinstance(example, Example)
+    return example
+
+
+EXAMPLE = alpaca("Name a river.", "The Urubamba, in Peru.", input="In Peru")
 BOS, EOS = 1, 2
 
 
@@ -20,6 +26,11 @@ def encoder(directory: Path, name: str | Template, **settings) -> Encoder:
     settings.setdefault("cutoff_len", 512)
     bound = template.bind(bos_token=vocabulary.bos, eos_token=vocabulary.eos)
     return Encoder(template=bound, vocabulary=vocabulary, **settings)
+
+
+def trained_from(row: EncodedRow) -> int:
+    """Index of the first trained token."""
+    return int(row.trained.argmax()) if row.trained.any() else len(row.ids)
 
 
 def encode(made: Encoder, example: Example = EXAMPLE) -> EncodedRow:
@@ -37,10 +48,10 @@ def test_one_bos_by_tokenizer_or_template_and_a_trained_end(
 ) -> None:
     row = encode(encoder(sentencepiece_dir, name))
     assert row.ids[0] == BOS
-    assert row.ids.count(BOS) == 1
+    assert row.ids.tolist().count(BOS) == 1
     assert row.ids[-1] == EOS
     assert row.ends_turn
-    assert 1 < row.trained_from < len(row.ids) - 1
+    assert 1 < trained_from(row) < len(row.ids) - 1
     assert not row.straddles
     assert not row.truncated
 
@@ -49,13 +60,13 @@ def test_one_bos_by_tokenizer_or_template_and_a_trained_end(
 def test_exactly_the_answer_and_its_end_are_trained(name: str, bytes_dir: Path) -> None:
     made = encoder(bytes_dir, name)
     row = encode(made)
-    trained = bytes_text(made, row.ids[row.trained_from :])
+    trained = bytes_text(made, row.ids[trained_from(row) :])
     assert trained.strip() in (
         "The Urubamba, in Peru.<|im_end|>",
         "The Urubamba, in Peru. <|im_end|>",
     )
     assert (
-        bytes_text(made, row.ids[: row.trained_from])
+        bytes_text(made, row.ids[: trained_from(row)])
         .rstrip()
         .endswith(("### Response:", "ASSISTANT:", "[/INST]", "<|im_start|>assistant"))
     )
@@ -87,16 +98,16 @@ def test_the_prompts_ids_are_those_that_serving_makes(any_dir: Path) -> None:
         rendered = made.render(EXAMPLE)
         row = made.encode([rendered])[0]
         cut = len(made.vocabulary.bos or "") if made.template.writes_bos else 0
-        prompt = rendered.text[cut : rendered.prompt_length]
+        prompt = rendered.text[cut : rendered.spans[0][0]]
         ids, _ = made.vocabulary.encode([prompt])[0]
         begins = row.ids[0] == BOS and (made.template.writes_bos or made.vocabulary.adds_bos)
-        assert row.ids[begins : row.trained_from] == ids, name
+        assert row.ids[int(begins) : trained_from(row)].tolist() == ids, name
 
 
 def test_the_whole_row_is_trained_when_asked(any_dir: Path) -> None:
     row = encode(encoder(any_dir, "alpaca", train_on_inputs=True))
-    assert row.trained_from == 0
-    assert row.trained == len(row.ids) - 1
+    # Nothing predicts the first.
+    assert row.trained.tolist() == [False, *[True] * (len(row.ids) - 1)]
 
 
 def test_without_the_wish_rows_end_with_the_answer(bytes_dir: Path) -> None:
@@ -123,13 +134,13 @@ def test_an_end_of_turn_that_is_no_token_is_not_trained(sentencepiece_dir: Path)
 
 def test_long_rows_are_cut_and_may_train_nothing(any_dir: Path) -> None:
     whole = encode(encoder(any_dir, "alpaca"))
-    cut = encode(encoder(any_dir, "alpaca", cutoff_len=whole.trained_from + 2))
+    cut = encode(encoder(any_dir, "alpaca", cutoff_len=trained_from(whole) + 2))
     assert cut.truncated
-    assert cut.ids == whole.ids[: whole.trained_from + 2]
-    assert cut.trained == 2
+    assert cut.ids.tolist() == whole.ids[: trained_from(whole) + 2].tolist()
+    assert cut.trained.sum() == 2
     assert not cut.ends_turn
     nothing = encode(encoder(any_dir, "alpaca", cutoff_len=8))
-    assert (len(nothing.ids), nothing.trained) == (8, 0)
+    assert (len(nothing.ids), nothing.trained.sum()) == (8, 0)
 
 
 def test_a_template_whose_prompt_is_not_kept_is_refused(bytes_dir: Path) -> None:
@@ -140,7 +151,7 @@ def test_a_template_whose_prompt_is_not_kept_is_refused(bytes_dir: Path) -> None
 
 def test_whitespace_that_a_template_trims_does_not_hide_the_answer(bytes_dir: Path) -> None:
     made = encoder(bytes_dir, "llama-2")
-    text = made.render(replace(EXAMPLE, output="\n Yes. \n")).text
+    text = made.render(alpaca("Name a river.", "\n Yes. \n")).text
     assert text.endswith("[/INST] Yes. <|im_end|>")
 
 
@@ -150,7 +161,7 @@ def test_a_token_across_the_end_of_the_prompt_is_seen(bytes_dir: Path) -> None:
         "{% for m in messages %}{{ m.content }}{% endfor %}",
     )
     made = encoder(bytes_dir, glued)
-    row = encode(made, Example("Each ll", "ama"))
+    row = encode(made, alpaca("Each ll", "ama"))
     assert row.straddles
 
 

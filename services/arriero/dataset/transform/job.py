@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from arriero.dataset import rows
+from arriero.dataset import rows, sources
 from arriero.dataset.report import Findings
 from arriero.dataset.rows import Row
 from arriero.dataset.sources import Source
@@ -24,7 +24,7 @@ from arriero.dataset.transform.answers import Answers
 from arriero.dataset.transform.asking import Asking, Task, read_fields
 from arriero.dataset.transform.chat import Chat, Question
 from arriero.dataset.transform.pace import Pace
-from arriero.dataset.transform.spec import ROW, fields_of, located_sources
+from arriero.dataset.transform.spec import ROW, fields_of
 from arriero.errors import FailedPrecondition, InvalidArgument, Preempted
 from arriero.operations.handoff import canonical, to_json
 from arriero.operations.job import Job, Output
@@ -63,7 +63,7 @@ def transform(job: Job) -> list[Output]:
 def _transform(job: Job) -> list[Output]:
     spec = job.spec
     SourceSettings.from_env().check_url(spec.endpoint, field="endpoint", resolve=True)
-    located = located_sources(spec.sources, job.inputs.get("rows", []), job.store, None)
+    located = sources.locate_all(spec.sources, job.inputs.get("rows", []), job.store, None)
     check_digests(located[: len(spec.sources)], spec.sha256)
     questions = _Questions(located, spec)
     total = sum(1 for _ in questions.rows())

@@ -18,10 +18,9 @@ from arriero.operations.defaults import with_defaults
 from arriero.operations.kinds import ResolveContext, Resolved
 from arriero.prompts import sandbox
 from arriero.settings import SourceSettings, check_secret_name
-from arriero.store import Artifact, Store
 from arriero.v1 import dataset_pb2
 
-__all__ = ["ROW", "SEMANTICS", "check", "fields_of", "located_sources", "resolve"]
+__all__ = ["ROW", "SEMANTICS", "check", "fields_of", "resolve"]
 
 # Raised by hand when the same spec would ask for, or make, something else.
 SEMANTICS = 1
@@ -52,7 +51,7 @@ def resolve(spec: dataset_pb2.TransformSpec, context: ResolveContext) -> Resolve
     """
     resolved = with_defaults(spec)
     _check(resolved, context.sources)
-    located = located_sources(
+    located = sources.locate_all(
         resolved.sources, context.inputs.get("rows", []), context.store, context.sources
     )
     own = located[: len(resolved.sources)]
@@ -87,23 +86,9 @@ def check(spec: dataset_pb2.TransformSpec, context: ResolveContext) -> None:
     """Refuse what is wrong whatever the rows of other stages are; raises as `resolve`."""
     filled = with_defaults(spec)
     _check(filled, context.sources)
-    located = located_sources(filled.sources, (), context.store, context.sources)
+    located = sources.locate_all(filled.sources, (), context.store, context.sources)
     if not filled.rows:
         _check_prompt_fields(filled, located)
-
-
-def located_sources(
-    texts: Sequence[str],
-    artifacts: Sequence[Artifact],
-    store: Store,
-    allowed: SourceSettings | None,
-) -> list[sources.Source]:
-    """The sources of a spec, and after them the rows of other stages."""
-    named = [(text, f"sources[{i}]") for i, text in enumerate(texts)]
-    named += [(artifact.digest, f"rows[{i}]") for i, artifact in enumerate(artifacts)]
-    return [
-        sources.locate(text, store=store, allowed=allowed, field=field) for text, field in named
-    ]
 
 
 def fields_of(value: Any) -> dict[str, Any] | None:
