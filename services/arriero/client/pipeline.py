@@ -202,6 +202,8 @@ def _spec_paths_absolute(stage: pipeline_pb2.Stage, directory: Path) -> None:
     elif work == "import":
         spec = getattr(stage, "import")  # a keyword of Python's
         spec.source = absolute_source(spec.source, directory)
+        if spec.tokenizer:
+            spec.tokenizer = absolute_source(spec.tokenizer, directory)
     elif work == "evaluate" and stage.evaluate.text:
         stage.evaluate.text = absolute_source(stage.evaluate.text, directory)
 

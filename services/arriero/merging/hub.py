@@ -1,18 +1,22 @@
-"""A repository of a Hugging Face hub.
+"""Repositories of a Hugging Face hub.
 
-Responsibility: let huggingface_hub fetch one revision into a directory. Does
-not know what is in it. `HF_ENDPOINT` (a mirror) is honoured by the library.
+Responsibility: let huggingface_hub fetch one revision into a directory, or send
+files as one commit. Does not know what is in them. `HF_ENDPOINT` (a mirror) is
+honoured by the library.
 """
 
 from __future__ import annotations
 
 import errno
+import fnmatch
 import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from arriero.errors import FailedPrecondition, NotFound, PermissionDenied, Unavailable
 
-__all__ = ["download_repository"]
+__all__ = ["download_repository", "upload"]
 
 # Weights, configuration, tokenizer, licence; never code.
 _PATTERNS = (
@@ -23,6 +27,7 @@ _PATTERNS = (
     "*.jinja",
     "pytorch_model*.bin",
     "adapter_model.bin",
+    "consolidated.*.pth",
     "LICEN[CS]E*",
     "NOTICE*",
     "USE_POLICY*",
@@ -32,30 +37,124 @@ _NETWORK = {"HTTPError", "TransportError", "RequestException"}
 
 
 def download_repository(
-    repository: str, revision: str, directory: Path, *, secret: str | None
+    repository: str,
+    revision: str,
+    directory: Path,
+    *,
+    secret: str | None,
+    room: Callable[[int], None] = lambda needed: None,
 ) -> str:
     """Fetch a revision's files into `directory`; returns the commit where the hub says it.
+
+    A connection that breaks is taken up where it broke; of weights that are
+    there in several formats one is fetched.
 
     Args:
         repository: `org/name`.
         revision: commit, branch or tag.
         directory: is created.
         secret: environment variable with the token; None for anonymous.
+        room: called with the bytes to come, before the first; may refuse.
 
     Raises:
         NotFound: no such repository or revision (or not visible without a token).
         PermissionDenied: the token may not read it.
         FailedPrecondition: the secret is not set.
         Unavailable: the hub cannot be reached.
+        DiskFull: `room` refuses.
     """
-    token: str | bool = False
-    if secret is not None:
-        token = os.environ.get(secret, "")
-        if not token:
-            raise FailedPrecondition(
-                f"the secret {secret} is not set in this service's environment; set it there"
-            )
+    token = _token(secret) if secret is not None else False
     from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    with _explained(f"hf://{repository}@{revision}"):
+        info = api.model_info(repository, revision=revision, files_metadata=True)
+        sizes = {item.rfilename: item.size or 0 for item in info.siblings or ()}
+        names = _needed(list(sizes))
+        room(sum(sizes[name] for name in names))
+        commit: str = info.sha or revision
+        api.snapshot_download(
+            repository, revision=commit, local_dir=directory, allow_patterns=names or ["-"]
+        )
+    return commit
+
+
+def _needed(names: Sequence[str]) -> list[str]:
+    """The files to fetch: those that are known, and the weights once."""
+    found = [name for name in names if any(fnmatch.fnmatchcase(name, p) for p in _PATTERNS)]
+    top = {name for name in found if "/" not in name}
+
+    def without(*patterns: str) -> None:
+        found[:] = [n for n in found if not any(fnmatch.fnmatchcase(n, p) for p in patterns)]
+
+    if "config.json" in top:
+        without("consolidated.*.pth", "original/*")
+        if "model.safetensors" in top or "model.safetensors.index.json" in top:
+            without("pytorch_model*", "consolidated*.safetensors")
+    if "adapter_config.json" in top and "adapter_model.safetensors" in top:
+        without("adapter_model.bin")
+    return found
+
+
+def upload(
+    repository: str,
+    revision: str,
+    sent: Mapping[str, Path],
+    *,
+    secret: str,
+    private: bool,
+    message: str,
+) -> str:
+    """Send files as one commit, making the repository where there is none.
+
+    Files that the repository has already are not sent again; others in it stay.
+
+    Args:
+        repository: `org/name`.
+        revision: branch.
+        sent: local path by path in the repository.
+        secret: environment variable with the token.
+        private: of a repository that is made.
+        message: of the commit.
+
+    Returns:
+        The commit.
+
+    Raises:
+        PermissionDenied: the token may not write there.
+        FailedPrecondition: the secret is not set.
+        NotFound: no such branch. Unavailable: the hub cannot be reached.
+    """
+    token = _token(secret)
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api = HfApi(token=token)
+    with _explained(f"hf://{repository}@{revision}"):
+        api.create_repo(repository, private=private, exist_ok=True)
+        commit = api.create_commit(
+            repository,
+            operations=[
+                CommitOperationAdd(path_in_repo=name, path_or_fileobj=path)
+                for name, path in sorted(sent.items())
+            ],
+            commit_message=message,
+            revision=revision,
+        )
+    return str(commit.oid)
+
+
+def _token(secret: str) -> str:
+    token = os.environ.get(secret, "")
+    if not token:
+        raise FailedPrecondition(
+            f"the secret {secret} is not set in this service's environment; set it there"
+        )
+    return token
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """The library's errors as Arriero's."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -64,16 +163,8 @@ def download_repository(
         RevisionNotFoundError,
     )
 
-    api = HfApi(token=token)
-    name = f"hf://{repository}@{revision}"
     try:
-        commit = api.model_info(repository, revision=revision).sha or revision
-        api.snapshot_download(
-            repository,
-            revision=commit,
-            local_dir=directory,
-            allow_patterns=list(_PATTERNS),
-        )
+        yield
     except GatedRepoError as error:
         raise PermissionDenied(
             f"{name} is gated; accept its terms on the hub and give token_secret"
@@ -94,4 +185,3 @@ def download_repository(
         if isinstance(error, OSError) or _NETWORK & {cls.__name__ for cls in type(error).__mro__}:
             raise Unavailable(f"the hub cannot be reached for {name}: {error}") from error
         raise
-    return commit

@@ -1,4 +1,4 @@
-"""What runs in the job process: `import` and `merge`.
+"""What runs in the job process: `import` and `merge`; `export` is beside it.
 
 Responsibility: fetch, convert or fold, prove, and name the outputs. Publishes
 nothing; does not know the service that started it.
@@ -17,7 +17,18 @@ from arriero.errors import DataLoss, FailedPrecondition
 from arriero.gates import Mode
 from arriero.gates import golden as golden_logits
 from arriero.gates.golden import Comparison, Golden
-from arriero.merging import architecture, files, gguf_source, hub, pickles, sources, wheel
+from arriero.merging import (
+    architecture,
+    files,
+    gguf_source,
+    hub,
+    legacy,
+    meta_source,
+    pickles,
+    sources,
+    wheel,
+)
+from arriero.merging.export import export
 from arriero.merging.fold import write_merged
 from arriero.merging.proof import MAX_ULP, prove_delta
 from arriero.merging.specs import made_for
@@ -101,7 +112,11 @@ def _fetch(job: Job, source: sources.Source, labels: dict[str, str]) -> Path:
     )
     target = job.scratch / "repository"
     labels["revision"] = hub.download_repository(
-        source.repository, source.revision, target, secret=secret
+        source.repository,
+        source.revision,
+        target,
+        secret=secret,
+        room=job.store.preflight,
     )
     return target
 
@@ -152,10 +167,12 @@ def _import_gguf(job: Job, path: Path, kind: str) -> Output:
 def _import_model(job: Job, path: Path) -> Output:
     target = job.output_dir("model")
     found = sources.list_files(path)
+    if meta_source.is_meta(path):
+        return _import_meta(job, path, target, found)
     config = architecture.read_config(path)
     weights = _weight_files(path)
     kept = files.matching(found, files.MODEL_EXTRAS)
-    files.copy_files([*kept, *weights], target, _ticker(job, "copying", "bytes"))
+    _bring(job, path, [*kept, *weights], target)
     used = [*kept, *weights]
     if not weights:
         pickled = pickles.checkpoint_files(path, "pytorch_model")
@@ -172,7 +189,48 @@ def _import_model(job: Job, path: Path) -> Output:
         )
         used += pickled
     _log_left_out(job, found, used)
-    return _model_output(job, target)
+    return _noted(job, _model_output(job, target), legacy.normalise(target))
+
+
+def _bring(job: Job, path: Path, found: Sequence[Path], target: Path) -> None:
+    """Copy files; what was fetched for this job alone is moved."""
+    if path.is_relative_to(job.scratch):
+        for file in found:
+            file.rename(target / file.name)
+    else:
+        files.copy_files(found, target, _ticker(job, "copying", "bytes"))
+
+
+def _import_meta(job: Job, path: Path, target: Path, found: Sequence[Path]) -> Output:
+    kept = files.matching(found, files.LICENCES)
+    files.copy_files(kept, target, _ticker(job, "copying", "bytes"))
+    spec = job.spec
+    notes = meta_source.convert(
+        path,
+        target,
+        tokenizer=Path(spec.tokenizer) if spec.tokenizer else _beside(path),
+        tick=_ticker(job, "converting", "tensors"),
+    )
+    _log_left_out(
+        job, found, [*kept, *meta_source.checkpoint_files(path), path / meta_source.PARAMS]
+    )
+    output = _noted(job, _model_output(job, target), notes)
+    output.labels = {**output.labels, "converted_from": "meta"}
+    return output
+
+
+def _beside(path: Path) -> Path | None:
+    found = path / meta_source.TOKENIZER
+    return found if found.is_file() else None
+
+
+def _noted(job: Job, output: Output, notes: Sequence[str]) -> Output:
+    """Say what was changed or assumed, in the log and with the artifact."""
+    for note in notes:
+        job.log.warning("%s", note)
+    if notes:
+        output.labels = {**output.labels, "normalised": "; ".join(notes)}
+    return output
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -209,7 +267,7 @@ def _import_adapter(job: Job, path: Path) -> Output:
     target = job.output_dir("adapter")
     found = sources.list_files(path)
     kept = files.matching(found, [*files.ADAPTER_EXTRAS, "adapter_model.safetensors"])
-    files.copy_files(kept, target, _ticker(job, "copying", "bytes"))
+    _bring(job, path, kept, target)
     if not (target / "adapter_model.safetensors").is_file():
         pickled = pickles.checkpoint_files(path, "adapter_model")
         if not pickled:
@@ -438,4 +496,4 @@ def _judge_logits(job: Job, merged: MergedWeights, target: Path, golden: Golden 
 if __name__ == "__main__":
     # Libraries' bars would fill the kept log; progress is told by `Job.progress`.
     os.environ.update(TQDM_DISABLE="1", TOKENIZERS_PARALLELISM="false")
-    main({"import": import_source, "merge": merge})
+    main({"import": import_source, "merge": merge, "export": export})

@@ -19,7 +19,7 @@ from arriero.weights import TensorPlan, WeightsWriter, dtype_name
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["checkpoint_files", "convert"]
+__all__ = ["checkpoint_files", "convert", "tensors"]
 
 Tick = Callable[[int, int], None]
 # Buffers that old conversions stored and every loader makes anew.
@@ -94,17 +94,30 @@ def convert(
     return writer.files
 
 
-def _tensors(path: Path, tied: bool) -> Iterator[tuple[str, torch.Tensor]]:
+def tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of one PyTorch file, mapped where its format lets them be.
+
+    Raises:
+        FailedPrecondition: a pickle with code, or something that is not a tensor.
+        DataLoss: a damaged file. NotFound: none.
+    """
     import torch
 
-    state = _load(path)
-    embeddings = state.get("model.embed_tokens.weight")
-    for name, tensor in state.items():
+    for name, tensor in _load(path).items():
         if not isinstance(tensor, torch.Tensor):
             raise FailedPrecondition(
                 f"{name} in {path.name} is {type(tensor).__name__}; expected a flat state dict "
                 "of tensors"
             )
+        yield name, tensor.detach()
+
+
+def _tensors(path: Path, tied: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    import torch
+
+    state = dict(tensors(path))
+    embeddings = state.get("model.embed_tokens.weight")
+    for name, tensor in state.items():
         same = (
             isinstance(embeddings, torch.Tensor)
             and embeddings.data_ptr() == tensor.data_ptr()
@@ -112,7 +125,7 @@ def _tensors(path: Path, tied: bool) -> Iterator[tuple[str, torch.Tensor]]:
         )
         if name.endswith(_DERIVED) or (tied and name == "lm_head.weight" and same):
             continue
-        yield name, tensor.detach()
+        yield name, tensor
 
 
 def _load(path: Path) -> Mapping[str, object]:

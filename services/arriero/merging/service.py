@@ -9,6 +9,7 @@ from __future__ import annotations
 import grpc.aio
 from google.longrunning import operations_pb2
 
+from arriero.merging.export_spec import check_export, resolve_export
 from arriero.merging.specs import check_import, check_merge, resolve_import, resolve_merge
 from arriero.operations.engine import Engine
 from arriero.operations.kinds import WorkKind
@@ -23,7 +24,7 @@ KINDS = (
         name="import",
         job_module=_JOB,
         spec_type=merging_pb2.ImportSpec,
-        semantics=1,
+        semantics=2,
         resolve=resolve_import,
         check=check_import,
     ),
@@ -34,6 +35,14 @@ KINDS = (
         semantics=1,
         resolve=resolve_merge,
         check=check_merge,
+    ),
+    WorkKind(
+        name="export",
+        job_module=_JOB,
+        spec_type=merging_pb2.ExportSpec,
+        semantics=1,
+        resolve=resolve_export,
+        check=check_export,
     ),
 )
 

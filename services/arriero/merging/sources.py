@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from arriero.errors import FailedPrecondition, InvalidArgument, NotFound
+from arriero.merging.meta_source import is_meta
 from arriero.store import safe_relative
 
 __all__ = [
@@ -196,7 +197,7 @@ def classify(path: Path) -> str:
         raise NotFound(f"source: {str(path)!r} does not exist")
     if (path / "adapter_config.json").is_file():
         return "adapter"
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() or is_meta(path):
         return "model"
     names = [item.name for item in list_files(path)]
     held = f"holds {', '.join(names[:5])}" if names else "holds no files"
@@ -204,8 +205,8 @@ def classify(path: Path) -> str:
     hint = f"; import the file itself, such as {str(path / ggufs[0])!r}" if ggufs else ""
     raise InvalidArgument.field(
         "source",
-        f"{str(path)!r} {held}; expected config.json (model) or adapter_config.json "
-        f"(adapter){hint}",
+        f"{str(path)!r} {held}; expected config.json or params.json with consolidated.*.pth "
+        f"(model), or adapter_config.json (adapter){hint}",
     )
 
 

@@ -12,10 +12,16 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from arriero.errors import FailedPrecondition, FieldViolation, InvalidArgument
+from arriero.errors import (
+    ArrieroError,
+    FailedPrecondition,
+    FieldViolation,
+    InvalidArgument,
+    NotFound,
+)
 from arriero.gates import Mode, check_modes
 from arriero.gates.golden import TOKENS
-from arriero.merging import sources
+from arriero.merging import meta_source, sources
 from arriero.operations.defaults import with_defaults
 from arriero.operations.job import gate_modes
 from arriero.operations.kinds import ResolveContext, Resolved
@@ -76,6 +82,9 @@ def resolve_import(spec: merging_pb2.ImportSpec, context: ResolveContext) -> Res
         return _import(resolved, wanted, source, 0, cacheable=source.pinned)
     if spec.HasField("token_secret"):
         raise InvalidArgument.field("token_secret", "is only used with hf:// sources")
+    meta = isinstance(source, sources.PathSource) and meta_source.is_meta(source.path)
+    if spec.HasField("tokenizer") and not meta:
+        raise InvalidArgument.field("tokenizer", "is only used with Meta's checkpoints on a path")
     size = 0
     fingerprints = {}
     found = "gguf"
@@ -85,6 +94,8 @@ def resolve_import(spec: merging_pb2.ImportSpec, context: ResolveContext) -> Res
         resolved.source = str(source.path)
         files = [source.path] if found == "gguf" else sources.list_files(source.path, check_path)
         size = sum(file.stat().st_size for file in files)
+        if meta:
+            _resolve_tokenizer(spec, resolved, source.path, fingerprints, context)
     if found != "gguf" and spec.HasField("sha256"):
         raise InvalidArgument.field("sha256", f"pins a file, but the source is a {found} directory")
     if spec.HasField("sha256"):
@@ -97,6 +108,32 @@ def resolve_import(spec: merging_pb2.ImportSpec, context: ResolveContext) -> Res
     if found == "gguf" and kind == "model":
         size *= _DEQUANTIZED
     return _import(resolved, kind, source, size, fingerprints=fingerprints)
+
+
+def _resolve_tokenizer(
+    spec: merging_pb2.ImportSpec,
+    resolved: merging_pb2.ImportSpec,
+    directory: Path,
+    fingerprints: dict[str, str],
+    context: ResolveContext,
+) -> None:
+    """The path of a Meta checkpoint's `tokenizer.model`; part of the key."""
+    meta_source.checkpoint_files(directory)
+    path: Path | None
+    if spec.HasField("tokenizer"):
+        path = context.sources.check(spec.tokenizer, field="tokenizer")
+        if not path.is_file():
+            raise NotFound(f"tokenizer: {spec.tokenizer!r} is not a file")
+    else:
+        found = meta_source.find_tokenizer(directory)
+        try:
+            path = context.sources.check(str(found), field="tokenizer") if found else None
+        except ArrieroError:  # in the directory above, where this service may not read
+            path = None
+        if path is None:
+            return
+    resolved.tokenizer = str(path)
+    fingerprints["tokenizer"] = sources.fingerprint(path)
 
 
 def _import(
@@ -119,7 +156,8 @@ def _import(
         spec=spec,
         fingerprints=fingerprints or {},
         disk_bytes=size,
-        memory_bytes=_LIBRARIES + (size if kind == "model" else 0),
+        # A GGUF is dequantized as a whole; all else goes through memory in pieces.
+        memory_bytes=_LIBRARIES + (size if spec.source.endswith(".gguf") else 0),
         cacheable=cacheable,
         unkeyed=("token_secret",),
     )

@@ -10,7 +10,7 @@ from arriero.weights.layout import TensorInfo, TensorPlan, dtype_name, read_head
 from arriero.weights.lora import LoraAdapter, LoraPair, LoraSettings, Replacement
 from arriero.weights.merged import Blend, MergedWeights
 from arriero.weights.reader import Weights
-from arriero.weights.writer import WeightsWriter
+from arriero.weights.writer import WeightsWriter, tensor_bytes
 
 __all__ = [
     "Blend",
@@ -27,4 +27,5 @@ __all__ = [
     "dtype_name",
     "read_header",
     "spacing",
+    "tensor_bytes",
 ]

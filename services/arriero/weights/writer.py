@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ from arriero.weights.reader import INDEX_SUFFIX
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DEFAULT_SHARD_SIZE", "WeightsWriter"]
+__all__ = ["DEFAULT_SHARD_SIZE", "WeightsWriter", "tensor_bytes"]
 
 DEFAULT_SHARD_SIZE = 5_000_000_000
 # One pwrite takes at most 2 GiB on Linux; smaller keeps cancel quick.
@@ -110,10 +110,7 @@ class WeightsWriter:
         if found != (plan.dtype, plan.shape):
             raise Internal(f"{name} is {found}, planned was {(plan.dtype, plan.shape)}")
         if plan.nbytes:
-            import torch
-
-            flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-            self._put(name, memoryview(flat.numpy()))
+            self._put(name, tensor_bytes(tensor))
         self._left.discard(name)
 
     def write_raw(self, name: str, data: memoryview) -> None:
@@ -126,6 +123,28 @@ class WeightsWriter:
         if data.nbytes != plan.nbytes:
             raise Internal(f"{name} has {data.nbytes} bytes, planned were {plan.nbytes}")
         self._put(name, data)
+        self._left.discard(name)
+
+    def write_rows(self, name: str, blocks: Iterable[torch.Tensor]) -> None:
+        """Write one tensor, once, in blocks of its rows, the first rows first.
+
+        Raises:
+            Internal: of another type or shape than planned, or written before.
+        """
+        plan = self._next(name)
+        descriptor, offset = self._places[name]
+        done = 0
+        for block in blocks:
+            found = (dtype_name(str(block.dtype)), tuple(block.shape[1:]))
+            if found != (plan.dtype, plan.shape[1:]):
+                raise Internal(f"{name} has rows {found}, planned was {(plan.dtype, plan.shape)}")
+            data = tensor_bytes(block)
+            if done + data.nbytes > plan.nbytes:
+                raise Internal(f"{name} has more rows than the {plan.shape[0]} that were planned")
+            _write_all(descriptor, data, offset + done)
+            done += data.nbytes
+        if done != plan.nbytes:
+            raise Internal(f"{name} has {done} bytes, planned were {plan.nbytes}")
         self._left.discard(name)
 
     def _next(self, name: str) -> TensorPlan:
@@ -168,6 +187,16 @@ class WeightsWriter:
             self.close()
         else:
             self._release()
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """A tensor's data, row by row; no copy where it lies so already."""
+    import torch
+
+    if not tensor.numel():
+        return memoryview(b"")
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy())
 
 
 def _shards(plan: Sequence[TensorPlan], limit: int) -> list[list[TensorPlan]]:

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from arriero.merging.export import export
+from arriero.merging.export_spec import resolve_export
 from arriero.merging.job import import_source, merge
 from arriero.merging.specs import resolve_import, resolve_merge
 from arriero.operations.job import Job, Output
@@ -56,6 +58,14 @@ class Room:
         allowed = SourceSettings((self.tmp_path,))
         resolved = resolve_import(spec, ResolveContext(self.store, {}, allowed))
         [output] = self._run(import_source, "import", resolved.spec, {})
+        return output
+
+    def export(self, given: Artifact, **fields: Any) -> Output:
+        """Stage `export`."""
+        inputs = {"model": [given]}
+        spec = merging_pb2.ExportSpec(model=given.digest, **fields)
+        resolved = resolve_export(spec, ResolveContext(self.store, inputs, SourceSettings()))
+        [output] = self._run(export, "export", resolved.spec, inputs)
         return output
 
     def merge(
