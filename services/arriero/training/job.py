@@ -176,7 +176,6 @@ def _load(job: Job, weights: Weights, how: Numerics, plan: Plan) -> Any:
     import torch
 
     from arriero.training import adapter, whole
-    from arriero.training.neftune import add_noise
 
     spec, base = job.spec, job.input("model")
     if spec.method == "full":
@@ -190,7 +189,6 @@ def _load(job: Job, weights: Weights, how: Numerics, plan: Plan) -> Any:
         model = adapter.attach(model, lora, base=base.digest, seed=plan.seed)
     if plan.gradient_checkpointing:
         adapter.spare_activations(model)
-    add_noise(adapter.core(model), plan.neftune_alpha)
     return model
 
 
@@ -204,14 +202,11 @@ def _loop(
 ) -> Loop:
     from arriero.training.loop import Loop
 
-    pad_id = read_facts(job.input("dataset").path).get("pad_token_id")
-    pad_id = max(0, int(pad_id or 0))  # any id: what is padded is never looked at
     return Loop(
         model,
         *rows,
         plan,
         how,
-        pad_id=pad_id,
         parameters=parameters,
         measures_base=job.gates.mode("train.improves") is not Mode.SKIP,
         leaves_out=job.gates.mode("train.finite") is not Mode.ENFORCE,

@@ -7,7 +7,6 @@ jobs, artifacts or directories.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 import time
@@ -18,17 +17,17 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.nn import functional
 from transformers import get_scheduler
 
 from arriero.errors import FailedPrecondition
 from arriero.training import allocator, stopping
-from arriero.training.adapter import core, trained_weights
+from arriero.training.adapter import trained_weights
 from arriero.training.finite import Finite
+from arriero.training.forward import Forward
 from arriero.training.numerics import Numerics, peak_flops
 from arriero.training.optimizers import make_optimizer
 from arriero.training.plan import Plan
-from arriero.training.rows import MASKED, MicroBatch, Rows, batches, collate
+from arriero.training.rows import Rows, batches, collate
 from arriero.training.state import Report, State
 
 # Steps that the speed is taken over.
@@ -57,7 +56,6 @@ class Loop:
         val_rows: held out, if any.
         plan: how.
         numerics: where the model is, and in what it computes.
-        pad_id: any id that has an embedding.
         parameters: of the base, for the model FLOPs utilisation.
         measures_base: take the held-out loss before the first step too.
         leaves_out: go on without the steps whose loss is not finite, instead of ending.
@@ -72,7 +70,6 @@ class Loop:
         plan: Plan,
         numerics: Numerics,
         *,
-        pad_id: int = 0,
         parameters: int = 0,
         measures_base: bool = False,
         leaves_out: bool = False,
@@ -82,7 +79,7 @@ class Loop:
         self.plan = plan
         self.state = State()
         self._rows, self._val_rows = rows, val_rows
-        self._numerics, self._pad_id, self._clock = numerics, pad_id, clock
+        self._numerics, self._clock = numerics, clock
         self._measures_base = measures_base
         self._finite = Finite(plan, numerics, leaves_out=leaves_out)
         self._weights = trained_weights(model)
@@ -98,14 +95,10 @@ class Loop:
             num_training_steps=plan.total_steps,
         )
         self._scaler = torch.amp.GradScaler(numerics.device, enabled=numerics.scaled)
-        # Prompts need no logits, and those of a large vocabulary are most of the memory.
-        forward = inspect.signature(core(model).forward).parameters
-        self._chooses_logits = "logits_to_keep" in forward
+        self._forward = Forward(model, numerics, plan.neftune_alpha)
         self._rate = float(self._scheduler.get_last_lr()[0])
         self._order: tuple[int, list[npt.NDArray[np.int64]]] = (-1, [])
         self._speed: deque[tuple[float, int]] = deque(maxlen=_SPEED_STEPS)
-        torch.manual_seed(plan.seed)
-        self._generators = _generators(numerics.device)
 
     def run(
         self,
@@ -168,7 +161,6 @@ class Loop:
             "optimizer": self._optimizer.state_dict(),
             "scheduler": self._scheduler.state_dict(),
             "scaler": self._scaler.state_dict(),
-            "generators": self._generators,
         }
 
     def restore(self, tensors: Mapping[str, Any], state: Mapping[str, Any]) -> None:
@@ -182,7 +174,6 @@ class Loop:
         self._scheduler.load_state_dict(tensors["scheduler"])
         if self._numerics.scaled:
             self._scaler.load_state_dict(tensors["scaler"])
-        self._generators = dict(tensors["generators"])
         self._rate = float(self._scheduler.get_last_lr()[0])
         self.state = State(**state)
 
@@ -214,13 +205,13 @@ class Loop:
         random state and data position at once. None when that row trains nothing.
         """
         row = self._batch(self.state.step)[:1]
-        micro = collate(self._rows, row, self._pad_id)
+        micro = collate(self._rows, row)
         if not len(micro.positions):
             return None
-        _restore_generators(self._generators, self._numerics.device)
-        self.model.train()
+        self._seed()
+        self._forward.train()
         with torch.no_grad():
-            return float(self._loss(micro)) / self._rows.trained(row)
+            return float(self._forward(micro)) / self._rows.trained(row)
 
     def _step(self, should_stop: Callable[[], bool]) -> None:
         """One optimizer step; leaves everything as it was if it is stopped."""
@@ -243,18 +234,18 @@ class Loop:
     def _gradients(self, chosen: npt.NDArray[np.int64], should_stop: Callable[[], bool]) -> float:
         """Add up the gradients of a step's rows; their mean loss."""
         trained = self._rows.trained(chosen)
-        _restore_generators(self._generators, self._numerics.device)
-        self.model.train()
+        self._seed()
+        self._forward.train()
         total = torch.zeros((), device=self._numerics.device)
         size = self.micro_batch_size
         for start in range(0, len(chosen), size):
             if should_stop():
                 self._optimizer.zero_grad(set_to_none=True)
                 raise Stopped
-            micro = collate(self._rows, chosen[start : start + size], self._pad_id)
+            micro = collate(self._rows, chosen[start : start + size])
             if len(micro.positions):
                 # Over the whole step's tokens: the micro batch's size changes nothing.
-                loss = self._loss(micro) / trained
+                loss = self._forward(micro) / trained
                 self._scaler.scale(loss).backward()
                 total += loss.detach()
         return float(total)
@@ -271,7 +262,6 @@ class Loop:
         self.state.step += 1
         self.state.tokens += tokens
         self.state.trained_tokens += trained
-        self._generators = _generators(self._numerics.device)
         self._speed.append((self._clock() - started, tokens))
 
     @property
@@ -323,24 +313,6 @@ class Loop:
         self._finite.scaled(state, skipped=self._scaler.get_scale() < before)
         return True
 
-    def _loss(self, micro: MicroBatch) -> torch.Tensor:
-        """Sum of -log p over the trained tokens, float32, nats."""
-        device = self._numerics.device
-        positions = micro.positions.to(device)
-        choose = {"logits_to_keep": positions} if self._chooses_logits else {}
-        with self._numerics.autocast():
-            logits = self.model(
-                input_ids=micro.input_ids.to(device), use_cache=False, **choose
-            ).logits
-        if not self._chooses_logits:
-            logits = logits[:, positions]
-        return functional.cross_entropy(
-            logits.float().flatten(0, 1),
-            micro.labels.to(device).flatten(),
-            ignore_index=MASKED,
-            reduction="sum",
-        )
-
     def _validate_if_due(
         self, report: Callable[[Report], None], should_stop: Callable[[], bool]
     ) -> bool:
@@ -369,23 +341,28 @@ class Loop:
         order = np.argsort(-rows.lengths, kind="stable")
 
         def total_loss() -> tuple[float, int]:
-            self.model.eval()
+            self._forward.eval()
             size = self.micro_batch_size
             total, trained = 0.0, 0
             for start in range(0, len(order), size):
                 if should_stop():
                     raise Stopped
                 chosen = order[start : start + size]
-                micro = collate(rows, chosen, self._pad_id)
+                micro = collate(rows, chosen)
                 if len(micro.positions):
                     with torch.inference_mode():
-                        total += float(self._loss(micro))
+                        total += float(self._forward(micro))
                     trained += rows.trained(chosen)
                 report(self.report("validating", start + len(chosen), len(order)))
             return total, trained
 
         total, trained = self._with_memory(total_loss)
         return total / trained if trained else None
+
+    def _seed(self) -> None:
+        """Make what the next step draws a function of seed and step, so that none is kept."""
+        words = np.random.SeedSequence([self.plan.seed & (2**64 - 1), self.state.step])
+        torch.manual_seed(int(words.generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
     def _batch(self, step: int) -> npt.NDArray[np.int64]:
         epoch, place = divmod(step, self.plan.steps_per_epoch)
@@ -420,17 +397,3 @@ class Loop:
             grad_norm=self._grad_norm,
             micro_batch_size=self.micro_batch_size,
         )
-
-
-def _generators(device: str) -> dict[str, torch.Tensor]:
-    """States of the random generators that dropout draws from."""
-    states = {"cpu": torch.get_rng_state()}
-    if device == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def _restore_generators(states: Mapping[str, torch.Tensor], device: str) -> None:
-    torch.set_rng_state(states["cpu"])
-    if device == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"])

@@ -1,31 +1,25 @@
 """Noise on the embeddings while training (NEFTune, Jain et al. 2023, arXiv:2310.05914).
 
-Responsibility: one hook. Does not know what is trained.
+Responsibility: the noise. Does not know when it is wanted.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
 
-def add_noise(model: Any, alpha: float) -> None:
-    """Add uniform noise of at most alpha / sqrt(length * width) to embedded tokens.
-
-    Only in training mode, so that held-out losses and golden logits have none.
+def with_noise(embedded: torch.Tensor, lengths: Sequence[int], alpha: float) -> torch.Tensor:
+    """Embedded tokens with uniform noise of at most alpha / sqrt(length * width).
 
     Args:
-        model: a transformers model, or one with LoRA on it.
-        alpha: 5 to 15 in the paper; 0 leaves the model as it is.
+        embedded: shape (1, tokens, width), samples one after the other.
+        lengths: of the samples; their sum is `tokens`.
+        alpha: 5 to 15 in the paper.
     """
-    if alpha <= 0:
-        return
-
-    def noisy(module: torch.nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
-        if not module.training:
-            return output
-        bound = alpha / (output.size(1) * output.size(2)) ** 0.5
-        return output + torch.empty_like(output).uniform_(-bound, bound)
-
-    model.get_input_embeddings().register_forward_hook(noisy)
+    counts = torch.tensor(lengths, device=embedded.device)
+    bounds = alpha * (counts * embedded.shape[-1]).rsqrt()
+    noise = torch.empty_like(embedded).uniform_(-1, 1)
+    each = bounds.repeat_interleave(counts)[None, :, None]
+    return embedded + noise * each.to(noise.dtype)

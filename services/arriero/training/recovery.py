@@ -207,7 +207,7 @@ class _Sink:
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     import torch
 
-    # To the CPU: generators' states stay there, the rest is copied to its parameters.
+    # To the CPU: from there all of it is copied to where it belongs.
     tensors = torch.load(directory / _TENSORS, map_location="cpu", weights_only=True)
     return tensors, _json(directory / _STATE)
 

@@ -1,7 +1,7 @@
 """Prepared rows, and the order in which they are trained on.
 
-Responsibility: read a dataset artifact memory-mapped, put rows in batches, pad
-them. The order is a pure function of seed and epoch. Does not know models; torch
+Responsibility: read a dataset artifact memory-mapped, put rows in batches, lay
+them out. The order is a pure function of seed and epoch. Does not know models; torch
 is imported only to make the tensors.
 """
 
@@ -50,11 +50,16 @@ def read_facts(directory: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """One record batch: row i is values[offsets[i]:offsets[i + 1]]."""
+    """One record batch: row i is values[offsets[i]:offsets[i + 1]].
+
+    A packed one has as many `sizes` of samples, in rows of their own offsets.
+    """
 
     offsets: npt.NDArray[np.int64]
     ids: npt.NDArray[np.int32]
     labels: npt.NDArray[np.int32]
+    sizes: npt.NDArray[np.int32] | None
+    size_offsets: npt.NDArray[np.int64] | None
 
 
 class Rows:
@@ -98,19 +103,38 @@ class Rows:
         chunk, begin, end = self._place(row)
         return chunk.labels[begin:end]
 
+    def samples(self, row: int) -> list[tuple[int, int]]:
+        """Begin and end of each sample in a row: several in a packed one, else one."""
+        number, inside = self._find(row)
+        chunk = self._chunks[number]
+        if chunk.sizes is None or chunk.size_offsets is None:
+            return [(0, int(self.lengths[row]))]
+        first, last = chunk.size_offsets[inside], chunk.size_offsets[inside + 1]
+        ends = np.cumsum(chunk.sizes[first:last]).tolist()
+        return list(zip([0, *ends[:-1]], ends, strict=True))
+
     def trained(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> int:
-        """Labels of some rows that count in the loss; a first token is never predicted."""
-        return sum(int((self.labels(int(row))[1:] != MASKED).sum()) for row in rows)
+        """Labels of some rows that count in the loss; nothing predicts a sample's first token."""
+        total = 0
+        for row in rows:
+            counted = self.labels(int(row)) != MASKED
+            firsts = [begin for begin, _ in self.samples(int(row))]
+            total += int(counted.sum() - counted[firsts].sum())
+        return total
 
     @property
     def largest_id(self) -> int:
         """The largest token id of all rows; -1 without any."""
         return max((int(chunk.ids.max(initial=-1)) for chunk in self._chunks), default=-1)
 
-    def _place(self, row: int) -> tuple[_Chunk, int, int]:
+    def _find(self, row: int) -> tuple[int, int]:
+        """Record batch of a row, and its number inside."""
         number = int(np.searchsorted(self._ends, row, side="right"))
+        return number, row - (int(self._ends[number - 1]) if number else 0)
+
+    def _place(self, row: int) -> tuple[_Chunk, int, int]:
+        number, inside = self._find(row)
         chunk = self._chunks[number]
-        inside = row - (int(self._ends[number - 1]) if number else 0)
         return chunk, int(chunk.offsets[inside]), int(chunk.offsets[inside + 1])
 
 
@@ -123,7 +147,15 @@ def _chunk(batch: Any) -> _Chunk:
     values = [column.values.to_numpy(zero_copy_only=True) for column in (ids, labels)]
     if any(array.dtype != np.int32 for array in values):
         raise TypeError(f"values are {values[0].dtype} and {values[1].dtype}")
-    return _Chunk(offsets, values[0], values[1])
+    if "lengths" not in batch.schema.names:
+        return _Chunk(offsets, values[0], values[1], None, None)
+    packed = batch.column("lengths")
+    sizes = packed.values.to_numpy(zero_copy_only=True)
+    size_offsets = packed.offsets.to_numpy().astype(np.int64)
+    sums = np.concatenate(([0], np.cumsum(sizes, dtype=np.int64)))[size_offsets]
+    if sizes.dtype != np.int32 or (sizes < 1).any() or (np.diff(sums) != np.diff(offsets)).any():
+        raise ValueError("lengths of samples do not add up to the length of their row")
+    return _Chunk(offsets, values[0], values[1], sizes, size_offsets)
 
 
 def check_ids(rows: Rows, embeddings: int, *, what: str) -> None:
@@ -185,42 +217,46 @@ def _longest_first(
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Rows padded on the right to the longest.
+    """Samples one after the other, without padding.
 
     Attributes:
-        input_ids: int64, shape (rows, width).
-        positions: int64, shape (k,): positions at which any row predicts a
-            trained token, so that logits are needed there alone.
-        labels: int64, shape (rows, k): what each row must predict at `positions`;
-            `MASKED` where it need not.
-        tokens: unpadded tokens.
+        input_ids: int64, shape (1, tokens).
+        position_ids: int64, shape (1, tokens): from 0 in each sample.
+        lengths: of the samples, longest first.
+        positions: int64, shape (k,): of tokens that predict a trained token, so
+            that logits are needed there alone.
+        labels: int64, shape (k,): what they must predict.
     """
 
     input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    lengths: tuple[int, ...]
     positions: torch.Tensor
     labels: torch.Tensor
-    tokens: int
 
 
-def collate(rows: Rows, chosen: Sequence[int] | npt.NDArray[np.int64], pad_id: int) -> MicroBatch:
-    """Pad rows to a micro batch.
+def collate(rows: Rows, chosen: Sequence[int] | npt.NDArray[np.int64]) -> MicroBatch:
+    """Lay the samples of some rows one after the other.
 
-    No attention mask goes with it: padding comes after a row's last token, and a
-    causal model looks back only.
+    Samples of one length become neighbours, which attention computes together.
     """
     import torch
 
-    width = int(rows.lengths[np.asarray(chosen)].max())
-    ids = np.full((len(chosen), width), pad_id, dtype=np.int64)
-    labels = np.full((len(chosen), width), MASKED, dtype=np.int64)
-    for i, row in enumerate(chosen):
-        length = int(rows.lengths[row])
-        ids[i, :length] = rows.ids(int(row))
-        labels[i, : max(0, length - 1)] = rows.labels(int(row))[1:]
-    positions = np.flatnonzero((labels != MASKED).any(axis=0))
+    samples = [
+        (rows.ids(int(row))[begin:end], rows.labels(int(row))[begin:end])
+        for row in chosen
+        for begin, end in rows.samples(int(row))
+    ]
+    samples.sort(key=lambda sample: -len(sample[0]))
+    lengths = tuple(len(ids) for ids, _ in samples)
+    labels = np.concatenate([labels for _, labels in samples]).astype(np.int64)
+    # A token predicts the next one; nothing predicts a sample's first.
+    labels[np.cumsum((0, *lengths[:-1]))] = MASKED
+    targets = np.flatnonzero(labels != MASKED)
     return MicroBatch(
-        torch.from_numpy(ids),
-        torch.from_numpy(positions),
-        torch.from_numpy(labels[:, positions]),
-        int(rows.lengths[np.asarray(chosen)].sum()),
+        torch.from_numpy(np.concatenate([ids for ids, _ in samples]).astype(np.int64))[None],
+        torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))[None],
+        lengths,
+        torch.from_numpy(targets - 1),
+        torch.from_numpy(labels[targets]),
     )

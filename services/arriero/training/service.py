@@ -22,7 +22,7 @@ KINDS = (
         "train",
         "arriero.training.job",
         training_pb2.TrainSpec,
-        semantics=1,
+        semantics=2,
         resolve=resolve,
         check=check,
     ),

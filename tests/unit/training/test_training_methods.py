@@ -16,11 +16,11 @@ from arriero.testing.jobs import run_job  # noqa: E402
 from arriero.training import adapter, whole  # noqa: E402
 from arriero.training.job import train  # noqa: E402
 from arriero.training.loop import Loop, Stopped  # noqa: E402
-from arriero.training.neftune import add_noise  # noqa: E402
+from arriero.training.neftune import with_noise  # noqa: E402
 from arriero.training.numerics import Numerics  # noqa: E402
 from arriero.training.optimizers import check_optimizer  # noqa: E402
 from arriero.training.plan import Lora, Plan, Quantization  # noqa: E402
-from arriero.training.rows import Rows  # noqa: E402
+from arriero.training.rows import Rows, collate  # noqa: E402
 from arriero.training.spec import resolve  # noqa: E402
 from arriero.v1 import training_pb2  # noqa: E402
 from arriero.weights import Weights  # noqa: E402
@@ -64,7 +64,6 @@ def make(model, dataset, *, lora=LORA, quantization=None, plan=PLAN, how=CPU) ->
             model.path, how.dtype, how.device, quantization, lora.modules_to_save
         )
         made = adapter.attach(base, lora, base="sha256:0", seed=plan.seed)
-    add_noise(adapter.core(made), plan.neftune_alpha)
     return Loop(made, Rows(dataset.path), None, plan, how)
 
 
@@ -206,15 +205,19 @@ def test_adam_gets_its_betas_and_epsilon(model, dataset):
 
 def test_noise_is_on_the_embeddings_in_training_alone(model, dataset):
     loop = make(model, dataset, plan=replace(PLAN, neftune_alpha=5.0))
-    embed = adapter.core(loop.model).get_input_embeddings()
-    ids = torch.tensor([[5, 6, 7]])
+    micro = collate(Rows(dataset.path), [0, 1])
     with torch.no_grad():
-        loop.model.eval()
-        plain = embed(ids)
-        assert torch.equal(plain, embed(ids))
-        loop.model.train()
-        apart = (embed(ids) - plain).abs().max()
-    assert 0 < apart <= 5 / (3 * plain.shape[-1]) ** 0.5
+        loop._forward.eval()
+        assert torch.equal(loop._forward(micro), loop._forward(micro))
+        loop._forward.train()
+        assert not torch.equal(loop._forward(micro), loop._forward(micro))
+
+
+def test_the_noise_of_a_sample_follows_its_own_length():
+    noise = with_noise(torch.zeros(1, 100, 64), (90, 10), alpha=5.0)[0].abs()
+    for part, length in ((noise[:90], 90), (noise[90:], 10)):
+        bound = 5 / (length * 64) ** 0.5
+        assert 0.9 * bound < float(part.max()) <= bound
 
 
 def test_float16_on_this_device_skips_steps_until_its_scale_is_found(model, dataset):

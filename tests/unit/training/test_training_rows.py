@@ -53,14 +53,30 @@ def test_grouping_by_length_pads_less_and_keeps_batches_shuffled():
     assert firsts != sorted(firsts, reverse=True)
 
 
-def test_a_micro_batch_is_padded_and_its_labels_are_shifted(tmp_path: Path, kit):
-    rows = Rows(kit.write_dataset(tmp_path, [([5, 6, 7, 8], 2), ([9, 10], 1), ([3], 0)]))
-    micro = collate(rows, [0, 1, 2], pad_id=0)
-    assert micro.input_ids.tolist() == [[5, 6, 7, 8], [9, 10, 0, 0], [3, 0, 0, 0]]
-    # Position 1 predicts 7, position 2 predicts 8; of the second row position 0 predicts 10.
-    assert micro.positions.tolist() == [0, 1, 2]
-    assert micro.labels.tolist() == [[-100, 7, 8], [10, -100, -100], [-100, -100, -100]]
-    assert micro.tokens == 7
+def test_rows_of_a_micro_batch_lie_one_after_the_other(tmp_path: Path, kit):
+    rows = Rows(kit.write_dataset(tmp_path, [([9, 10], 1), ([5, 6, 7, 8], 2), ([3], 0)]))
+    micro = collate(rows, [0, 1, 2])
+    assert micro.input_ids.tolist() == [[5, 6, 7, 8, 9, 10, 3]]
+    assert micro.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 0]]
+    assert micro.lengths == (4, 2, 1)
+    # 6 predicts 7, 7 predicts 8, 9 predicts 10; nothing predicts 5, 9 and 3.
+    assert micro.positions.tolist() == [1, 2, 4]
+    assert micro.labels.tolist() == [7, 8, 10]
+
+
+def test_samples_that_do_not_add_up_to_their_row_are_data_loss(tmp_path: Path):
+    import pyarrow as pa
+
+    kind = pa.list_(pa.int32())
+    schema = pa.schema([(name, kind) for name in ("input_ids", "labels", "lengths")])
+    columns = [pa.array([values], type=kind) for values in ([1, 2, 3], [1, 2, 3], [1, 1])]
+    with (
+        pa.OSFile(str(tmp_path / "data.arrow"), "wb") as sink,
+        pa.ipc.new_file(sink, schema) as writer,
+    ):
+        writer.write_batch(pa.record_batch(columns, schema=schema))
+    with pytest.raises(DataLoss, match="do not add up"):
+        Rows(tmp_path)
 
 
 def test_ids_without_an_embedding_are_refused_with_the_figures(tmp_path: Path, kit):

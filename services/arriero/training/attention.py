@@ -1,0 +1,188 @@
+"""Attention inside of samples that lie one after the other, without padding.
+
+Responsibility: an attention function that transformers' LLaMA-like models call
+by name, told by `sample_lengths` where samples begin and end. No token sees
+another sample, and no mask is made for that. Does not know layers or weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers import AttentionInterface
+
+__all__ = ["NAME", "register", "sample_attention"]
+
+NAME = "arriero_samples"
+
+
+def register() -> str:
+    """Make the function known to transformers; its name, for `set_attn_implementation`."""
+    AttentionInterface.register(NAME, _interface)
+    return NAME
+
+
+def _interface(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    sample_lengths: Sequence[int] | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """As transformers calls it: heads before tokens in, tokens before heads out."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if sample_lengths is None:  # not from here: each row of the batch is one sample
+        rows = zip(*(item.split(1) for item in (query, key, value)), strict=True)
+        outs = [_attend(*row, (query.shape[2],), scale, dropout, sliding_window) for row in rows]
+        return torch.cat(outs).transpose(1, 2), None
+    out = _attend(query, key, value, tuple(sample_lengths), scale, dropout, sliding_window)
+    return out.transpose(1, 2), None
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: tuple[int, ...],
+    scale: float,
+    dropout: float,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    if sliding_window is not None and sliding_window >= max(lengths):
+        sliding_window = None
+    if query.device.type == "cpu" and sliding_window is None and not dropout:
+        out: torch.Tensor = _CpuAttention.apply(query, key, value, lengths, scale)
+        return out
+    return sample_attention(query, key, value, lengths, scale, dropout, sliding_window)
+
+
+def sample_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: Sequence[int],
+    scale: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+) -> torch.Tensor:
+    """Causal attention within each sample.
+
+    Args:
+        query: shape (1, heads, tokens, size).
+        key: shape (1, heads of keys, tokens, size); heads share them in groups.
+        value: as `key`.
+        lengths: of the samples; their sum is `tokens`.
+        scale: of the products.
+        dropout: of the probabilities.
+        sliding_window: tokens that a token sees at most, itself included.
+
+    Returns:
+        Shape as `query`.
+    """
+    parts = []
+    for begin, count, length in _runs(lengths):
+        q, k, v = (_batched(item, begin, count, length) for item in (query, key, value))
+        mask = None
+        if sliding_window is not None and sliding_window < length:
+            ones = torch.ones(length, length, dtype=torch.bool, device=query.device)
+            mask = ones.tril() & ones.triu(1 - sliding_window)
+        out = functional.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        parts.append(out.transpose(0, 1).reshape(1, query.shape[1], count * length, -1))
+    return torch.cat(parts, dim=2)
+
+
+class _CpuAttention(torch.autograd.Function):
+    """The same with a backward pass of matrix products.
+
+    torch's backward kernel for the CPU takes three times as long as these
+    products in bfloat16, which the hardware multiplies. The probabilities are
+    computed again there instead of being kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        lengths: tuple[int, ...],
+        scale: float,
+    ) -> torch.Tensor:
+        out = sample_attention(query, key, value, lengths, scale)
+        ctx.save_for_backward(query, key, value, out)
+        ctx.lengths, ctx.scale = lengths, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, out = ctx.saved_tensors
+        (grad,) = gradients
+        scale = ctx.scale
+        # Of each token: what its output's gradient says about the sum of its probabilities.
+        shift = (grad * out).sum(-1, keepdim=True)
+        d_query, d_key, d_value = (torch.empty_like(item) for item in (query, key, value))
+        for begin, count, length in _runs(ctx.lengths):
+            groups = query.shape[1] // key.shape[1]
+            q, g, s = (
+                _grouped(_batched(item, begin, count, length), groups)
+                for item in (query, grad, shift)
+            )
+            k, v = (_batched(item, begin, count, length).flatten(0, 1) for item in (key, value))
+            future = torch.full((length, length), -torch.inf, dtype=q.dtype).triu_(1)
+            scores = torch.baddbmm(future.repeat(groups, 1), q, k.transpose(1, 2), alpha=scale)
+            weights = torch.softmax(scores, dim=-1)
+            _put(d_value, torch.bmm(weights.transpose(1, 2), g), begin, count)
+            g = g * scale
+            errors = torch.baddbmm(s * scale, g, v.transpose(1, 2), beta=-1).mul_(weights)
+            _put(d_key, torch.bmm(errors.transpose(1, 2), q), begin, count)
+            _put(d_query, torch.bmm(errors, k), begin, count)
+        return d_query, d_key, d_value, None, None
+
+
+def _runs(lengths: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """(first token, samples, tokens of each) of neighbours of one length: one product for all."""
+    begin = 0
+    for length, same in groupby(lengths):
+        count = sum(1 for _ in same)
+        yield begin, count, length
+        begin += count * length
+
+
+def _batched(item: torch.Tensor, begin: int, count: int, length: int) -> torch.Tensor:
+    """(1, heads, tokens, size) to (samples, heads, length, size) of one run."""
+    part = item[0, :, begin : begin + count * length]
+    return part.unflatten(1, (count, length)).transpose(0, 1)
+
+
+def _grouped(item: torch.Tensor, groups: int) -> torch.Tensor:
+    """(samples, heads, length, size) to (samples * heads of keys, groups * length, size)."""
+    return item.reshape(-1, groups * item.shape[2], item.shape[3])
+
+
+def _put(target: torch.Tensor, values: torch.Tensor, begin: int, count: int) -> None:
+    """Write the gradients of one run, shape (samples * heads', ..., size), to their tokens."""
+    heads = target.shape[1]
+    length = values.shape[0] * values.shape[1] // (count * heads)
+    place = target[0, :, begin : begin + count * length]
+    place.unflatten(1, (count, length)).transpose(0, 1).copy_(
+        values.reshape(count, heads, length, -1)
+    )

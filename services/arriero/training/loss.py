@@ -1,0 +1,88 @@
+"""The loss over a large vocabulary, without keeping its logits.
+
+Responsibility: cross entropy straight from hidden states, a few tokens at a time.
+Does not know which tokens are trained on, nor where hidden states come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+__all__ = ["token_loss"]
+
+# Logits that exist at once; two tensors of this many values.
+_LOGITS = 1 << 24
+
+
+def token_loss(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Sum of -log p(label), float32, nats.
+
+    Gradients are made together with the loss, from the same logits, so that they
+    are computed once and nothing of the vocabulary's size stays.
+
+    Args:
+        hidden: shape (tokens, size), after the model's last norm.
+        weight: of the head without bias, shape (vocabulary, size).
+        labels: int64, shape (tokens,).
+        dtype: in which the logits are computed; sums over them are float32.
+    """
+    loss: torch.Tensor = _TokenLoss.apply(hidden, weight, labels, dtype)
+    return loss
+
+
+class _TokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        table = weight.to(dtype)
+        d_hidden = torch.empty_like(hidden) if wants_hidden else None
+        d_weight = torch.zeros_like(weight) if wants_weight else None
+        for begin, end in _chunks(len(labels), len(weight)):
+            part, wanted = hidden[begin:end].to(dtype), labels[begin:end, None]
+            logits = part @ table.t()
+            likely = torch.softmax(logits, dim=-1)
+            # From the likeliest token's probability, which no type rounds to zero.
+            largest, place = logits.max(dim=-1, keepdim=True)
+            losses = (largest.float() - logits.gather(1, wanted).float()) - likely.gather(
+                1, place
+            ).float().log()
+            total += losses.sum()
+            if d_hidden is None and d_weight is None:
+                continue
+            # d loss / d logits: the probabilities, less one at the label.
+            likely.scatter_(1, wanted, torch.expm1(-losses).to(dtype))
+            if d_hidden is not None:
+                d_hidden[begin:end] = likely @ table
+            if d_weight is not None:
+                d_weight += likely.t() @ part
+        ctx.save_for_backward(d_hidden, d_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,) = gradients
+        d_hidden, d_weight = ctx.saved_tensors
+        return (
+            None if d_hidden is None else d_hidden * grad.to(d_hidden.dtype),
+            None if d_weight is None else d_weight * grad.to(d_weight.dtype),
+            None,
+            None,
+        )
+
+
+def _chunks(tokens: int, vocabulary: int) -> Iterator[tuple[int, int]]:
+    size = max(1, _LOGITS // vocabulary)
+    for begin in range(0, tokens, size):
+        yield begin, min(tokens, begin + size)
