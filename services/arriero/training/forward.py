@@ -119,11 +119,15 @@ def _has_plain_head(base: Any, numerics: Numerics) -> bool:
     if type(head) is not nn.Linear or head.bias is not None:
         return False
     ids = torch.arange(min(4, head.weight.shape[0]), device=head.weight.device)[None]
+    states: list[torch.Tensor] = []
+    hook = base.base_model.register_forward_hook(
+        lambda _module, _inputs, output: states.append(output.last_hidden_state)
+    )
     training = base.training
-    base.eval()
+    base.train()  # bitsandbytes packs weights for good when it is asked without
     with torch.no_grad(), numerics.autocast():
         expected = base(input_ids=ids, use_cache=False).logits.float()
-        hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        found = functional.linear(hidden, head.weight).float()
+        found = functional.linear(states[0], head.weight).float()
     base.train(training)
+    hook.remove()
     return torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
