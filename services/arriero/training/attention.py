@@ -42,8 +42,9 @@ def _interface(
     """As transformers calls it: heads before tokens in, tokens before heads out."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if sample_lengths is None:  # not from here: each row of the batch is one sample
-        rows = zip(*(item.split(1) for item in (query, key, value)), strict=True)
-        outs = [_attend(*row, (query.shape[2],), scale, dropout, sliding_window) for row in rows]
+        whole = (query.shape[2],)
+        rows = zip(query.split(1), key.split(1), value.split(1), strict=True)
+        outs = [_attend(q, k, v, whole, scale, dropout, sliding_window) for q, k, v in rows]
         return torch.cat(outs).transpose(1, 2), None
     out = _attend(query, key, value, tuple(sample_lengths), scale, dropout, sliding_window)
     return out.transpose(1, 2), None
@@ -110,7 +111,7 @@ def sample_attention(
     return torch.cat(parts, dim=2)
 
 
-class _CpuAttention(torch.autograd.Function):
+class _CpuAttention(torch.autograd.Function):  # type: ignore[misc]
     """The same with a backward pass of matrix products.
 
     torch's backward kernel for the CPU takes three times as long as these

@@ -27,7 +27,7 @@ __all__ = ["Forward"]
 _log = logging.getLogger("arriero.job.train")
 
 
-class Forward(nn.Module):
+class Forward(nn.Module):  # type: ignore[misc]
     """A model with its loss; called with a micro batch.
 
     Samples see nothing of each other, no token is padding, and logits are made
@@ -130,4 +130,4 @@ def _has_plain_head(base: Any, numerics: Numerics) -> bool:
         found = functional.linear(states[0], head.weight).float()
     base.train(training)
     hook.remove()
-    return torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
+    return bool(torch.allclose(found, expected, rtol=1e-3, atol=1e-3))

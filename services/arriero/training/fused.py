@@ -69,7 +69,7 @@ def _is_norm(module: nn.Module) -> bool:
     with torch.no_grad():
         expected, found = module(sample).float(), _norm_forward(module, sample).float()
     close = 1e-5 if weight.dtype == torch.float32 else 1e-2
-    return torch.allclose(found, expected, rtol=close, atol=close)
+    return bool(torch.allclose(found, expected, rtol=close, atol=close))
 
 
 def _norm_forward(module: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -77,7 +77,7 @@ def _norm_forward(module: Any, hidden: torch.Tensor) -> torch.Tensor:
     return out
 
 
-class _Norm(torch.autograd.Function):
+class _Norm(torch.autograd.Function):  # type: ignore[misc]
     """x / rms(x) * weight (Zhang & Sennrich 2019, arXiv:1910.07467).
 
     With kernels that are one pass each: batch norm scales a channel by a given
@@ -157,7 +157,7 @@ def _lora_forward(module: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) 
     return out
 
 
-class _Lora(torch.autograd.Function):
+class _Lora(torch.autograd.Function):  # type: ignore[misc]
     """x W' + scale * dropout(x) A' B' (Hu et al. 2021, arXiv:2106.09685)."""
 
     @staticmethod

@@ -35,7 +35,7 @@ def token_loss(
     return loss
 
 
-class _TokenLoss(torch.autograd.Function):
+class _TokenLoss(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(
         ctx: Any,
