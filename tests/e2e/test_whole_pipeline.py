@@ -84,7 +84,23 @@ def test_people_and_programs_can_talk_to_it(platform: Any, run: dict[str, Any]) 
             max_tokens=5,
             temperature=0,
         )
-    assert said.choices[0].message.content == answer["content"]
+        assert said.choices[0].message.content == answer["content"]
+        shaped = outside.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": "Name llama 1"}],
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": "n", "schema": {"enum": ["one", "two"]}},
+            },
+            logprobs=True,
+            top_logprobs=2,
+            max_tokens=50,
+        )
+    assert shaped.choices[0].message.content in ('"one"', '"two"')
+    told = shaped.choices[0].logprobs
+    assert told is not None
+    assert told.content is not None
+    assert all(len(entry.top_logprobs) == 2 and entry.logprob <= 0 for entry in told.content)
 
 
 def test_the_same_pipeline_again_does_no_work_twice(

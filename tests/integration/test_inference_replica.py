@@ -308,3 +308,91 @@ def test_a_file_that_is_no_model_ends_the_replica_with_one_line(tmp_path: Path) 
     )
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
+
+
+LONG = "The herd went down the valley and then up again to the pass. " * 2
+
+
+def test_a_prompt_that_begins_like_an_earlier_one_is_evaluated_from_there(
+    replica: Running,
+) -> None:
+    def ask(prompt: str) -> tuple[str, pb.Usage]:
+        *parts, last = replica.stub.Generate(pb.GenerateRequest(prompt=prompt, sampling=greedy(8)))
+        return "".join(part.delta for part in [*parts, last]), last.usage
+
+    first, new = ask(LONG + "Who leads?")
+    again, old = ask(LONG + "Who leads?")
+    assert again == first
+    assert old.cached_tokens == old.prompt_tokens - 1
+    assert new.cached_tokens < old.cached_tokens
+    other, _ = ask(LONG + "Who follows?")
+    fresh = start_other(replica, LONG + "Who follows?")
+    assert other == fresh
+
+
+def start_other(replica: Running, prompt: str) -> str:
+    """What the model says of a prompt without any cache, by the library alone."""
+    from arriero.llama import Batch, Context, Model
+
+    path = replica.store.get(replica.digest).file("tiny.F16.gguf")
+    with Model(path) as model, Context(model, n_ctx=CONTEXT, n_threads=1) as context:
+        ids = model.tokenize(prompt)
+        batch = Batch(512)
+        row = batch.extend(ids, start=0, sequence=0)[-1]
+        made: list[int] = []
+        while len(made) < 8:
+            context.decode(batch)
+            made.append(int(context.logits(row).argmax()))
+            batch.clear()
+            row = batch.add(made[-1], len(ids) + len(made) - 1, 0)
+        return model.detokenize(made)
+
+
+def test_prompts_share_a_beginning_with_requests_that_still_run(replica: Running) -> None:
+    alone = [text_of(replica, f"{LONG}{i}", greedy(20)) for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda i: text_of(replica, f"{LONG}{i}", greedy(20)), range(8)))
+    assert together == alone
+
+
+def test_streams_of_all_lengths_come_and_go_without_touching_each_other(replica: Running) -> None:
+    asked = [(f"{'llama ' * (i % 9)}{i}", 1 + (7 * i) % 23) for i in range(40)]
+    alone = [text_of(replica, prompt, greedy(count)) for prompt, count in asked]
+    with ThreadPoolExecutor(10) as pool:
+        together = list(pool.map(lambda ask: text_of(replica, ask[0], greedy(ask[1])), asked))
+    assert together == alone
+
+
+def test_grammars_and_schemas_are_obeyed_over_the_wire(replica: Running) -> None:
+    said = text_of(replica, "Say", greedy(40, grammar='root ::= "llama" | "alpaca"'))
+    assert said in {"llama", "alpaca"}
+    said = text_of(replica, "Say", greedy(40, json_schema='{"enum": [1, 2]}'))
+    assert said in {"1", "2"}
+    for wrong in ({"grammar": "root ::= ("}, {"json_schema": "{"}, {"logit_bias": {10**6: 1.0}}):
+        with pytest.raises(grpc.RpcError) as caught:
+            text_of(replica, "Say", greedy(40, **wrong))
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert text_of(replica, "Say", greedy(3)) is not None
+
+
+def test_log_probabilities_come_with_the_tokens(replica: Running) -> None:
+    request = pb.GenerateRequest(prompt="The", sampling=greedy(5, logprobs=3, ignore_eos=True))
+    messages = list(replica.stub.Generate(request))
+    told = [entry for message in messages for entry in message.logprobs]
+    assert len(told) == messages[-1].usage.completion_tokens == 5
+    text = b"".join(entry.piece for entry in told).decode("utf-8", "replace")
+    assert text == "".join(message.delta for message in messages)
+    for entry in told:
+        assert entry.top[0].token == entry.token  # greedy
+        assert entry.logprob == entry.top[0].logprob < 0
+        assert len(entry.top) == 3
+
+
+def test_a_token_can_end_the_text(replica: Running) -> None:
+    request = pb.GenerateRequest(prompt="The", sampling=greedy(5, logprobs=0, ignore_eos=True))
+    told = [e.token for m in replica.stub.Generate(request) for e in m.logprobs]
+    *_, last = replica.stub.Generate(
+        pb.GenerateRequest(prompt="The", sampling=greedy(5, stop_token_ids=[told[2]]))
+    )
+    assert last.finish_reason == pb.FINISH_REASON_STOP
+    assert last.usage.completion_tokens == told.index(told[2])

@@ -28,16 +28,39 @@ _Delta = inference_pb2.GenerateResponse | inference_pb2.ChatResponse
 
 
 class Sampling(TypedDict, total=False):
-    """llama.cpp's names and meanings; what is left out takes the replica's default."""
+    """llama.cpp's names and meanings; what is left out takes the replica's default.
+
+    `inference.proto` says what each does (`SamplingParams`).
+    """
 
     temperature: float
     top_k: int
     top_p: float
     min_p: float
+    typical_p: float
     repeat_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    repeat_last_n: int
+    mirostat: int
+    mirostat_tau: float
+    mirostat_eta: float
+    xtc_probability: float
+    xtc_threshold: float
+    dry_multiplier: float
+    dry_base: float
+    dry_allowed_length: int
+    dry_penalty_last_n: int
+    dry_sequence_breakers: Sequence[str]
     seed: int
     max_tokens: int
     stop: Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    logit_bias: Mapping[int, float]
+    logprobs: int
+    grammar: str
+    json_schema: str
 
 
 class AsyncStream(AsyncIterator[str]):
@@ -45,6 +68,7 @@ class AsyncStream(AsyncIterator[str]):
 
     Attributes:
         finish_reason: `stop` or `length` once the stream has ended.
+        logprobs: of the tokens so far, where they were asked for.
         usage: tokens and seconds once the stream has ended.
         replica: address of the replica that answers, once it does.
     """
@@ -52,6 +76,7 @@ class AsyncStream(AsyncIterator[str]):
     def __init__(self, start: Callable[[AsyncStream], AsyncGenerator[str, None]]) -> None:
         self.finish_reason: str | None = None
         self.usage: inference_pb2.Usage | None = None
+        self.logprobs: list[inference_pb2.TokenLogprob] = []
         self.replica: str | None = None
         self._deltas = start(self)
 
@@ -69,7 +94,8 @@ class AsyncStream(AsyncIterator[str]):
         """Stop; the replica's slot is free within one decode step."""
         await self._deltas.aclose()
 
-    def _end(self, message: _Delta) -> None:
+    def _take(self, message: _Delta) -> None:
+        self.logprobs.extend(message.logprobs)
         if message.finish_reason:
             name = inference_pb2.FinishReason.Name(message.finish_reason)
             self.finish_reason = name.removeprefix("FINISH_REASON_").lower()
@@ -201,7 +227,7 @@ class AsyncEndpoint:
                     with rpc.translated():
                         async for message in call:
                             begun, stream.replica = True, replica.address
-                            stream._end(message)
+                            stream._take(message)
                             if message.delta:
                                 yield message.delta
                     return

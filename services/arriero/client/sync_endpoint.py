@@ -159,6 +159,11 @@ class Stream(Iterator[str]):
         return self._stream.finish_reason
 
     @property
+    def logprobs(self) -> list[inference_pb2.TokenLogprob]:
+        """Of the tokens so far, where they were asked for."""
+        return self._stream.logprobs
+
+    @property
     def usage(self) -> inference_pb2.Usage | None:
         """Tokens and seconds once the stream has ended."""
         return self._stream.usage

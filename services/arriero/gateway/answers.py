@@ -28,6 +28,7 @@ from arriero.errors import (
     Unavailable,
     Unimplemented,
 )
+from arriero.v1.inference_pb2 import TokenLogprob
 
 __all__ = ["DONE", "Answer", "Choice", "error_body", "event", "http_status", "models"]
 
@@ -87,11 +88,13 @@ def model(name: str, created: int) -> dict[str, Any]:
 class Choice:
     """One answer, as far as it has come."""
 
-    index: int = 0
+    index: int
     text: str = ""
     finish_reason: str | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached_tokens: int = 0
+    logprobs: list[TokenLogprob] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,24 +120,28 @@ class Answer:
                         else {"text": choice.text}
                     ),
                     "finish_reason": choice.finish_reason,
-                    "logprobs": None,
+                    "logprobs": self._logprobs(choice.logprobs),
                 }
                 for choice in choices
             ],
             "usage": _usage(choices),
         }
 
-    def part(self, index: int, text: str | None, *, first: bool = False) -> dict[str, Any]:
+    def part(
+        self,
+        index: int,
+        text: str,
+        *,
+        first: bool = False,
+        logprobs: list[TokenLogprob] | None = None,
+    ) -> dict[str, Any]:
         """An event with more text; the first one of a chat says whose it is."""
-        delta: dict[str, Any] = {}
-        if first:
-            delta["role"] = "assistant"
-        if text is not None:
-            delta["content"] = text
-        said = {"delta": delta} if self.chat else {"text": text or ""}
-        return self._chunk([{"index": index, **said, "finish_reason": None, "logprobs": None}])
+        delta = {"role": "assistant", "content": text} if first else {"content": text}
+        said = {"delta": delta} if self.chat else {"text": text}
+        told = self._logprobs(logprobs)
+        return self._chunk([{"index": index, **said, "finish_reason": None, "logprobs": told}])
 
-    def end(self, choice: Choice) -> dict[str, Any]:
+    def end(self, choice: Choice, logprobs: list[TokenLogprob] | None = None) -> dict[str, Any]:
         """The event that says why a choice ended."""
         said: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
         return self._chunk(
@@ -143,7 +150,7 @@ class Answer:
                     "index": choice.index,
                     **said,
                     "finish_reason": choice.finish_reason,
-                    "logprobs": None,
+                    "logprobs": self._logprobs(logprobs or None),
                 }
             ]
         )
@@ -151,6 +158,18 @@ class Answer:
     def used(self, choices: Iterable[Choice]) -> dict[str, Any]:
         """The event with the tokens used, which has no choices."""
         return {**self._chunk([]), "usage": _usage(list(choices))}
+
+    def _logprobs(self, told: list[TokenLogprob] | None) -> dict[str, Any] | None:
+        if told is None:
+            return None
+        if self.chat:
+            return {"content": [_token(t, tops=True) for t in told], "refusal": None}
+        return {
+            "tokens": [_text(t) for t in told],
+            "token_logprobs": [t.logprob for t in told],
+            "top_logprobs": [{_text(top): top.logprob for top in t.top} for t in told],
+            "text_offset": [],
+        }
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._head("chat.completion.chunk"), "choices": choices}
@@ -164,11 +183,25 @@ class Answer:
         }
 
 
-def _usage(choices: list[Choice]) -> dict[str, int]:
+def _token(told: TokenLogprob, *, tops: bool = False) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "token": _text(told),
+        "logprob": told.logprob,
+        "bytes": list(told.piece),
+    }
+    return {**found, "top_logprobs": [_token(top) for top in told.top]} if tops else found
+
+
+def _text(told: TokenLogprob) -> str:
+    return told.piece.decode("utf-8", "replace")
+
+
+def _usage(choices: list[Choice]) -> dict[str, Any]:
     prompt = sum(choice.prompt_tokens for choice in choices)
     completion = sum(choice.completion_tokens for choice in choices)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(c.cached_tokens for c in choices)},
     }

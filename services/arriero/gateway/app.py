@@ -33,6 +33,7 @@ from arriero.gateway.asked import Ask, read_chat, read_completion
 from arriero.gateway.settings import GatewaySettings
 from arriero.metrics import GatewayMetrics
 from arriero.rpc.auth import TokenFile, authenticate
+from arriero.v1.inference_pb2 import TokenLogprob
 
 __all__ = ["build"]
 
@@ -42,7 +43,8 @@ _SSE_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 _WATCH_SECONDS = 0.5
 
 _Handler = Callable[[Request], Awaitable[Response]]
-_Part = tuple[int, str | None]
+# Of which choice, more text (None: it ended), and how likely its tokens were.
+_Part = tuple[int, str | None, list[TokenLogprob] | None]
 _T = TypeVar("_T")
 
 
@@ -174,7 +176,8 @@ class _Gateway:
     async def _answer(
         self, request: Request, ask: Ask, answer: Answer, streams: list[AsyncStream]
     ) -> Response:
-        choices = [Choice(index) for index in range(len(streams))]
+        tells = "logprobs" in ask.sampling
+        choices = [Choice(i, logprobs=[] if tells else None) for i in range(len(streams))]
         if not ask.stream:
             await _while_listening(request, _gather(streams, choices))
             self._count(ask.model, choices)
@@ -193,9 +196,11 @@ class _Gateway:
                     yield answers.event(answer.part(0, "", first=True))
                 part = head
                 while part is not None:
-                    index, text = part
+                    index, text, told = part
                     yield answers.event(
-                        answer.end(choices[index]) if text is None else answer.part(index, text)
+                        answer.end(choices[index], told)
+                        if text is None
+                        else answer.part(index, text, logprobs=told)
                     )
                     part = await anext(parts, None)
                 if ask.usage:
@@ -230,10 +235,13 @@ async def _follow(stream: AsyncStream, choice: Choice) -> AsyncGenerator[str, No
             yield delta
     finally:
         await stream.aclose()
+        if choice.logprobs is not None:
+            choice.logprobs = stream.logprobs
         choice.finish_reason = stream.finish_reason
         if stream.usage is not None:
             choice.prompt_tokens = stream.usage.prompt_tokens
             choice.completion_tokens = stream.usage.completion_tokens
+            choice.cached_tokens = stream.usage.cached_tokens
 
 
 async def _gather(streams: list[AsyncStream], choices: list[Choice]) -> None:
@@ -255,10 +263,21 @@ async def _merged(streams: list[AsyncStream], choices: list[Choice]) -> AsyncGen
     queue: asyncio.Queue[_Part | ArrieroError] = asyncio.Queue(maxsize=1)
 
     async def pump(stream: AsyncStream, choice: Choice) -> None:
+        told = 0
+
+        def news() -> list[TokenLogprob] | None:
+            nonlocal told
+            if choice.logprobs is None:
+                return None
+            found = stream.logprobs[told:]
+            told += len(found)
+            return found
+
         try:
             async for delta in _follow(stream, choice):
-                await queue.put((choice.index, delta))
-            await queue.put((choice.index, None))
+                await queue.put((choice.index, delta, news()))
+            # Tokens whose text was held back, or is none.
+            await queue.put((choice.index, None, news()))
         except ArrieroError as error:
             await queue.put(error)
 

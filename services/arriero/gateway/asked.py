@@ -37,21 +37,18 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
     "echo": (False,),
-    "frequency_penalty": (0,),
     "function_call": ("none",),
     "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False, 0),
     "modalities": (["text"],),
     "n": (1,),
-    "presence_penalty": (0,),
-    "response_format": ({"type": "text"},),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
 }
-_COMMON = frozenset({"model", "stream", "stream_options", "max_tokens", "stop"})
+_COMMON = frozenset(
+    {"model", "stream", "stream_options", "max_tokens", "stop", "logit_bias", "logprobs"}
+    | {"response_format", "ignore_eos", "stop_token_ids", "grammar"}
+)
 # Parameters that go on under llama.cpp's names: OpenAI's own, and those that
 # llama.cpp's and vLLM's servers take beside them.
 _NUMBERS: Mapping[str, type] = {
@@ -59,7 +56,20 @@ _NUMBERS: Mapping[str, type] = {
     "top_p": float,
     "top_k": int,
     "min_p": float,
+    "typical_p": float,
+    "presence_penalty": float,
+    "frequency_penalty": float,
     "repeat_penalty": float,
+    "repeat_last_n": int,
+    "mirostat": int,
+    "mirostat_tau": float,
+    "mirostat_eta": float,
+    "xtc_probability": float,
+    "xtc_threshold": float,
+    "dry_multiplier": float,
+    "dry_base": float,
+    "dry_allowed_length": int,
+    "dry_penalty_last_n": int,
     "seed": int,
 }
 _SEEDS = 2**32
@@ -93,11 +103,20 @@ def read_chat(data: bytes) -> Ask:
     Raises:
         InvalidArgument: not JSON, a field that is missing, wrong or not obeyed here.
     """
-    body = _body(data, own=frozenset({"messages", "max_completion_tokens"}))
+    body = _body(data, own=frozenset({"messages", "max_completion_tokens", "top_logprobs"}))
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise InvalidArgument.field("messages", "is missing or empty; expected a list of messages")
-    return _ask(body, messages=tuple(_message(m, f"messages[{i}]") for i, m in enumerate(messages)))
+    logprobs = None
+    if _flag(body, "logprobs"):
+        logprobs = _number("top_logprobs", body.get("top_logprobs") or 0, int)
+    elif body.get("top_logprobs"):
+        raise InvalidArgument.field("top_logprobs", "needs logprobs: true")
+    return _ask(
+        body,
+        logprobs,
+        messages=tuple(_message(m, f"messages[{i}]") for i, m in enumerate(messages)),
+    )
 
 
 def read_completion(data: bytes) -> Ask:
@@ -113,10 +132,13 @@ def read_completion(data: bytes) -> Ask:
         raise InvalidArgument.field("prompt", "expected a text or a list of texts (no token ids)")
     if not 1 <= len(prompts) <= _MAX_PROMPTS:
         raise InvalidArgument.field("prompt", f"{len(prompts)} texts; expected 1 to {_MAX_PROMPTS}")
-    return _ask(body, prompts=tuple(prompts))
+    logprobs = body.get("logprobs")
+    if logprobs is not None:
+        logprobs = _number("logprobs", logprobs, int)
+    return _ask(body, logprobs, prompts=tuple(prompts))
 
 
-def _ask(body: Body, **what: Any) -> Ask:
+def _ask(body: Body, logprobs: int | None, **what: Any) -> Ask:
     model = body.get("model")
     if not isinstance(model, str) or not model:
         raise InvalidArgument.field("model", "is missing; expected the name of an endpoint")
@@ -127,7 +149,7 @@ def _ask(body: Body, **what: Any) -> Ask:
         model=model,
         stream=_flag(body, "stream"),
         usage=_flag(options, "include_usage"),
-        sampling=_sampling(body),
+        sampling=_sampling(body, logprobs),
         **what,
     )
 
@@ -177,8 +199,8 @@ def _content(content: Any, path: str) -> str:
     return "".join(texts)
 
 
-def _sampling(body: Body) -> Sampling:
-    sampling: dict[str, Any] = {}
+def _sampling(body: Body, logprobs: int | None) -> Sampling:
+    sampling: dict[str, Any] = {} if logprobs is None else {"logprobs": logprobs}
     for name, kind in _NUMBERS.items():
         if body.get(name) is not None:
             sampling[name] = _number(name, body[name], kind)
@@ -195,7 +217,57 @@ def _sampling(body: Body) -> Sampling:
         if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
             raise InvalidArgument.field("stop", "expected a text or a list of texts")
         sampling["stop"] = stops
+    if body.get("logit_bias"):
+        sampling["logit_bias"] = _biases(body["logit_bias"])
+    if _flag(body, "ignore_eos"):
+        sampling["ignore_eos"] = True
+    if body.get("stop_token_ids"):
+        ids = body["stop_token_ids"]
+        if not isinstance(ids, list):
+            raise InvalidArgument.field("stop_token_ids", "expected a list of token ids")
+        sampling["stop_token_ids"] = [_number("stop_token_ids", i, int) for i in ids]
+    _format(body, sampling)
     return cast(Sampling, sampling)
+
+
+def _biases(biases: Any) -> dict[int, float]:
+    if not isinstance(biases, dict):
+        raise InvalidArgument.field("logit_bias", "expected an object of token ids and numbers")
+    found = {}
+    for token, bias in biases.items():
+        if not (token.isascii() and token.isdigit() and int(token) < 2**31):
+            raise InvalidArgument.field("logit_bias", f"{token!r} is no token id")
+        value = _number("logit_bias", bias, float)
+        # OpenAI's -100 stands for a ban.
+        found[int(token)] = -math.inf if value <= -100 else value
+    return found
+
+
+def _format(body: Body, sampling: dict[str, Any]) -> None:
+    """`response_format` (OpenAI's) and `grammar` (llama.cpp's) as what the engine takes."""
+    grammar, wanted = body.get("grammar"), body.get("response_format")
+    if grammar:
+        if not isinstance(grammar, str):
+            raise InvalidArgument.field("grammar", "expected GBNF as a text")
+        sampling["grammar"] = grammar
+    if wanted is None:
+        return
+    kind = wanted.get("type") if isinstance(wanted, dict) else None
+    if kind == "json_object":
+        schema: Any = {"type": "object"}
+    elif kind == "json_schema":
+        schema = (wanted.get("json_schema") or {}).get("schema")
+        if not isinstance(schema, dict):
+            raise InvalidArgument.field("response_format.json_schema.schema", "is missing")
+    elif kind == "text":
+        return
+    else:
+        raise InvalidArgument.field(
+            "response_format.type", f"{kind!r}; expected text, json_object or json_schema"
+        )
+    if grammar:
+        raise InvalidArgument.field("response_format", "and grammar exclude each other")
+    sampling["json_schema"] = json.dumps(schema)
 
 
 def _number(name: str, value: Any, kind: Callable[[Any], Any]) -> Any:

@@ -29,8 +29,10 @@ import numpy.typing as npt
 from arriero.errors import ArrieroError, InvalidArgument, ResourceExhausted
 from arriero.gates.golden import Golden, compare
 from arriero.inference import frames
+from arriero.inference.slots import Slots
 from arriero.inference.text import TextStream
 from arriero.llama import Batch, Context, Model
+from arriero.llama.grammar import from_json_schema
 from arriero.llama.sampler import Sampler, Sampling
 
 # Requests that may wait for a slot.
@@ -49,9 +51,12 @@ class Stream:
     sampler: Sampler
     text: TextStream
     max_tokens: int
+    # Tokens that end it, beside stop strings.
+    ends: frozenset[int] = frozenset()
     slot: int = -1
-    # Prompt tokens that are in the KV cache.
+    # Prompt tokens that are in the KV cache, and how many of them were before.
     filled: int = 0
+    cached: int = 0
     # The token that the next decode takes, once the prompt is done.
     next_token: int | None = None
     made: int = 0
@@ -87,7 +92,8 @@ class Engine:
         self._commands: queue.SimpleQueue[frames.Frame | None] = queue.SimpleQueue()
         self._waiting: deque[Stream] = deque()
         self._scores: deque[Score] = deque()
-        self._slots: list[Stream | None] = [None] * context.n_seq
+        self._slots = Slots(context.n_seq, context.n_ctx)
+        self._streams: list[Stream | None] = [None] * context.n_seq
         self._batch = Batch(context.n_batch)
         self._events: list[dict[str, Any]] = []
         self._open = True
@@ -98,7 +104,7 @@ class Engine:
         while self._open:
             self._take_commands()
             self._admit()
-            if any(self._slots):
+            if self._slots.busy:
                 self._step()
             self._flush()
 
@@ -113,7 +119,7 @@ class Engine:
                 return
 
     def _take_commands(self) -> None:
-        idle = not (self._waiting or self._scores or any(self._slots))
+        idle = not (self._waiting or self._scores or self._slots.busy)
         while True:
             try:
                 # An idle engine sleeps here and uses no CPU.
@@ -149,6 +155,12 @@ class Engine:
         options = dict(frame["sampling"])
         limit = options.pop("max_tokens", None)
         stop = options.pop("stop", [])
+        ends = frozenset(options.pop("stop_token_ids", ()))
+        schema = options.pop("json_schema", None)
+        if schema is not None:
+            options["grammar"] = from_json_schema(schema, field="sampling.json_schema")
+        if "logit_bias" in options:
+            options["logit_bias"] = {int(t): bias for t, bias in options["logit_bias"].items()}
         prompt = self._model.tokenize(
             frame["prompt"], add_special=frame["add_special"], parse_special=True
         )
@@ -166,12 +178,14 @@ class Engine:
                 f"{QUEUE} requests wait already; try again later or scale the endpoint"
             )
         left = room - len(prompt)
+        sampling = Sampling(**options)
         stream = Stream(
             id=frame["id"],
             prompt=prompt,
-            sampler=Sampler(Sampling(**options)),
+            sampler=Sampler(sampling, self._model, prompt, window=room),
             text=TextStream(stop),
             max_tokens=left if limit is None else min(limit, left),
+            ends=ends if sampling.ignore_eos else ends | self._model.eog,
         )
         if stream.max_tokens == 0:
             self._finish(stream, "LENGTH")
@@ -184,24 +198,40 @@ class Engine:
                 waiting.sampler.close()
                 self._waiting.remove(waiting)
                 return
-        for stream in self._slots:
-            if stream is not None and stream.id == request:
+        for stream in self._running():
+            if stream.id == request:
                 self._free(stream)
                 return
 
     def _admit(self) -> None:
-        for slot, taken in enumerate(self._slots):
-            if taken is not None:
-                continue
-            if self._scores:
-                self._score(self._scores[0], slot)
-            elif self._waiting:
-                stream = self._waiting.popleft()
-                stream.slot = slot
-                self._slots[slot] = stream
+        if self._scores and (slot := self._slots.idle()) is not None:
+            self._score(self._scores[0], slot)
+        while self._waiting and (placement := self._slots.place(self._waiting[0].prompt)):
+            stream = self._waiting.popleft()
+            stream.slot, stream.filled = placement.slot, placement.reused
+            self._streams[stream.slot] = stream
+            if placement.source != placement.slot:
+                self._copy(placement.source, placement.slot)
+            if not self._context.remove(stream.slot, stream.filled):
+                # This model's cache cannot forget a part; so it is evaluated again.
+                self._context.remove(stream.slot)
+                self._slots.forget(stream.slot)
+                stream.filled = 0
+            stream.cached = stream.filled
+        while (move := self._slots.compact()) is not None:
+            moved = self._streams[move.source]
+            assert moved is not None
+            self._copy(move.source, move.target)
+            moved.slot = move.target
+            self._streams[move.target], self._streams[move.source] = moved, None
+
+    def _copy(self, source: int, target: int) -> None:
+        self._context.remove(target)
+        self._context.copy(source, target)
 
     def _score(self, score: Score, slot: int) -> None:
         """Evaluate one more of golden's sequences in a free slot, as streams run."""
+        self._slots.forget(slot)
         try:
             ids = score.golden.sequences[len(score.logits)]
             score.logits.append(self._context.sequence_logits(ids.tolist(), sequence=slot))
@@ -230,6 +260,7 @@ class Engine:
             if stream.next_token is not None:
                 position = len(stream.prompt) + stream.made - 1
                 stream.row = self._batch.add(stream.next_token, position, stream.slot)
+                self._slots.append(stream.slot, [stream.next_token])
         for stream in self._running():
             if stream.next_token is None:
                 self._add_prompt(stream)
@@ -239,7 +270,8 @@ class Engine:
                 self._advance(stream)
 
     def _running(self) -> list[Stream]:
-        return [stream for stream in self._slots if stream is not None]
+        """In the order of their slots, which is the one that llama.cpp computes together."""
+        return [stream for stream in self._streams if stream is not None]
 
     def _add_prompt(self, stream: Stream) -> None:
         chunk = stream.prompt[stream.filled : stream.filled + self._batch.room]
@@ -254,6 +286,7 @@ class Engine:
             outputs="last" if whole else "none",
         )
         stream.filled += len(chunk)
+        self._slots.append(stream.slot, chunk)
         if whole:
             stream.row = rows[-1]
 
@@ -262,27 +295,43 @@ class Engine:
         token = stream.sampler.sample(self._context, stream.row)
         if not stream.first:
             stream.first = time.monotonic()
-        if token in self._model.eog:
+        if token in stream.ends:
             self._finish(stream, "STOP")
             return
         stream.made += 1
+        told = self._told(stream, token)
         delta = stream.text.push(self._pieces[token])
         if stream.text.stopped:
-            self._finish(stream, "STOP", delta)
+            self._finish(stream, "STOP", delta, told)
         elif stream.made >= stream.max_tokens:
-            self._finish(stream, "LENGTH", delta)
+            self._finish(stream, "LENGTH", delta, told)
         else:
             stream.next_token = token
-            if delta:
-                self._events.append({"id": stream.id, "delta": delta})
+            if delta or told:
+                self._events.append({"id": stream.id, "delta": delta, **told})
 
-    def _finish(self, stream: Stream, reason: str, delta: str = "") -> None:
+    def _told(self, stream: Stream, token: int) -> dict[str, Any]:
+        """The token's log-probability, for those who asked."""
+        found = stream.sampler.logprobs(self._context, stream.row, token)
+        if found is None:
+            return {}
+
+        def entry(token: int, logprob: float) -> list[Any]:
+            return [token, self._model.token_to_piece(token).decode("latin-1"), logprob]
+
+        top = [entry(*item) for item in found.top]
+        return {"logprobs": [[*entry(token, found.chosen), top]]}
+
+    def _finish(
+        self, stream: Stream, reason: str, delta: str = "", told: dict[str, Any] | None = None
+    ) -> None:
         now = time.monotonic()
         first = stream.first or now
         self._events.append(
             {
                 "id": stream.id,
                 "delta": delta + stream.text.finish(),
+                **(told or {}),
                 "done": True,
                 "finish_reason": reason,
                 "usage": {
@@ -290,6 +339,7 @@ class Engine:
                     "completion_tokens": stream.made,
                     "prompt_seconds": first - stream.admitted,
                     "completion_seconds": now - first,
+                    "cached_tokens": stream.cached,
                 },
             }
         )
@@ -298,8 +348,9 @@ class Engine:
     def _free(self, stream: Stream) -> None:
         stream.sampler.close()
         if stream.slot >= 0:
-            self._context.remove(stream.slot)
-            self._slots[stream.slot] = None
+            # What it evaluated stays, for prompts that begin alike.
+            self._slots.release(stream.slot)
+            self._streams[stream.slot] = None
 
     def _refuse(self, request: int, error: ArrieroError) -> None:
         event: dict[str, Any] = {"code": error.code, "message": error.message}

@@ -7,7 +7,7 @@ template. Does not know how tokens are made.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import grpc.aio
@@ -24,7 +24,8 @@ from arriero.v1 import inference_pb2_grpc
 logger = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
-_KNOBS = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed")
+# Of SamplingParams: what is no sampler's.
+_TEXT_FIELDS = frozenset({"max_tokens", "stop", "stop_token_ids", "json_schema"})
 _ROLES = ("system", "user", "assistant")
 _MAX_STOP = 16
 
@@ -143,9 +144,16 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 def _sampling(params: pb.SamplingParams) -> dict[str, Any]:
     """Checked values for the engine; what is not set keeps llama.cpp's default."""
     given: dict[str, Any] = {
-        known.name: value for known, value in params.ListFields() if known.name in _KNOBS
+        known.name: _plain(value)
+        for known, value in params.ListFields()
+        if known.name not in _TEXT_FIELDS
     }
     Sampling(**given).check()
+    if params.HasField("json_schema"):
+        if params.grammar:
+            raise InvalidArgument.field("sampling.json_schema", "and grammar exclude each other")
+        given["json_schema"] = params.json_schema
+    given["stop_token_ids"] = list(params.stop_token_ids)
     if params.HasField("max_tokens"):
         if params.max_tokens < 0:
             raise InvalidArgument.field(
@@ -159,6 +167,15 @@ def _sampling(params: pb.SamplingParams) -> dict[str, Any]:
         )
     given["stop"] = stop
     return given
+
+
+def _plain(value: Any) -> Any:
+    """Protobuf's lists and maps as JSON has them."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return list(value)
+    return value
 
 
 def _messages(request: pb.ChatRequest) -> list[dict[str, str]]:
@@ -175,11 +192,23 @@ def _messages(request: pb.ChatRequest) -> list[dict[str, str]]:
 
 def _response(event: dict[str, Any]) -> dict[str, Any]:
     """Fields that GenerateResponse and ChatResponse share."""
-    fields: dict[str, Any] = {"delta": event.get("delta", "")}
+    fields: dict[str, Any] = {
+        "delta": event.get("delta", ""),
+        "logprobs": [_logprob(*told) for told in event.get("logprobs", ())],
+    }
     if event.get("done"):
         fields["finish_reason"] = pb.FinishReason.Value(f"FINISH_REASON_{event['finish_reason']}")
         fields["usage"] = pb.Usage(**event["usage"])
     return fields
+
+
+def _logprob(token: int, piece: str, logprob: float, top: Sequence[Any] = ()) -> pb.TokenLogprob:
+    return pb.TokenLogprob(
+        token=token,
+        piece=piece.encode("latin-1"),
+        logprob=logprob,
+        top=[_logprob(*item) for item in top],
+    )
 
 
 def _memory(pid: int | None) -> int:

@@ -38,6 +38,20 @@ def test_sampling_goes_on_under_llama_cpps_names() -> None:
     }
 
 
+def test_biases_formats_and_log_probabilities_become_the_engines() -> None:
+    ask = read_chat(body(logit_bias={"5": 1.5, "6": -100}, logprobs=True, top_logprobs=2))
+    assert ask.sampling == {"logprobs": 2, "logit_bias": {5: 1.5, 6: float("-inf")}}
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    assert json.loads(read_chat(body(response_format=wanted)).sampling["json_schema"]) == schema
+    assert read_chat(body(response_format={"type": "json_object"})).sampling == {
+        "json_schema": '{"type": "object"}'
+    }
+    assert read_chat(body(logprobs=False)).sampling == {}
+    two = json.dumps({"model": "faq", "prompt": "x", "logprobs": 2}).encode()
+    assert read_completion(two).sampling == {"logprobs": 2}
+
+
 def test_both_words_for_the_longest_answer_are_known() -> None:
     assert read_chat(body(max_tokens=5)).sampling == {"max_tokens": 5}
     assert read_chat(body(max_completion_tokens=6)).sampling == {"max_tokens": 6}
@@ -64,7 +78,7 @@ def test_text_parts_are_joined_and_a_developer_is_the_system() -> None:
 
 
 def test_what_changes_nothing_may_be_sent() -> None:
-    read_chat(body(user="me", n=1, tools=[], logprobs=False, presence_penalty=0, seed=None))
+    read_chat(body(user="me", n=1, tools=[], logprobs=False, seed=None))
     read_chat(body(response_format={"type": "text"}, stream_options={"include_usage": True}))
 
 
@@ -73,10 +87,15 @@ def test_what_changes_nothing_may_be_sent() -> None:
     [
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"n": 2}, "n"),
-        ({"logprobs": True}, "logprobs"),
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
-        ({"presence_penalty": 0.5}, "presence_penalty"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"logprobs": "yes"}, "logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logit_bias": {"five": 1}}, "logit_bias"),
+        ({"logit_bias": [5]}, "logit_bias"),
+        ({"presence_penalty": "much"}, "presence_penalty"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
+        ({"response_format": {"type": "json_object"}, "grammar": "x"}, "response_format"),
+        ({"stop_token_ids": [1.5]}, "stop_token_ids"),
         ({"temprature": 0.5}, "temprature"),
         ({"temperature": "hot"}, "temperature"),
         ({"temperature": True}, "temperature"),
