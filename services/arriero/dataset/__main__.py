@@ -4,7 +4,7 @@ Responsibility: wiring only. Does not know any domain.
 """
 
 from arriero import rpc
-from arriero.dataset.service import DATASET, TRANSFORM, DatasetServicer
+from arriero.dataset.service import DATASET, EXTEND_TOKENIZER, TRANSFORM, DatasetServicer
 from arriero.operations.engine import Engine
 from arriero.operations.serving import serve
 from arriero.v1 import dataset_pb2, dataset_pb2_grpc
@@ -20,4 +20,4 @@ def register(server: rpc.Server, engine: Engine) -> None:
 
 
 if __name__ == "__main__":
-    serve(service="dataset", kinds=[DATASET, TRANSFORM], register=register)
+    serve(service="dataset", kinds=[DATASET, EXTEND_TOKENIZER, TRANSFORM], register=register)

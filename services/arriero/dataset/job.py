@@ -19,6 +19,7 @@ from arriero.dataset.batches import NONE, Batches, Settings
 from arriero.dataset.crew import Crew, default_processes
 from arriero.dataset.dedup import Duplicates
 from arriero.dataset.encoding import FAIL, MASKED, own_template, template_of
+from arriero.dataset.extension.job import extend_tokenizer
 from arriero.dataset.formats import TEXT, RowFormat
 from arriero.dataset.report import FORMAT
 from arriero.dataset.spec import SKIP, check_digests, check_template_digest
@@ -355,4 +356,4 @@ def _log(job: Job, facts: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main({"dataset": prepare, "transform": transform})
+    main({"dataset": prepare, "extend_tokenizer": extend_tokenizer, "transform": transform})

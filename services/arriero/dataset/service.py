@@ -10,6 +10,7 @@ from typing import Any
 import grpc.aio
 from google.longrunning import operations_pb2
 
+from arriero.dataset.extension import spec as extension_spec
 from arriero.dataset.spec import SEMANTICS, check, resolve
 from arriero.dataset.transform import spec as transform_spec
 from arriero.errors import Unimplemented
@@ -28,6 +29,14 @@ DATASET = WorkKind(
     check=check,
 )
 
+EXTEND_TOKENIZER = WorkKind(
+    name="extend_tokenizer",
+    job_module="arriero.dataset.job",
+    spec_type=dataset_pb2.ExtendTokenizerSpec,
+    semantics=extension_spec.SEMANTICS,
+    resolve=extension_spec.resolve,
+    check=extension_spec.check,
+)
 TRANSFORM = WorkKind(
     name="transform",
     job_module="arriero.dataset.job",
@@ -66,7 +75,7 @@ class DatasetServicer(dataset_pb2_grpc.DatasetServiceServicer):
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> operations_pb2.Operation:
         """Start extending a vocabulary."""
-        return await self._engine.start("extend_tokenizer", request.spec, request.context)
+        return await self._engine.start(EXTEND_TOKENIZER.name, request.spec, request.context)
 
     async def Transform(
         self,
