@@ -241,7 +241,7 @@ def test_tokens_are_added_as_they_are(run: Run, tiny_llama_dir: Path) -> None:
 
 
 def test_a_token_that_tears_words_apart_fails_the_gate(run: Run, tiny_llama_dir: Path) -> None:
-    done = run(tiny_llama_dir, tokens=["lama"])
+    done = run(tiny_llama_dir, tokens=["kes"])
     assert done.gate.verdict is Verdict.FAILED
     assert "comes back as" in done.gate.detail
 
