@@ -13,6 +13,7 @@ from pathlib import Path
 from arriero.merging.files import MODEL_EXTRAS, copy_files, matching
 from arriero.weights import MergedWeights, WeightsWriter
 from arriero.weights.config import read_config
+from arriero.weights.sink import BUFFER, Written
 
 __all__ = ["write_merged"]
 
@@ -21,7 +22,7 @@ Tick = Callable[[int, int], None]
 
 def write_merged(
     merged: MergedWeights, base: Path, target: Path, *, max_shard_size: int, tick: Tick
-) -> None:
+) -> dict[str, Written]:
     """Write the merged checkpoint with the base's configuration and tokenizer.
 
     Args:
@@ -30,20 +31,38 @@ def write_merged(
         target: an empty directory.
         max_shard_size: bytes per safetensors file.
         tick: called with bytes written and in all; what it raises ends the work.
+
+    Returns:
+        Digests of the weights' files, by name.
+
+    Raises:
+        DiskFull: no room, with figures.
     """
+    import torch
+
     extras = matching(sorted(base.iterdir()), MODEL_EXTRAS)
     copy_files(extras, target, lambda *_: None)
     done, total = 0, merged.nbytes
-    with WeightsWriter(target, list(merged.values()), max_shard_size=max_shard_size) as writer:
-        for name, plan in merged.items():
-            raw = merged.raw(name)
-            if raw is not None:
-                writer.write_raw(name, raw)
-            else:
-                writer.write(name, merged.tensor(name))
-            done += plan.nbytes
-            tick(done, total)
+    threads = torch.get_num_threads()
+    # Blocks are too small to be worth sharing, and the other cores write and hash.
+    torch.set_num_threads(1)
+    try:
+        with WeightsWriter(target, list(merged.values()), max_shard_size=max_shard_size) as writer:
+            for name in writer.order:
+                raw = merged.raw(name)
+                if raw is not None:
+                    writer.copy(name, merged.base[merged.source(name)], raw)
+                    done += raw.nbytes
+                    tick(done, total)
+                    continue
+                for first, last in merged.blocks(name, BUFFER):
+                    merged.fill(name, first, writer.next_rows(name, last - first))
+                done += merged[name].nbytes
+                tick(done, total)
+    finally:
+        torch.set_num_threads(threads)
     _write_config(merged, target)
+    return writer.digests
 
 
 def _write_config(merged: MergedWeights, target: Path) -> None:

@@ -327,7 +327,7 @@ def merge(job: Job) -> Sequence[Output]:
         for blend, artifact in zip(merged.blends, adapters, strict=True)
     ]
     target = job.output_dir("model")
-    write_merged(
+    digests = write_merged(
         merged,
         base.path,
         target,
@@ -347,6 +347,7 @@ def merge(job: Job) -> Sequence[Output]:
             if key in ("architecture", "license_files")
         },
         licenses=base.manifest.licenses,
+        digests=digests,
     )
     output.metrics = {
         "parameters": float(merged.elements),

@@ -20,6 +20,7 @@ from arriero.errors import ArrieroError, DiskFull, Internal, Preempted, Resource
 from arriero.gates import GateResult
 from arriero.operations.handoff import Outcome, OutputFiles, to_json
 from arriero.store.files import sha256_file, tree_files
+from arriero.weights.sink import Written
 
 if TYPE_CHECKING:
     from arriero.operations.job import Job
@@ -39,6 +40,8 @@ class Output:
         gates: verdicts about this output; default: all that the job judged.
         existing: digest of an artifact that already is in the store; `path` is
             unused then, and nothing is published.
+        digests: of files below `path` that were hashed while they were written; taken
+            for a file that is still what it was then. The service hashes again.
     """
 
     name: str
@@ -52,10 +55,11 @@ class Output:
     gates: Sequence[GateResult] | None = None
     licenses: Sequence[str] = ()
     existing: str | None = None
+    digests: Mapping[str, Written] = field(default_factory=dict)
 
 
 def describe(outputs: Sequence[Output], job: Job) -> Outcome:
-    """The outcome of work that was done; every file is hashed here.
+    """The outcome of work that was done; every file is hashed here that was not before.
 
     Raises:
         Internal: an output without files, outside of the attempt's directory,
@@ -100,16 +104,20 @@ def _files(output: Output, pool: ThreadPoolExecutor) -> tuple[tuple[str, int, st
     names = list(tree_files(output.path))
     if not names:
         raise Internal(f"output {output.name!r} has no files in {output.path.name}")
-    hashed = pool.map(_durable, (output.path / name for name in names))
+    hashed = pool.map(lambda name: _durable(output.path / name, output.digests.get(name)), names)
     return tuple((name, size, digest) for name, (size, digest) in zip(names, hashed, strict=True))
 
 
-def _durable(path: Path) -> tuple[int, str]:
+def _durable(path: Path, known: Written | None) -> tuple[int, str]:
     """Size and sha256 of a file that a loss of power does not take back any more.
 
     The outcome promises these bytes, and the service's own fsync then costs nothing.
     """
-    found = sha256_file(path)
+    status = path.stat()
+    if known is not None and (status.st_size, status.st_mtime_ns) == (known.size, known.mtime_ns):
+        found = known.size, known.sha256
+    else:
+        found = sha256_file(path)
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 __all__ = ["delta", "spacing"]
 
 
-def delta(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
+def delta(
+    left: torch.Tensor, right: torch.Tensor, scale: float, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """What LoRA adds to a weight: scale · B·A (Hu et al. 2021, arXiv:2106.09685).
 
     Scaled after the product, in float32, as PEFT does.
@@ -23,11 +25,14 @@ def delta(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor
         left: shape (rows, rank): B, or A transposed.
         right: shape (rank, columns): A, or B transposed.
         scale: alpha / r, or alpha / sqrt(r) for rsLoRA, by the adapter's weight.
+        out: where to put it; default: new memory.
 
     Returns:
         float32, shape (rows, columns).
     """
-    product = left.float() @ right.float()
+    import torch
+
+    product = torch.mm(left.float(), right.float(), out=out)
     product *= scale
     return product
 

@@ -31,7 +31,7 @@ _EMBEDDINGS = ("embed_tokens", "wte")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _SHOWN = 3
 # float32 bytes of a block that is computed at once: small enough for the cache.
-BLOCK = 1 << 20
+BLOCK = 1 << 19
 # Columns that are read at once: as many as fill a cache line in any type.
 _COLUMNS = 64
 
@@ -92,7 +92,8 @@ class MergedWeights(Mapping[str, TensorPlan]):
         self._plans = {name: self._planned(name, target) for name in self._sources}
         self._check_shapes()
         self.config = self._configured(config)
-        self._norms: dict[tuple[str, int], torch.Tensor] = {}
+        self._at: tuple[str, torch.Tensor, list[_Term]] | None = None
+        self._room = _Room()
 
     @classmethod
     def open(
@@ -179,103 +180,99 @@ class MergedWeights(Mapping[str, TensorPlan]):
 
     def tensor(self, name: str) -> torch.Tensor:
         """A merged tensor as a whole, in its output type."""
-        import torch
-
-        plan = self._plans[name]
-        merged = torch.empty(plan.shape, dtype=self.dtype(name))
-        for start, block in self.blocks(name):
-            merged[start : start + block.shape[0]] = block
-        return merged
-
-    def blocks(self, name: str, block_bytes: int = BLOCK) -> Iterator[tuple[int, torch.Tensor]]:
-        """A merged tensor from its first row to its last: (first row, rows).
-
-        Args:
-            name: of the tensor.
-            block_bytes: of float32 per block; one row at least.
-        """
-        shape = self._plans[name].shape
-        width = math.prod(shape[1:])
-        step = max(1, block_bytes // (4 * max(1, width)))
-        for start in range(0, shape[0], step):
-            yield start, self.rows(name, start, min(start + step, shape[0]))
+        return (
+            self.rows(name, 0, self._plans[name].shape[0])
+            if self._plans[name].shape
+            else (self.base.tensor(self._sources[name]).to(self.dtype(name)))
+        )
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of a merged tensor, in its output type."""
-        return self._wide_rows(name, start, stop).to(self.dtype(name))
-
-    def _wide_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         import torch
 
-        base = self.base.tensor(self._sources[name])
-        if name not in self._parts:
-            return base[start:stop]
+        shape = (stop - start, *self._plans[name].shape[1:])
+        rows = torch.empty(shape, dtype=self.dtype(name))
+        self.fill(name, start, rows)
+        return rows
+
+    def blocks(self, name: str, nbytes: int) -> Iterator[tuple[int, int]]:
+        """Cut a merged tensor into blocks of rows: [first, last).
+
+        Args:
+            name: of the tensor.
+            nbytes: of the output type per block, at most; one row at least.
+        """
+        plan = self._plans[name]
+        return _cut(plan.shape[0], nbytes * plan.shape[0] // max(1, 2 * plan.nbytes))
+
+    def fill(self, name: str, start: int, out: torch.Tensor) -> None:
+        """Compute as many rows as `out` has, from `start` on, rounded to its type.
+
+        Not for several threads at once: intermediate values have one place.
+        """
+        if self._at is None or self._at[0] != name:
+            self._at = name, self.base.tensor(self._sources[name]), self._terms(name)
+        _, base, terms = self._at
+        rows = out.shape[0]
+        if not terms:
+            out.copy_(base[start : start + rows])
+            return
+        for first, last in _cut(rows, BLOCK * rows // (4 * out.numel() or 1)):
+            self._sum(base, terms, start + first, out[first:last])
+
+    def _sum(
+        self, base: torch.Tensor, terms: Sequence[_Term], start: int, out: torch.Tensor
+    ) -> None:
+        import torch
+
+        stop = start + out.shape[0]
         wide = torch.float64 if base.dtype == torch.float64 else torch.float32
+        room = self._room
+        room.used = 0
 
         def fresh(source: torch.Tensor) -> torch.Tensor:
-            return source[start:stop].to(wide, copy=True)
+            return room.empty(out.shape, wide).copy_(source[start:stop])
 
         total: torch.Tensor | None = None
-        for number, part in enumerate(self._parts[name]):
-            whole = part.replaced.get(name)
-            own = base if whole is None else part.adapter.tensor(whole)
-            if total is None and part.weight == 1.0:
-                total = fresh(own)
+        for term in terms:
+            if total is None and term.weight == 1.0:
+                total = fresh(term.own)
             else:
                 total = fresh(base) if total is None else total
-                if whole is not None:
-                    total += part.weight * (fresh(own) - fresh(base))
-            pair = part.adapter.pairs.get(name)
-            if pair is not None:
-                change = part.change(pair, start, stop)
-                if pair.embedding and pair.magnitude is None:
-                    change = change.to(self.dtype(name))  # PEFT rounds it, here alone
+                if term.own is not base:
+                    total += fresh(term.own).sub_(fresh(base)).mul_(term.weight)
+            if term.pair is not None:
+                change = room.empty(out.shape, torch.float32)
+                delta(term.left[start:stop], term.right, term.scale, out=change)
+                if term.pair.embedding and term.magnitude is None:
+                    change = change.to(out.dtype)  # PEFT rounds it, here alone
                 total += change
+                if term.magnitude is not None:
+                    direction = fresh(term.own).add_(change)
+                    total *= _stretch(term, direction, start, stop)
+        assert total is not None, "what is touched has terms"
+        out.copy_(total)
+
+    def _terms(self, name: str) -> list[_Term]:
+        """What is summed up for a tensor, with the adapters' values at hand."""
+        import torch
+
+        terms = []
+        base = self.base.tensor(self._sources[name])
+        for part in self._parts.get(name, ()):
+            whole, pair = part.replaced.get(name), part.adapter.pairs.get(name)
+            term = _Term(part.weight, base if whole is None else part.adapter.tensor(whole), pair)
+            if pair is not None:
+                term.left, term.right = (
+                    factor.to(torch.float32) for factor in part.adapter.factors(pair)
+                )
+                term.scale = pair.scale * part.weight
                 if pair.magnitude is not None:
-                    direction = fresh(own) + change
-                    total *= self._factor(name, number, part, pair, direction, start, stop)
-        assert total is not None, "what is touched has parts"
-        return total
-
-    def _factor(
-        self,
-        name: str,
-        number: int,
-        part: Part,
-        pair: LoraPair,
-        direction: torch.Tensor,
-        start: int,
-        stop: int,
-    ) -> torch.Tensor:
-        """DoRA's m / ||W + scale · B·A||, to multiply rows (or, transposed, columns) by."""
-        import torch
-
-        assert pair.magnitude is not None
-        magnitude = part.adapter.tensor(pair.magnitude).to(direction.dtype)
-        if not pair.transposed:
-            return (magnitude[start:stop] / torch.linalg.norm(direction, dim=1)).view(-1, 1)
-        if (name, number) not in self._norms:
-            self._norms[name, number] = self._column_norms(name, part, pair)
-        return (magnitude / self._norms[name, number].to(direction.dtype)).view(1, -1)
-
-    def _column_norms(self, name: str, part: Part, pair: LoraPair) -> torch.Tensor:
-        """||W + scale · B·A|| of each column, some columns at once.
-
-        Whole columns, since a sum in parts would round otherwise than PEFT's.
-        """
-        import torch
-
-        rows, width = self._plans[name].shape
-        whole = part.replaced.get(name)
-        own = part.adapter.tensor(whole) if whole else self.base.tensor(self._sources[name])
-        left, right = part.adapter.factors(pair)
-        norms = torch.empty(width)
-        step = max(_COLUMNS, BLOCK // (4 * rows) // _COLUMNS * _COLUMNS)
-        for start in range(0, width, step):
-            some = slice(start, start + step)
-            change = delta(left, right[:, some], pair.scale * part.weight)
-            norms[some] = torch.linalg.norm((own[:, some].float() + change).T, dim=1)
-        return norms
+                    term.magnitude = part.adapter.tensor(pair.magnitude).to(torch.float32)
+                    if pair.transposed:
+                        term.norms = _column_norms(term)
+            terms.append(term)
+        return terms
 
     def _planned(self, name: str, dtype: str | None) -> TensorPlan:
         info = self.base[self._sources[name]]
@@ -396,10 +393,85 @@ class Part:
         """Names of the base's tensors that it changes."""
         return {*self.adapter.pairs, *self.replaced}
 
-    def change(self, pair: LoraPair, start: int, stop: int) -> torch.Tensor:
-        """weight · scale · B·A for some rows of the base's weight."""
-        left, right = self.adapter.factors(pair)
-        return delta(left[start:stop], right, pair.scale * self.weight)
+
+class _Term:
+    """An adapter's share of one tensor: weight · (own - base) + scale · left · right."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+    norms: torch.Tensor
+
+    def __init__(self, weight: float, own: torch.Tensor, pair: LoraPair | None) -> None:
+        self.weight = weight
+        self.own = own
+        self.pair = pair
+        self.scale = 0.0
+        self.magnitude: torch.Tensor | None = None
+
+
+def _stretch(term: _Term, direction: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """DoRA's m / ||W + scale · B·A||, to multiply rows (or, transposed, columns) by."""
+    import torch
+
+    assert term.magnitude is not None
+    assert term.pair is not None
+    if term.pair.transposed:
+        return (term.magnitude / term.norms).view(1, -1)
+    return (term.magnitude[start:stop] / torch.linalg.norm(direction, dim=1)).view(-1, 1)
+
+
+def _column_norms(term: _Term) -> torch.Tensor:
+    """||W + scale · B·A|| of each column, some columns at once.
+
+    Whole columns, since a sum in parts would round otherwise than PEFT's.
+    """
+    import torch
+
+    rows, width = term.own.shape
+    norms = torch.empty(width)
+    step = max(_COLUMNS, BLOCK // (4 * rows) // _COLUMNS * _COLUMNS)
+    for start in range(0, width, step):
+        some = slice(start, start + step)
+        change = delta(term.left, term.right[:, some], term.scale)
+        norms[some] = torch.linalg.norm((term.own[:, some].float() + change).T, dim=1)
+    return norms
+
+
+class _Room:
+    """Memory for intermediate values, kept: fresh pages would cost more than the sums.
+
+    Attributes:
+        used: how many values are in use; setting it to 0 gives all of them back.
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[torch.Tensor] = []
+        self.used = 0
+
+    def empty(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor with whatever values."""
+        import torch
+
+        at, self.used = self.used, self.used + 1
+        if at == len(self._kept):
+            self._kept.append(torch.empty(shape, dtype=dtype))
+        elif self._kept[at].shape != shape or self._kept[at].dtype != dtype:
+            self._kept[at] = torch.empty(shape, dtype=dtype)
+        return self._kept[at]
+
+
+def _cut(rows: int, step: int) -> Iterator[tuple[int, int]]:
+    """[first, last) of blocks of `step` rows, the last of up to twice as many.
+
+    No block has one row where others have many: a product of a single row is
+    computed, and rounded, in another way.
+    """
+    step = max(1, step)
+    first = 0
+    while first < rows:
+        last = first + step if rows - first >= 2 * step else rows
+        yield first, last
+        first = last
 
 
 def _part(blend: Blend, embeddings: str | None) -> Part:

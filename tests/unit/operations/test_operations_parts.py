@@ -1,5 +1,6 @@
 """The pieces around an engine, each alone."""
 
+import hashlib
 import json
 import logging
 import math
@@ -334,3 +335,20 @@ def test_a_line_is_given_when_it_is_whole(tmp_path):
         file.write("o\nthree")
     assert [line.message for line in reader.read(ended=False)] == ["two"]
     assert [line.message for line in reader.read(ended=True)] == ["three"]
+
+
+def test_a_digest_from_writing_is_taken_only_for_a_file_that_is_still_the_same(
+    tmp_path: Path,
+) -> None:
+    from arriero.operations.delivery import _durable
+    from arriero.weights.sink import Written
+
+    path = tmp_path / "weights"
+    path.write_bytes(b"four")
+    status = path.stat()
+    known = Written(4, status.st_mtime_ns, "f" * 64)
+    assert _durable(path, known) == (4, "f" * 64)
+    path.write_bytes(b"five")
+    os.utime(path, ns=(status.st_mtime_ns + 1, status.st_mtime_ns + 1))
+    assert _durable(path, known)[1] == hashlib.sha256(b"five").hexdigest()
+    assert _durable(path, None)[1] == hashlib.sha256(b"five").hexdigest()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from arriero.errors import Internal, InvalidArgument
+from arriero.errors import DiskFull, Internal, InvalidArgument
 from arriero.weights import TensorPlan, Weights, WeightsWriter
 
 TENSORS = {
@@ -110,3 +110,105 @@ def test_tensors_other_than_planned_are_refused(tmp_path: Path) -> None:
 def test_impossible_plans_are_refused(tmp_path: Path, tensors: list[TensorPlan], size: int) -> None:
     with pytest.raises(InvalidArgument):
         WeightsWriter(tmp_path, tensors, max_shard_size=size)
+
+
+def sha256(path: Path) -> str:
+    import hashlib
+
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_rows_may_come_in_blocks(tmp_path: Path) -> None:
+    wide = TENSORS["wide"]
+    with WeightsWriter(tmp_path, [TensorPlan("w", "F32", (4, 6))]) as writer:
+        for start in (0, 3):
+            rows = wide[start : start + 3]
+            writer.next_rows("w", len(rows)).copy_(rows)
+        with pytest.raises(Internal, match="written already"):
+            writer.next_rows("w", 1)
+    assert load_file(str(tmp_path / "model.safetensors"))["w"].equal(wide)
+
+
+def test_more_rows_than_planned_are_a_defect(tmp_path: Path) -> None:
+    with (
+        pytest.raises(Internal, match="more than 96 bytes"),
+        WeightsWriter(tmp_path, [TensorPlan("w", "F32", (4, 6))]) as writer,
+    ):
+        writer.next_rows("w", 5)
+
+
+@pytest.mark.parametrize("size", [10**9, 30])
+def test_digests_are_known_of_what_is_written_in_order(tmp_path: Path, size: int) -> None:
+    with WeightsWriter(tmp_path, plan(), max_shard_size=size) as writer:
+        assert sorted(writer.order) == sorted(TENSORS)
+        for name in writer.order:
+            writer.write(name, TENSORS[name])
+    assert {name: w.sha256 for name, w in writer.digests.items()} == {
+        path.name: sha256(path) for path in writer.files
+    }
+    for path in writer.files:
+        status = path.stat()
+        known = writer.digests[path.name]
+        assert (known.size, known.mtime_ns) == (status.st_size, status.st_mtime_ns)
+
+
+def test_out_of_order_there_is_no_digest_and_no_harm(tmp_path: Path) -> None:
+    with WeightsWriter(tmp_path, plan()) as writer:
+        for name in reversed(writer.order):
+            writer.write(name, TENSORS[name])
+    assert writer.digests == {}
+    assert load_file(str(tmp_path / "model.safetensors"))["wide"].equal(TENSORS["wide"])
+
+
+def test_bytes_of_another_file_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    wide = torch.randn(700_000, generator=torch.Generator().manual_seed(1))
+    first, second, third = (tmp_path / name for name in "abc")
+    for place in (first, second, third):
+        place.mkdir()
+    with WeightsWriter(first, [TensorPlan("w", "F32", (700_000,))]) as writer:
+        writer.write("w", wide)
+    source = Weights.open(first)
+
+    def refuse(*_: object) -> int:
+        raise OSError(18, "another filesystem")
+
+    for place in (second, third):
+        with WeightsWriter(place, [TensorPlan("w", "F32", (700_000,))]) as writer:
+            writer.copy("w", source["w"], source.raw("w"))
+        assert writer.digests["model.safetensors"].sha256 == sha256(place / "model.safetensors")
+        assert Weights.open(place).tensor("w").equal(wide)
+        monkeypatch.setattr(os, "copy_file_range", refuse)
+
+
+def test_a_full_disk_is_refused_with_figures_before_a_byte_is_written(tmp_path: Path) -> None:
+    import os
+
+    free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
+    rows = free // 4096 + 10**6
+    with pytest.raises(DiskFull, match=r"\d+ bytes needed, \d+ bytes free") as caught:
+        WeightsWriter(tmp_path, [TensorPlan("w", "F32", (rows, 1024))], max_shard_size=1 << 62)
+    assert caught.value.needed > caught.value.free
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_goes_wrong_while_writing_reaches_the_caller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+    import os
+
+    writer = WeightsWriter(tmp_path, [TensorPlan("w", "F32", (1_000_000,))])
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+
+    def work() -> None:  # whichever call comes after
+        writer.write("w", torch.zeros(1_000_000))
+        writer.close()
+
+    with pytest.raises(DiskFull, match=r"40001\d\d bytes needed"):
+        work()
