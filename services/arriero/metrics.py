@@ -57,6 +57,9 @@ class StageFigures:
     training_step: int | None = None
     training_total_steps: int | None = None
     loss: float | None = None
+    raw_loss: float | None = None
+    grad_norm: float | None = None
+    micro_batch_size: int | None = None
     learning_rate: float | None = None
     tokens: int | None = None
     tokens_per_second: float | None = None
@@ -111,6 +114,13 @@ _STAGE_GAUGES: tuple[tuple[str, str, Callable[[StageFigures, float], float | Non
         ),
     ),
     ("training_loss_nats", "Smoothed training loss per token", lambda s, _: s.loss),
+    ("training_raw_loss_nats", "Training loss per token of the last step", lambda s, _: s.raw_loss),
+    ("training_grad_norm", "Norm of the gradient before clipping", lambda s, _: s.grad_norm),
+    (
+        "training_micro_batch_size",
+        "Rows per forward pass now: fewer than asked for where memory ran out",
+        lambda s, _: s.micro_batch_size,
+    ),
     ("training_learning_rate", "Learning rate now", lambda s, _: s.learning_rate),
     ("training_tokens", "Tokens trained on so far", lambda s, _: s.tokens),
     ("training_tokens_per_second", "Training throughput", lambda s, _: s.tokens_per_second),

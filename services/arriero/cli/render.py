@@ -171,12 +171,19 @@ def progress_text(stage: pb.StageStatus) -> Text:
         parts.append(f"{progress.step}/{progress.total_steps} {progress.unit}".rstrip())
     if progress.HasField("loss") and progress.unit == "steps":
         parts.append(f"loss {progress.loss:.3f}")
+        if progress.HasField("learning_rate"):
+            parts.append(f"lr {progress.learning_rate:.1e}")
     if progress.HasField("tokens_per_second"):
         parts.append(f"{progress.tokens_per_second:.0f} tok/s")
+    if progress.HasField("mfu"):
+        parts.append(f"MFU {progress.mfu:.0%}")
     for gpu in progress.gpus:
         parts.append(f"GPU {gpu.utilization_ratio:.0%}")
     if progress.HasField("eta_seconds"):
         parts.append(f"{seconds(progress.eta_seconds)} left")
+    if progress.HasField("checkpoint_time") and progress.unit == "steps":
+        age = elapsed(progress.checkpoint_time, Timestamp())
+        parts.append(f"saved {seconds(age or 0.0)} ago")
     if stage.metadata.attempt > 1:
         parts.append(f"attempt {stage.metadata.attempt}")
     return Text("  ".join(parts))

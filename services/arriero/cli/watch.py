@@ -1,19 +1,23 @@
 """Follow a run in the terminal.
 
-Responsibility: show a run until it ends, live on a terminal and as lines
-elsewhere. Does not know how runs work.
+Responsibility: show a run until it ends, live on a terminal (with the loss curves of
+its trainings) and as lines elsewhere. Does not know how runs work.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+from rich.console import Group, RenderableType
 from rich.live import Live
+from rich.text import Text
 
 from arriero.cli import render
+from arriero.cli.curve import Curve
 from arriero.v1 import orchestrator_pb2 as pb
 
 ENDED = ("SUCCEEDED", "FAILED", "CANCELLED")
+_WIDEST = 100
 
 
 def follow(updates: Iterable[pb.Run]) -> pb.Run | None:
@@ -21,10 +25,30 @@ def follow(updates: Iterable[pb.Run]) -> pb.Run | None:
     if not render.console.is_terminal:
         return _lines(updates)
     last: pb.Run | None = None
+    curves: dict[str, Curve] = {}
     with Live(console=render.console, refresh_per_second=4, transient=False) as live:
         for last in updates:
-            live.update(render.run_view(last))
+            live.update(view(last, curves))
     return last
+
+
+def view(run: pb.Run, curves: dict[str, Curve]) -> RenderableType:
+    """A run as it stands, with a curve below it for each training that was seen to run.
+
+    Args:
+        run: the newest update.
+        curves: by stage; takes in what the update says.
+    """
+    parts: list[RenderableType] = [render.run_view(run)]
+    for stage in run.stages:
+        progress = stage.metadata.progress
+        if progress.HasField("raw_loss") and progress.HasField("training_step"):
+            curve = curves.setdefault(stage.name, Curve())
+            curve.add(progress.training_step, progress.raw_loss, progress.loss)
+        if len(curves.get(stage.name, ())) > 1:
+            head = Text.assemble("\n", (stage.name, "bold"), "  loss, nats per token")
+            parts += [head, curves[stage.name].draw(min(render.console.width, _WIDEST))]
+    return Group(*parts)
 
 
 def _lines(updates: Iterable[pb.Run]) -> pb.Run | None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from arriero.errors import Preempted
 from arriero.gates import Mode
 from arriero.llama.cores import threads
+from arriero.operations.handoff import to_json
 from arriero.operations.job import Job, Output, main
 from arriero.operations.memory import available_bytes
 from arriero.prompts import FILE_NAME as TEMPLATE_FILE
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from arriero.training.numerics import Numerics
     from arriero.training.recovery import Recovery
     from arriero.training.state import Report, State
+    from arriero.training.trackers import Trackers
 
 # The first and the last losses are means over this many steps at most.
 _MEAN_STEPS = 10
@@ -225,11 +227,14 @@ def _run(job: Job, loop: Loop) -> tuple[State, int]:
     # The step that it goes on from: what is left is told from this process' own speed.
     _report(job, recovery, loop.report())
     try:
-        state = loop.run(
-            report=lambda now: _report(job, recovery, now),
-            save=recovery.save,
-            should_stop=job.preempted.is_set,
-        )
+        with _trackers(job) as trackers:
+
+            def report(now: Report) -> None:
+                _report(job, recovery, now)
+                trackers.log(now, loop.state)
+
+            state = loop.run(report=report, save=recovery.save, should_stop=job.preempted.is_set)
+            trackers.finish(state)
     except Stopped as stopped:
         recovery.save_if_newer()
         raise Preempted(
@@ -243,6 +248,18 @@ def _run(job: Job, loop: Loop) -> tuple[State, int]:
     for step, loss in state.val_losses:
         job.log.info("held-out loss %.4f nats per token at step %d", loss, step)
     return state, recovery.load_best() if loop.plan.load_best else state.step
+
+
+def _trackers(job: Job) -> Trackers:
+    from arriero.training.trackers import Trackers
+
+    return Trackers(
+        list(job.spec.report_to),
+        to_json(job.spec),
+        run=job.run,
+        stage=job.stage,
+        directory=job.checkpoints / proof.TENSORBOARD,
+    )
 
 
 def _report(job: Job, recovery: Recovery, now: Report) -> None:

@@ -7,6 +7,7 @@ as a report. Does not know how the training went beyond its state.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from arriero.training.rows import PROBE_FILE, Rows
 from arriero.training.state import State
 from arriero.weights import Weights
 from arriero.weights.health import check_adapter, check_model
+
+# Where TensorBoard's files lie, beside the checkpoints and then in the report.
+TENSORBOARD = "tensorboard"
 
 
 def improves(gates: Gates, base_loss: float | None, loss: float | None) -> None:
@@ -105,6 +109,8 @@ def golden(
         "val_losses": state.val_losses,
         **facts,
     }
+    if (job.checkpoints / TENSORBOARD).is_dir():
+        shutil.copytree(job.checkpoints / TENSORBOARD, directory / TENSORBOARD)
     (directory / "report.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
     return Output(
         name="golden",
