@@ -15,6 +15,7 @@ from arriero.testing.jobs import run_job  # noqa: E402
 from arriero.training import allocator, stopping  # noqa: E402
 from arriero.training.adapter import attach, load_base  # noqa: E402
 from arriero.training.checkpoints import Checkpoints  # noqa: E402
+from arriero.training.forward import Forward  # noqa: E402
 from arriero.training.job import train  # noqa: E402
 from arriero.training.loop import Loop  # noqa: E402
 from arriero.training.numerics import Numerics  # noqa: E402
@@ -113,15 +114,15 @@ class Tight:
 
     def __init__(self, monkeypatch, rows: int) -> None:
         self.refused: list[int] = []
-        forward = Loop._loss
+        forward = Forward.forward
 
-        def loss(loop, micro):
-            if micro.input_ids.shape[0] > rows:
-                self.refused.append(micro.input_ids.shape[0])
+        def loss(model, micro):
+            if len(micro.lengths) > rows:
+                self.refused.append(len(micro.lengths))
                 torch.empty(1 << 50)  # a real failure of the real allocator
-            return forward(loop, micro)
+            return forward(model, micro)
 
-        monkeypatch.setattr(Loop, "_loss", loss)
+        monkeypatch.setattr(Forward, "forward", loss)
 
 
 def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(make, monkeypatch, caplog):
@@ -157,14 +158,14 @@ def test_a_row_that_does_not_fit_is_refused_with_advice(make, monkeypatch):
 def test_validation_shrinks_too(make, monkeypatch):
     expected = make()
     run(expected)
-    forward = Loop._loss
+    forward = Forward.forward
 
-    def loss(loop, micro):
-        if not loop.model.training and micro.input_ids.shape[0] > 2:
+    def loss(model, micro):
+        if not model.training and len(micro.lengths) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(loop, micro)
+        return forward(model, micro)
 
-    monkeypatch.setattr(Loop, "_loss", loss)
+    monkeypatch.setattr(Forward, "forward", loss)
     loop = make()
     run(loop)
     assert loop.micro_batch_size == 2
@@ -235,10 +236,10 @@ def test_a_kill_for_other_reasons_changes_nothing(room):
 
 
 def test_a_step_without_a_finite_loss_is_named_with_its_rows(make, monkeypatch):
-    forward = Loop._loss
+    forward = Forward.forward
     calls = iter(range(1000))
     monkeypatch.setattr(
-        Loop, "_loss", lambda *a: forward(*a) * (float("nan") if next(calls) == 1 else 1)
+        Forward, "forward", lambda *a: forward(*a) * (float("nan") if next(calls) == 1 else 1)
     )
     loop = make(replace(PLAN, max_steps=6))
     with pytest.raises(
@@ -300,7 +301,7 @@ def test_a_resume_that_differs_is_refused(room, monkeypatch, wrong):
         if wrong == "data position":
             loop.state.step += 1
         elif wrong == "random state":
-            loop._generators = {"cpu": torch.Generator().manual_seed(5).get_state()}
+            loop._seed = lambda: torch.manual_seed(5)
         else:
             with torch.no_grad():
                 for weight in loop._weights.values():

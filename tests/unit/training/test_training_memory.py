@@ -56,9 +56,10 @@ def test_optimizer_states_of_8_bits_take_a_quarter_and_paged_ones_none():
     assert replace(FULL, optimizer="paged_adamw_8bit").need().optimizer == 0
 
 
-def test_activations_and_logits_grow_with_rows_and_shrink_with_gradient_checkpointing():
+def test_activations_grow_with_rows_and_shrink_with_gradient_checkpointing():
     need, half = LORA.need(), replace(LORA, rows=2).need()
-    assert (need.activations, need.logits) == (2 * half.activations, 2 * half.logits)
+    assert need.activations == 2 * half.activations
+    assert need.logits == half.logits  # so many at a time
     assert replace(LORA, gradient_checkpointing=True).need().activations < need.activations / 8
 
 
