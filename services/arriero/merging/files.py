@@ -18,6 +18,7 @@ __all__ = [
     "LICENCES",
     "MODEL_EXTRAS",
     "TEMPLATE_FILE",
+    "TOKENIZER",
     "copy_files",
     "matching",
     "sha256_of",
@@ -25,7 +26,7 @@ __all__ = [
 
 Tick = Callable[[int, int], None]
 LICENCES = ("LICEN[CS]E*", "COPYING*", "NOTICE*", "USE_POLICY*")
-_TOKENIZER = (
+TOKENIZER = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -41,11 +42,11 @@ _TOKENIZER = (
 MODEL_EXTRAS = (
     "config.json",
     "generation_config.json",
-    *_TOKENIZER,
+    *TOKENIZER,
     TEMPLATE_FILE,
     *LICENCES,
 )
-ADAPTER_EXTRAS = ("adapter_config.json", *_TOKENIZER, TEMPLATE_FILE, *LICENCES)
+ADAPTER_EXTRAS = ("adapter_config.json", *TOKENIZER, TEMPLATE_FILE, *LICENCES)
 _CHUNK = 1 << 23
 
 

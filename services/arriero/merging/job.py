@@ -32,17 +32,19 @@ from arriero.merging.export import export
 from arriero.merging.fold import write_merged
 from arriero.merging.proof import MAX_ULP, prove_delta
 from arriero.merging.specs import made_for
+from arriero.merging.vocabulary import compare_tokenizers, vocabulary_problems
 from arriero.operations.job import Job, Output, main
 from arriero.store import Artifact
 from arriero.weights import MergedWeights, Weights
 from arriero.weights.health import check_adapter
 from arriero.weights.layout import DTYPES
+from arriero.weights.merged import embeddings_of
 
 __all__ = ["import_source", "merge"]
 
 # Mean KL divergence in nats per token. Measured: 4e-5 to 5e-5 for equal weights (golden's
-# own fp16 rounding; SmolLM2-135M and random models), 1e-4 where golden logits of float32
-# weights meet bfloat16 ones.
+# own fp16 rounding; SmolLM2-135M and random models), 1e-4 to 2e-4 where golden logits of
+# weights that were not rounded meet bfloat16 ones.
 MAX_KL = 1e-3
 # Where the merge shortens every weight of the base, large models lose more.
 MAX_KL_SHORTER = 5e-3
@@ -334,8 +336,10 @@ def merge(job: Job) -> Sequence[Output]:
         max_shard_size=spec.max_shard_size,
         tick=_ticker(job, "merging", "bytes"),
     )
+    _judge_tokenizers(job, merged, target)
     _copy_template(adapters, base, target)
     _judge_delta(job, merged, target)
+    _judge_vocabulary(job, merged, target)
     output = Output(
         name="model",
         kind="model",
@@ -385,6 +389,45 @@ def _copy_template(adapters: Sequence[Artifact], base: Artifact, target: Path) -
         if template.is_file():
             (target / files.TEMPLATE_FILE).write_bytes(template.read_bytes())
             return
+
+
+def _judge_tokenizers(job: Job, merged: MergedWeights, target: Path) -> None:
+    """Judge `tokenizer.match`, and give the model the tokenizer that it was tuned with."""
+    embeddings = embeddings_of(merged.base)
+    if embeddings is None:
+        return
+    adapters = [adapter.path for adapter in job.inputs["adapters"]]
+    rows = merged[embeddings].shape[0]
+    with job.gates.timed():
+        proof = compare_tokenizers(job.input("model").path, adapters, rows)
+    if proof.extended is not None:
+        extended = files.matching(sorted(adapters[proof.extended].iterdir()), files.TOKENIZER)
+        files.copy_files(extended, target, lambda *_: None)
+        job.log.info("the tokenizer is the adapter's, which has %d ids", proof.tokens)
+    if job.gates.wanted("tokenizer.match"):
+        job.gates.judge(
+            "tokenizer.match",
+            not proof.problems,
+            figure=float(proof.tokens),
+            threshold=float(rows),
+            unit="ids",
+            detail="; ".join(proof.problems),
+        )
+
+
+def _judge_vocabulary(job: Job, merged: MergedWeights, target: Path) -> None:
+    if not job.gates.wanted("merge.vocab"):
+        return
+    with job.gates.timed():
+        problems = vocabulary_problems(target, merged.blends)
+    job.gates.judge(
+        "merge.vocab",
+        not problems,
+        figure=float(len(problems)),
+        threshold=0.0,
+        unit="problems",
+        detail="; ".join([*problems, *(["merge again"] if problems else [])]),
+    )
 
 
 def _judge_delta(job: Job, merged: MergedWeights, target: Path) -> None:
@@ -442,15 +485,8 @@ def _golden(
 def _make_golden(job: Job, merged: MergedWeights) -> Golden:
     from arriero.merging import oracle
 
-    base = job.input("model").path
     with job.gates.timed():
-        return oracle.golden_of_peft(
-            base,
-            [adapter.path for adapter in job.inputs["adapters"]],
-            list(job.spec.weights),
-            oracle.probe_ids(base),
-            {name: merged.dtype(name) for name in merged},
-        )
+        return oracle.golden_of(merged, oracle.probe_ids(job.input("model").path))
 
 
 def _judge_logits(job: Job, merged: MergedWeights, target: Path, golden: Golden | None) -> None:

@@ -1,26 +1,32 @@
-"""Logits from transformers and PEFT: the second opinion about a merge.
+"""Logits of a model that is never in memory as a whole: the second opinion about a merge.
 
-Responsibility: run a model in float32 over fixed tokens, and make golden logits
-of base and adapters by PEFT's own merge. Shares no arithmetic with `fold`; does
-not know how a verdict follows.
+Responsibility: run a causal language model over fixed tokens in float32, one
+layer's rows at a time from mapped files, and make golden logits of base and
+adapters by adding the adapters' activations. Shares no arithmetic with `fold`;
+does not know how a verdict follows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from arriero.errors import FailedPrecondition
 from arriero.gates.golden import TOKENS, Golden, log_softmax, probe_sequences
+from arriero.merging.proof import expected_rows
+from arriero.weights import MergedWeights, Weights, delta
+from arriero.weights.config import read_config
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["PROBE_TEXT", "golden_of_peft", "logits_of", "probe_ids"]
+__all__ = ["PROBE_TEXT", "golden_of", "logits_of", "probe_ids"]
+
+Sequences = Sequence[npt.NDArray[np.int32] | list[int]]
 
 # Plain prose in two languages, digits and code: several kinds of tokens. Part of
 # every golden report that a merge makes, so a change raises the room's semantics.
@@ -35,6 +41,8 @@ PROBE_TEXT: tuple[str, ...] = (
     "The model answers the question, then it stops. Nothing else is written after the last line "
     "of the report, because every figure in it was measured before the work was handed on.",
 )
+# float32 bytes of a layer's rows that are in memory at once.
+_BLOCK = 1 << 25
 
 
 def probe_ids(model: Path) -> list[list[int]]:
@@ -57,9 +65,7 @@ def probe_ids(model: Path) -> list[list[int]]:
     return [[int(i) for i in row] for row in drawn]
 
 
-def logits_of(
-    model: Path, sequences: Sequence[npt.NDArray[np.int32] | list[int]]
-) -> npt.NDArray[np.float32]:
+def logits_of(model: Path, sequences: Sequences) -> npt.NDArray[np.float32]:
     """A saved model's logits, computed in float32 whatever type it is saved in.
 
     Args:
@@ -68,91 +74,218 @@ def logits_of(
 
     Returns:
         float32, shape (ids of all sequences, vocabulary).
+
+    Raises:
+        FailedPrecondition: transformers does not know the architecture.
     """
-    return _run(_load(model), sequences)
+    return _run(read_config(model), _Stored(Weights.open(model)), sequences)
 
 
-def golden_of_peft(
-    base: Path,
-    adapters: Sequence[Path],
-    weights: Sequence[float],
-    sequences: Sequence[list[int]],
-    dtypes: dict[str, torch.dtype],
-) -> Golden:
-    """Golden logits of base and adapters, merged by PEFT in float32.
+def golden_of(merged: MergedWeights, sequences: Sequences) -> Golden:
+    """Golden logits of base and adapters as they are before a merge, in float32.
 
-    The merged weights are rounded to the type that the merged checkpoint keeps,
-    so that rounding is on both sides of the comparison.
-
-    Args:
-        base: the base model's directory.
-        adapters: PEFT directories.
-        weights: one for each adapter.
-        sequences: token ids.
-        dtypes: type of each merged tensor by its name in the checkpoint.
+    Nothing is rounded to the type of the merged weights: what that costs is part of
+    what a merge is judged by.
     """
-    import torch
-
-    model = _merged_by_peft(base, adapters, weights)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in dtypes:
-                parameter.copy_(parameter.to(dtypes[name]).to(parameter.dtype))
-    logits = _run(model, sequences)
-    rows = [log_softmax(row[None])[0].astype(np.float16) for row in logits]
+    logits = _run(merged.config, _Adapted(merged), sequences)
     return Golden(
         tokens=np.array([i for ids in sequences for i in ids], dtype=np.int32),
         lengths=np.array([len(ids) for ids in sequences], dtype=np.int32),
-        logprobs=np.stack(rows),
+        logprobs=np.stack([log_softmax(row[None])[0].astype(np.float16) for row in logits]),
     )
 
 
-def _merged_by_peft(base: Path, adapters: Sequence[Path], weights: Sequence[float]) -> Any:
-    from peft import PeftModel
-    from peft.tuners.lora import LoraLayer
+class _Values(Protocol):
+    """Where a model's values come from, by the tensor's name in the checkpoint."""
 
-    names = [f"adapter_{i}" for i in range(len(adapters))]
-    model = PeftModel.from_pretrained(_load(base), str(adapters[0]), adapter_name=names[0])
-    for name, directory in zip(names[1:], adapters[1:], strict=True):
-        model.load_adapter(str(directory), adapter_name=name)
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            for name, weight in zip(names, weights, strict=True):
-                if name in module.scaling:
-                    module.scaling[name] *= weight
-    return model.merge_and_unload(adapter_names=names)
+    def has(self, name: str) -> bool:
+        """Whether there is such a tensor."""
+        ...
+
+    def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """x times the transpose of a weight of shape (out, in)."""
+        ...
+
+    def embed(self, name: str, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of a table, float32."""
+        ...
+
+    def whole(self, name: str) -> torch.Tensor:
+        """All of a tensor, float32."""
+        ...
 
 
-def _load(model: Path) -> Any:
+class _Stored:
+    """A checkpoint as it lies on disk."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+
+    def has(self, name: str) -> bool:
+        return name in self.weights
+
+    def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weights.tensor(name)
+        y = x.new_empty((x.shape[0], weight.shape[0]))
+        for rows in _slices(weight):
+            y[:, rows] = x @ weight[rows].float().T
+        return y
+
+    def embed(self, name: str, ids: torch.Tensor) -> torch.Tensor:
+        return self.weights.tensor(name)[ids].float()
+
+    def whole(self, name: str) -> torch.Tensor:
+        return self.weights.tensor(name).float()
+
+
+class _Adapted:
+    """A base with adapters beside it, as they are while they are trained."""
+
+    def __init__(self, merged: MergedWeights) -> None:
+        self.merged = merged
+
+    def has(self, name: str) -> bool:
+        return name in self.merged
+
+    def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        base = self.merged.base.tensor(self.merged.source(name))
+        parts = self.merged.parts(name)
+        y = x.new_empty((x.shape[0], self.merged[name].shape[0]))
+        low = {}  # x A^T: what the adapter's first matrix makes of the input
+        for number, part in enumerate(parts):
+            if (pair := part.adapter.pairs.get(name)) is not None:
+                low[number] = x @ part.adapter.tensor(pair.a).float().T
+        for rows in _slices(y.T):
+            some = x @ base[rows].float().T if base.shape[0] == y.shape[1] else None
+            for number, part in enumerate(parts):
+                whole, pair = part.replaced.get(name), part.adapter.pairs.get(name)
+                own = base if whole is None else part.adapter.tensor(whole)
+                if whole is not None:
+                    theirs = x @ own[rows].float().T
+                    if some is None:
+                        some = theirs
+                    else:  # of what the base alone makes, as much as the weight leaves
+                        some += part.weight * (theirs - x @ base[rows].float().T)
+                if pair is None:
+                    continue
+                b = part.adapter.tensor(pair.b)[rows].float()
+                scale = pair.scale * part.weight
+                assert some is not None
+                some += scale * (low[number] @ b.T)
+                if pair.magnitude is not None:
+                    direction = own[rows].float() + delta(b, part.adapter.tensor(pair.a), scale)
+                    magnitude = part.adapter.tensor(pair.magnitude)[rows].float()
+                    some *= magnitude / torch.linalg.vector_norm(direction, dim=1)
+            assert some is not None
+            y[:, rows] = some
+        return y
+
+    def embed(self, name: str, ids: torch.Tensor) -> torch.Tensor:
+        base = self.merged.base.tensor(self.merged.source(name))
+        if not self.merged.parts(name):
+            return base[ids].float()
+        return expected_rows(self.merged, name, base, ids)[0].float()
+
+    def whole(self, name: str) -> torch.Tensor:
+        return self.merged.tensor(name).float()
+
+
+def _slices(weight: torch.Tensor) -> Iterator[slice]:
+    """Rows of a matrix, as many at once as `_BLOCK` holds in float32."""
+    step = max(1, _BLOCK // (4 * weight.shape[1]))
+    return (slice(start, start + step) for start in range(0, weight.shape[0], step))
+
+
+def _run(config: dict[str, Any], values: _Values, sequences: Sequences) -> npt.NDArray[np.float32]:
     import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            str(model),
-            dtype=torch.float32,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
-    except (ValueError, KeyError) as error:
-        raise FailedPrecondition(
-            f"transformers cannot load the model: {str(error).strip().splitlines()[0]}"
-        ) from error
-    return loaded.eval()
-
-
-def _run(
-    model: Any, sequences: Sequence[npt.NDArray[np.int32] | list[int]]
-) -> npt.NDArray[np.float32]:
-    import torch
-
-    rows = []
+    model = _hollow(config, values)
+    rows: list[npt.NDArray[np.float32]] = [np.empty(0, dtype=np.float32)] * len(sequences)
     with torch.inference_mode():
-        for ids in sequences:
-            batch = torch.tensor([[int(i) for i in ids]], dtype=torch.long)
-            rows.append(model(input_ids=batch, use_cache=False).logits[0].float().numpy())
+        for group in _groups([len(ids) for ids in sequences]):
+            longest = max(len(sequences[i]) for i in group)
+            batch = torch.zeros((len(group), longest), dtype=torch.long)
+            for row, i in enumerate(group):
+                batch[row, : len(sequences[i])] = torch.tensor([int(t) for t in sequences[i]])
+            # What pads comes last, and no token looks at those after it.
+            logits = model(input_ids=batch, use_cache=False).logits
+            for row, i in enumerate(group):
+                rows[i] = logits[row, : len(sequences[i])].float().numpy()
     result: npt.NDArray[np.float32] = np.concatenate(rows)
     return result
+
+
+def _groups(lengths: Sequence[int]) -> list[list[int]]:
+    """Sequences that are run at once: all weights are read for each group."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if groups and 2 * lengths[i] >= lengths[groups[-1][0]]:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def _hollow(config: dict[str, Any], values: _Values) -> Any:
+    """A model whose large weights stay on disk and are read as they are used.
+
+    Raises:
+        FailedPrecondition: transformers does not know the architecture, or it has
+            weights that the checkpoint lacks.
+    """
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    try:
+        settings = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
+    except (ValueError, KeyError, TypeError) as error:
+        raise FailedPrecondition(
+            f"transformers cannot make the model: {str(error).strip().splitlines()[0]}"
+        ) from error
+    output = model.get_output_embeddings()
+    embeddings = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
+    for path, module in model.named_modules():
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            name = f"{path}.{leaf}"
+            if module is output and leaf == "weight" and not values.has(name):
+                name = f"{embeddings}.{leaf}"  # tied
+            if not values.has(name):
+                raise FailedPrecondition(f"the checkpoint lacks {name}, which its model needs")
+            if parameter.dim() < 2:
+                setattr(module, leaf, torch.nn.Parameter(values.whole(name), requires_grad=False))
+            else:
+                _stream(module, leaf, name, values)
+    return model.eval()
+
+
+def _stream(module: Any, leaf: str, name: str, values: _Values) -> None:
+    """Have a module read its weight when it runs."""
+    import torch
+
+    if isinstance(module, torch.nn.Linear):
+
+        def linear(x: torch.Tensor) -> torch.Tensor:
+            y = values.linear(name, x.reshape(-1, x.shape[-1]))
+            if module.bias is not None:
+                y += module.bias
+            return y.view(*x.shape[:-1], -1)
+
+        module.forward = linear
+    elif isinstance(module, torch.nn.Embedding):
+        module.forward = lambda ids: values.embed(name, ids.reshape(-1)).view(*ids.shape, -1)
+    else:
+        hollow = module._parameters[leaf]
+
+        def fill(*_: object) -> None:
+            module._parameters[leaf] = torch.nn.Parameter(values.whole(name), requires_grad=False)
+
+        def empty(*_: object) -> None:
+            module._parameters[leaf] = hollow
+
+        module.register_forward_pre_hook(fill)
+        module.register_forward_hook(empty)

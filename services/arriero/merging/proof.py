@@ -19,7 +19,7 @@ from arriero.weights.reader import same_bytes
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MAX_ULP", "DeltaProof", "prove_delta"]
+__all__ = ["MAX_ULP", "DeltaProof", "expected_rows", "prove_delta"]
 
 Tick = Callable[[int, int], None]
 # Rounding to nearest is off by half a unit in the last place; the other half is slack.
@@ -143,7 +143,7 @@ def _judge(merged: MergedWeights, name: str, written: torch.Tensor) -> tuple[flo
     base = merged.base.tensor(merged.source(name))
     step = max(1, math.ceil(written.numel() / _SAMPLE))
     rows = torch.arange(0, written.shape[0], step)
-    expected, size = _expected(merged, name, base, rows)
+    expected, size = expected_rows(merged, name, base, rows)
     found = written[rows].to(torch.float64)
     if not bool(torch.isfinite(found).all()):
         return math.inf, 0, found.numel()
@@ -155,7 +155,7 @@ def _judge(merged: MergedWeights, name: str, written: torch.Tensor) -> tuple[flo
     return float(ulp.max()), different, found.numel()
 
 
-def _expected(
+def expected_rows(
     merged: MergedWeights, name: str, base: torch.Tensor, rows: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Some rows of a merged tensor in float64, and how large the summed numbers were."""

@@ -48,8 +48,8 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _DEQUANTIZED = 9
 # Interpreter, torch and transformers, in bytes.
 _LIBRARIES = 1_200_000_000
-# float32's bytes, by which the gates hold a model in memory.
-_WIDE = 4
+# Times golden logits' bytes: what two sides in float32, and what is made of them, take.
+_LOGITS = 8
 
 
 def resolve_import(spec: merging_pb2.ImportSpec, context: ResolveContext) -> Resolved:
@@ -212,13 +212,12 @@ def resolve_merge(spec: merging_pb2.MergeSpec, context: ResolveContext) -> Resol
         base.path, [adapter.path for adapter in adapters], resolved.weights, resolved.dtype
     )
     proving = gate_modes(spec).get("merge.logits", Mode.ENFORCE) is not Mode.SKIP
+    golden = _golden_bytes(base) if proving else 0
     return Resolved(
         spec=resolved,
-        disk_bytes=merged.nbytes
-        + base.manifest.size
-        - merged.base.nbytes
-        + (_golden_bytes(base) if proving else 0),
-        memory_bytes=_LIBRARIES + (_WIDE * merged.elements if proving else 0),
+        disk_bytes=merged.nbytes + base.manifest.size - merged.base.nbytes + golden,
+        # Weights are streamed; logits of both sides are held in float32.
+        memory_bytes=_LIBRARIES + _LOGITS * golden,
     )
 
 

