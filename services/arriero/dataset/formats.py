@@ -252,4 +252,5 @@ def _text(content: Any, what: str, *, needed: bool) -> str:
 
 def _name(value: Any) -> str:
     names = {dict: "an object", list: "an array", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, int | float) else "text")
+    names |= {int: "a number", float: "a number", str: "text"}
+    return names.get(type(value), f"a {type(value).__name__}")

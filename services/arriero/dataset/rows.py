@@ -1,215 +1,123 @@
-"""Rows out of JSON files, one at a time, however large the file is.
+"""Rows out of files, one at a time, however large the file is.
 
-Responsibility: read a JSON array or JSON lines as a stream, and say exactly
-where what cannot be read begins. Does not know what a row should hold.
+Responsibility: know a file's kind and compression by its name, and open it. Does
+not know what a row should hold.
 """
 
 from __future__ import annotations
 
-import json
-import re
+import bz2
+import gzip
+import io
+import lzma
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TextIO
+from pathlib import Path, PurePath
+from typing import IO, Any, TextIO
 
+from arriero.dataset import json_rows, tables
+from arriero.dataset.row import Row, text_lines
 from arriero.errors import InvalidArgument, NotFound, PermissionDenied
 
-# Longest row, in characters: a stray quote must not pull a whole file into memory.
-MAX_ROW = 16 * 1024 * 1024
-_CHUNK = 1024 * 1024
-# A decoding error this far from what was read so far is an error, not a cut.
-_CERTAIN = 64
-_NUMBER_TAIL = len("e+")
-_SPACE = re.compile(r"[ \t\r\n]*")
+__all__ = ["KINDS", "Row", "is_rows", "is_text", "read"]
+
+_JSON = (".json", ".jsonl", ".ndjson")
+_SEPARATED = {".csv": ",", ".tsv": "\t"}
+_TEXT, _PARQUET = ".txt", ".parquet"
+KINDS = (*_JSON, *_SEPARATED, _PARQUET, _TEXT)
+_COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+_ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
+_BROKEN = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, OSError)
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A decoded row: `number` counts from 1 in its file, `line` is where it begins.
+def is_rows(name: str) -> bool:
+    """Whether a file of that name holds rows."""
+    kind, compression = _kind(name)
+    return kind in KINDS and not (kind == _PARQUET and compression)
 
-    `size` is about how many characters it has.
-    """
 
-    file: str
-    number: int
-    line: int
-    value: Any
-    size: int = 0
+def is_text(name: str) -> bool:
+    """Whether a file of that name holds plain text."""
+    return _kind(name)[0] == _TEXT
 
 
 def read(path: Path, name: str = "") -> Iterator[Row]:
-    """The rows of a file: a JSON array, or one JSON value per line (blank lines skipped).
+    """The rows of a file, by its name's ending: a JSON array, or a row on each line (JSON,
+    text), or in a table (CSV, TSV, Parquet); compressed with gzip, bzip2, xz or Zstandard
+    where the name says so too. What has another name is read as JSON.
 
     Args:
         path: UTF-8, with or without a byte order mark.
         name: what errors call the file; default: the path.
 
     Raises:
-        InvalidArgument: not UTF-8, or malformed JSON; names file, row and line.
+        InvalidArgument: not UTF-8, malformed, or not what its name says; names file, row
+            and line.
         NotFound, PermissionDenied: the file cannot be opened.
     """
     name = name or str(path)
+    kind, compression = _kind(path.name)
+    if path.suffix.lower() in _ARCHIVES:
+        raise InvalidArgument.field(
+            "sources", f"{name} is an archive; unpack it, and name the directory or the files"
+        )
     try:
-        with path.open(encoding="utf-8-sig", errors="strict") as stream:
-            scanner = _Scanner(stream, name)
-            if scanner.next_character() == "[":
-                yield from _array(scanner)
-            else:
-                stream.seek(0)
-                yield from _lines(stream, name)
+        if kind == _PARQUET:
+            if compression:
+                raise InvalidArgument.field(
+                    "sources", f"{name}: Parquet is compressed inside; unpack the {compression}"
+                )
+            path.open("rb").close()
+            yield from tables.parquet(path, name)
+            return
+        with _open(path, compression) as stream:
+            if kind == _TEXT:
+                for number, line, text in text_lines(stream, name):
+                    yield Row(name, number, line, text, len(text))
+                return
+            if kind in _SEPARATED:
+                yield from tables.separated(stream, name, _SEPARATED[kind])
+                return
+            is_array = json_rows.is_array(stream, name)
+        with _open(path, compression) as stream:
+            yield from (json_rows.array if is_array else json_rows.lines)(stream, name)
     except FileNotFoundError as error:
         raise NotFound(f"{name} does not exist") from error
     except PermissionError as error:
         raise PermissionDenied(f"{name} cannot be read: {error.strerror}") from error
     except IsADirectoryError as error:
         raise InvalidArgument.field("sources", f"{name} is a directory") from error
+    except _BROKEN as error:
+        if not compression:
+            raise
+        raise InvalidArgument.field(
+            "sources",
+            f"{name} cannot be unpacked ({error or type(error).__name__}): it is cut off, "
+            f"damaged, or no {compression} file",
+        ) from error
 
 
-def _malformed(name: str, row: int, line: int, found: str) -> InvalidArgument:
-    error = InvalidArgument.field("sources", f"{name}: row {row}, line {line}: {found}")
-    error.reason = "MALFORMED_JSON"
-    error.metadata |= {"file": name, "row": str(row), "line": str(line)}
-    return error
+def _kind(name: str) -> tuple[str, str]:
+    """Suffix and compression's suffix of a name, in small letters."""
+    suffixes = [suffix.lower() for suffix in PurePath(name).suffixes]
+    compression = suffixes.pop() if suffixes and suffixes[-1] in _COMPRESSIONS else ""
+    return (suffixes[-1] if suffixes else ""), compression
 
 
-class _Scanner:
-    """A window on a stream of JSON text that knows its line."""
+def _open(path: Path, compression: str) -> TextIO:
+    raw: IO[bytes] | Any
+    if compression == ".gz":
+        raw = gzip.GzipFile(path)
+    elif compression == ".bz2":
+        raw = bz2.BZ2File(path)
+    elif compression == ".xz":
+        raw = lzma.LZMAFile(path)  # noqa: SIM115  (closed by what wraps it)
+    elif compression == ".zst":
+        import pyarrow as pa
 
-    def __init__(self, stream: TextIO, name: str) -> None:
-        self.name = name
-        self.row = 1
-        self._stream = stream
-        self._decoder = json.JSONDecoder()
-        self._buffer = ""
-        self._at = 0
-        self._line = 1  # at self._counted
-        self._counted = 0
-        self._ended = False
-
-    @property
-    def line(self) -> int:
-        """The line of the next character."""
-        self._line += self._buffer.count("\n", self._counted, self._at)
-        self._counted = self._at
-        return self._line
-
-    def problem(self, found: str, position: int | None = None) -> InvalidArgument:
-        """An error at a position of the window; default: at the next character."""
-        line = self.line
-        if position is not None and position > self._at:
-            line += self._buffer.count("\n", self._at, position)
-        return _malformed(self.name, self.row, line, found)
-
-    def _fill(self) -> None:
-        self._line = self.line
-        self._buffer = self._buffer[self._at :]
-        self._at = self._counted = 0
-        try:
-            chunk = self._stream.read(_CHUNK)
-        except UnicodeDecodeError as error:
-            raise _not_utf8(self.name, self.row, self.line, error) from error
-        self._ended = not chunk
-        self._buffer += chunk
-
-    def next_character(self) -> str:
-        """The next character that is no space, not consumed; empty at the end."""
-        while True:
-            found = _SPACE.match(self._buffer, self._at)
-            self._at = found.end() if found else self._at
-            if self._at < len(self._buffer):
-                return self._buffer[self._at]
-            if self._ended:
-                return ""
-            self._fill()
-
-    def skip(self) -> None:
-        """Consume one character."""
-        self._at += 1
-
-    def value(self) -> tuple[Any, int]:
-        """Consume and decode the value that begins at the next character; and its size."""
-        while True:
-            try:
-                value, end = self._decoder.raw_decode(self._buffer, self._at)
-                # A number may be cut before `.5` or `e+5` and still decode.
-                if len(self._buffer) - end > _NUMBER_TAIL or self._ended:
-                    size, self._at = end - self._at, end
-                    return value, size
-            except json.JSONDecodeError as error:
-                cut = error.msg.startswith("Unterminated string")
-                certain = not cut and error.pos + _CERTAIN < len(self._buffer)
-                if self._ended or certain:
-                    raise self.problem(f"malformed JSON: {error.msg}", error.pos) from error
-            except (ValueError, RecursionError) as error:
-                raise self.problem(f"cannot be decoded: {str(error)[:200]}") from error
-            if len(self._buffer) - self._at > MAX_ROW:
-                raise self.problem(
-                    f"the row is longer than {MAX_ROW} characters; expected a shorter row "
-                    "(is a closing quote missing?)"
-                )
-            self._fill()
-
-
-def _array(scanner: _Scanner) -> Iterator[Row]:
-    scanner.skip()
-    if scanner.next_character() == "]":
-        scanner.skip()
+        path.open("rb").close()  # whose errors are Python's own
+        raw = io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))
     else:
-        while True:
-            if scanner.next_character() in ("", "]"):
-                raise scanner.problem("malformed JSON: expected a row after ','")
-            line = scanner.line
-            value, size = scanner.value()
-            yield Row(scanner.name, scanner.row, line, value, size)
-            separator = scanner.next_character()
-            if separator not in (",", "]"):
-                found = repr(separator) if separator else "the end of the file"
-                raise scanner.problem(
-                    f"malformed JSON: after this row, expected ',' or ']', found {found}"
-                )
-            scanner.skip()
-            if separator == "]":
-                break
-            scanner.row += 1
-    if scanner.next_character():
-        raise scanner.problem("malformed JSON: text after the closing ']' of the array")
-
-
-def _lines(stream: TextIO, name: str) -> Iterator[Row]:
-    number, line = 0, 0
-    while True:
-        try:
-            text = stream.readline(MAX_ROW + 1)
-        except UnicodeDecodeError as error:
-            raise _not_utf8(name, number + 1, line + 1, error) from error
-        if not text:
-            return
-        line += 1
-        if not text.strip():
-            continue
-        number += 1
-        if len(text) > MAX_ROW:
-            raise _malformed(name, number, line, f"the line is longer than {MAX_ROW} characters")
-        try:
-            value = json.loads(text.rstrip("\r\n"))
-        except json.JSONDecodeError as error:
-            raise _malformed(
-                name,
-                number,
-                line,
-                f"malformed JSON: {error.msg} (column {error.colno}); expected a JSON array of "
-                "rows, or one JSON object per line",
-            ) from error
-        except (ValueError, RecursionError) as error:
-            raise _malformed(
-                name, number, line, f"cannot be decoded: {str(error)[:200]}"
-            ) from error
-        yield Row(name, number, line, value, len(text))
-
-
-def _not_utf8(name: str, row: int, line: int, error: UnicodeDecodeError) -> InvalidArgument:
-    byte = error.object[error.start]
-    return _malformed(
-        name, row, line, f"in or after this row: byte 0x{byte:02x} is not UTF-8; save it as UTF-8"
-    )
+        raw = path.open("rb")
+    # Line ends are kept as they are: those in quotes belong to a CSV's value.
+    return io.TextIOWrapper(raw, encoding="utf-8-sig", errors="strict", newline="")

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arriero import refs
+from arriero.dataset import rows
 from arriero.errors import FailedPrecondition, InvalidArgument, NotFound
 from arriero.gates import remedy
 from arriero.settings import SourceSettings
 from arriero.store import Artifact, Store
 
-SUFFIXES = (".json", ".jsonl", ".ndjson")
 # A file of this name makes an artifact a prepared dataset, not raw rows.
 PREPARED = "data.arrow"
 
@@ -91,8 +91,9 @@ def locate(text: str, *, store: Store, allowed: SourceSettings | None, field: st
     files = tuple(
         SourceFile(artifact.file(entry.path), f"{text}/{entry.path}")
         for entry in sorted(artifact.manifest.files, key=lambda entry: entry.path)
-        if entry.path.endswith(SUFFIXES)
+        if rows.is_rows(entry.path)
     )
+    files = tuple(_without_notes(files))
     if any(entry.path == PREPARED for entry in artifact.manifest.files):
         raise InvalidArgument.field(
             field, f"{text!r} is prepared already (it holds {PREPARED}); expected raw rows"
@@ -126,20 +127,27 @@ def _files(path: Path, allowed: SourceSettings | None, field: str) -> list[Sourc
     files = []
     for entry in sorted(path.rglob("*")):
         parts = entry.relative_to(path).parts
-        if any(part.startswith(".") for part in parts) or entry.suffix not in SUFFIXES:
+        if any(part.startswith(".") for part in parts) or not rows.is_rows(entry.name):
             continue
         # A link inside of the directory may lead out of what is allowed.
         real = allowed.check(str(entry), field=field) if allowed else entry
         if real.is_file():
             files.append(SourceFile(real, str(entry)))
+    files = _without_notes(files)
     _refuse_none(files, str(path), field)
     return files
+
+
+def _without_notes(files: Sequence[SourceFile]) -> list[SourceFile]:
+    """Beside tables and JSON, text files are notes about them."""
+    tables = [file for file in files if not rows.is_text(file.name)]
+    return tables or list(files)
 
 
 def _refuse_none(files: Sequence[SourceFile], text: str, field: str) -> None:
     if not files:
         raise InvalidArgument.field(
-            field, f"{text!r} holds no file of rows; expected {', '.join(SUFFIXES)}"
+            field, f"{text!r} holds no file of rows; expected {', '.join(rows.KINDS)}"
         )
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from arriero.dataset import rows
+from arriero.dataset import json_rows, row, rows
 from arriero.errors import InvalidArgument, NotFound
 
 
@@ -45,7 +45,7 @@ def test_a_byte_order_mark_is_no_text(file: Path) -> None:
 def test_rows_are_the_same_wherever_reading_cuts(
     file: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows, "_CHUNK", chunk)
+    monkeypatch.setattr(json_rows, "_CHUNK", chunk)
     values = [{"a": 'é"\\u\n' * 5, "b": [1.5e3, None, True]}, 123456, -7.25, "x", {}, "你好"]
     found = read(file, json.dumps(values, indent=1))
     assert [row.value for row in found] == values
@@ -76,14 +76,14 @@ def test_malformed_json_names_file_row_and_line(file: Path, text: str | bytes, w
     with pytest.raises(InvalidArgument, match=where) as caught:
         read(file, text)
     assert caught.value.violations[0].field == "sources"
-    assert caught.value.reason == "MALFORMED_JSON"
+    assert caught.value.reason == "MALFORMED_ROW"
 
 
 def test_a_row_without_end_is_not_read_into_memory(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows, "MAX_ROW", 1000)
-    monkeypatch.setattr(rows, "_CHUNK", 100)
+    monkeypatch.setattr(row, "MAX_ROW", 1000)
+    monkeypatch.setattr(json_rows, "_CHUNK", 100)
     with pytest.raises(InvalidArgument, match="row 1, line 1: the row is longer than 1000"):
         read(file, '[{"a": "' + "x" * 5000)
     with pytest.raises(InvalidArgument, match="row 2, line 2: the line is longer than 1000"):

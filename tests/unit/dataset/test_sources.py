@@ -103,3 +103,15 @@ def test_artifacts_that_hold_no_raw_rows_are_refused(
     bad = publish({"rows.jsonl": ROW}, "dataset", "bad", gates=(failed,))
     with pytest.raises(FailedPrecondition, match="quarantined"):
         locate(bad.digest, store, allowed)
+
+
+def test_text_beside_tables_is_notes_and_alone_is_rows(
+    data: Path, store: Store, allowed: SourceSettings, publish
+) -> None:
+    for name in ("a.txt", "LICENSE.txt"):
+        (data / name).write_text("words\n")
+    assert len(locate(data, store, allowed).files) == 2
+    (data / "rows.csv.gz").write_bytes(b"")
+    assert [file.path.name for file in locate(data, store, allowed).files] == ["rows.csv.gz"]
+    artifact = publish({"a.jsonl": ROW, "README.txt": "x"}, "dataset", "noted")
+    assert len(locate(artifact.digest, store, allowed).files) == 1
