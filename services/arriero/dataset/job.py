@@ -7,7 +7,7 @@ not know how rows are encoded or judged.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from arriero.dataset.encoding import FAIL, MASKED, own_template, template_of
 from arriero.dataset.extension.job import extend_tokenizer
 from arriero.dataset.formats import TEXT, RowFormat
 from arriero.dataset.report import FORMAT
-from arriero.dataset.spec import SKIP, check_digests, check_template_digest
+from arriero.dataset.spec import SKIP, check_digests, check_template_digest, hub_token
 from arriero.dataset.transform.job import transform
 from arriero.dataset.vocabulary import TOKENIZER_FILE, Vocabulary
 from arriero.errors import FailedPrecondition, Preempted
@@ -67,7 +67,12 @@ def prepare(job: Job) -> list[Output]:
 def _prepare(job: Job) -> list[Output]:
     spec = job.spec
     tokenizer = job.input("tokenizer")
-    located = sources.locate_all(spec.sources, job.inputs.get("rows", ()), job.store, None)
+    located = sources.fetch(
+        sources.locate_all(spec.sources, job.inputs.get("rows", ()), job.store, None),
+        job.scratch / "sources",
+        token=hub_token(spec),
+        report=_fetching(job),
+    )
     digests = check_digests(located[: len(spec.sources)], spec.sha256)
     forms = preparation.formats_of(located, spec.format, dict(spec.columns))
     skip = spec.on_bad_row == SKIP
@@ -249,6 +254,15 @@ def _reporter(job: Job) -> preparation.Report:
         if job.preempted.is_set():
             raise Preempted("preparing was interrupted; it starts again from the sources")
         job.progress(phase=phase, step=done, total=total, unit="rows")
+
+    return report
+
+
+def _fetching(job: Job) -> Callable[[int, int], None]:
+    def report(done: int, total: int) -> None:
+        if job.preempted.is_set():
+            raise Preempted("fetching was interrupted; it starts again")
+        job.progress(phase="fetching", step=done, total=total, unit="bytes")
 
     return report
 

@@ -7,12 +7,14 @@ Does not know what the files hold.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from arriero import refs
-from arriero.dataset import rows
+from arriero.dataset import remote, rows
+from arriero.dataset.remote import Remote
 from arriero.errors import FailedPrecondition, InvalidArgument, NotFound
 from arriero.gates import remedy
 from arriero.settings import SourceSettings
@@ -35,18 +37,27 @@ class Source:
     """One source, resolved.
 
     Attributes:
-        text: the source with its tag or links resolved.
-        files: in reading order.
+        text: the source with its tag, revision or links resolved.
+        files: in reading order; none of a remote source that was not fetched.
         artifact: digest of the store's artifact; None for paths.
+        remote: where it lies elsewhere.
     """
 
     text: str
     files: tuple[SourceFile, ...]
     artifact: str | None = None
+    remote: Remote | None = None
+
+    @property
+    def here(self) -> bool:
+        """Whether its files can be read."""
+        return self.remote is None or bool(self.files)
 
     @property
     def size(self) -> int:
-        """Bytes of all files."""
+        """Bytes of all files; of a remote source as far as it was looked up."""
+        if self.remote is not None and not self.files:
+            return self.remote.size
         return sum(file.path.stat().st_size for file in self.files)
 
 
@@ -54,7 +65,8 @@ def locate(text: str, *, store: Store, allowed: SourceSettings | None, field: st
     """Find the files of one source.
 
     Args:
-        text: an absolute path, or a reference to a dataset in the store.
+        text: an absolute path, a reference to a dataset in the store, or a
+            remote source, of which only the form is looked at.
         store: what references are looked up in.
         allowed: what paths are checked against; None for a source that
             was checked before.
@@ -65,6 +77,8 @@ def locate(text: str, *, store: Store, allowed: SourceSettings | None, field: st
         NotFound: nothing is there.
         FailedPrecondition: a quarantined artifact.
     """
+    if "://" in text:
+        return Source(text, (), remote=remote.parse(text, field=field))
     if text.startswith("/"):
         path = allowed.check(text, field=field) if allowed else Path(text)
         return Source(str(path), tuple(_files(path, allowed, field)))
@@ -72,7 +86,7 @@ def locate(text: str, *, store: Store, allowed: SourceSettings | None, field: st
         raise InvalidArgument.field(
             field,
             f"{text!r} is neither an absolute path nor a reference; expected /path/to/rows.jsonl, "
-            "a directory of such files, or dataset/name:tag",
+            f"a directory of such files, dataset/name:tag, {remote.FORMS}",
         )
     ref = refs.parse(text, field=field)
     try:
@@ -112,6 +126,67 @@ def locate_all(
     named = [(text, f"sources[{i}]") for i, text in enumerate(texts)]
     named += [(artifact.digest, f"rows[{i}]") for i, artifact in enumerate(artifacts)]
     return [locate(text, store=store, allowed=allowed, field=field) for text, field in named]
+
+
+def look_up(
+    sources: Sequence[Source], token: str | None, *, field: str = "sources"
+) -> list[Source]:
+    """Remote sources as they are now, the others unchanged; raises as `remote.look_up`."""
+    found = []
+    for number, source in enumerate(sources):
+        if source.remote is not None:
+            now = remote.look_up(source.remote, token=token, field=f"{field}[{number}]")
+            source = replace(source, text=now.text, remote=now)
+        found.append(source)
+    return found
+
+
+def identities(sources: Sequence[Source]) -> dict[str, str]:
+    """For a result's key: what remote sources that were looked up hold, by their place."""
+    return {
+        f"sources[{number}]": source.remote.identity
+        for number, source in enumerate(sources)
+        if source.remote is not None
+    }
+
+
+def fetch(
+    sources: Sequence[Source],
+    directory: Path,
+    *,
+    token: str | None,
+    report: Callable[[int, int], None] = lambda *_: None,
+    field: str = "sources",
+) -> list[Source]:
+    """Sources whose files are all here: remote ones are fetched below a directory.
+
+    Args:
+        sources: located.
+        directory: for the files, which are as safe as it is.
+        token: of the hub, or None.
+        report: called with bytes fetched and to be fetched; may raise to stop.
+        field: what errors name.
+    """
+    found = look_up(sources, token, field=field)
+    total = sum(source.size for source in found if not source.here)
+    done = 0
+    for number, source in enumerate(found):
+        if source.remote is None:
+            continue
+        files = remote.fetch(
+            source.remote,
+            directory / str(number),
+            token=token,
+            field=f"{field}[{number}]",
+            report=partial(_tell, report, done, total),
+        )
+        done += source.size
+        found[number] = replace(source, files=tuple(SourceFile(*file) for file in files))
+    return found
+
+
+def _tell(report: Callable[[int, int], None], done: int, total: int, got: int) -> None:
+    report(done + got, total)
 
 
 def is_stored(text: str) -> bool:

@@ -22,6 +22,7 @@ from arriero.gates import check_modes
 from arriero.operations.defaults import with_defaults
 from arriero.operations.kinds import ResolveContext, Resolved
 from arriero.prompts import EOS
+from arriero.settings import check_secret_name, secret
 from arriero.v1 import dataset_pb2
 
 FAIL, SKIP = "fail", "skip"
@@ -49,7 +50,7 @@ def resolve(spec: dataset_pb2.DatasetSpec, context: ResolveContext) -> Resolved:
         FailedPrecondition: the tokenizer's files are not usable, a source is quarantined.
     """
     resolved = with_defaults(spec)
-    located = _check(resolved, context)
+    located = sources.look_up(_check(resolved, context), hub_token(resolved))
     _check_template(resolved, context)
     del resolved.sources[:]
     resolved.sources.extend(source.text for source in located)
@@ -59,11 +60,13 @@ def resolve(spec: dataset_pb2.DatasetSpec, context: ResolveContext) -> Resolved:
     stored = sources.locate_all((), context.inputs.get("rows", ()), context.store, None)
     size = sum(source.size for source in [*located, *stored])
     often = max([1.0, *resolved.source_weights])
+    remote = sources.identities(located)
     return Resolved(
         spec=resolved,
+        fingerprints=remote,
         # int32 ids in the spool, ids and labels in the file: 12 bytes for a token
         # of about 3 bytes of text; twice that for texts that tokenize badly.
-        disk_bytes=int(8 * size * often) + (1 << 20),
+        disk_bytes=int((8 * often + (1 if remote else 0)) * size) + (1 << 20),
         # Rows are never held in memory, only arrays about them.
         memory_bytes=_MEMORY_BYTES + size // 64,
         # The digests say what the sources hold; where they lie changes nothing.
@@ -79,12 +82,15 @@ def check(spec: dataset_pb2.DatasetSpec, context: ResolveContext) -> None:
 def _check(spec: dataset_pb2.DatasetSpec, context: ResolveContext) -> list[sources.Source]:
     check_modes(spec.gates)
     _check_fields(spec)
+    if spec.token_secret:
+        check_secret_name(spec.token_secret, field="token_secret")
     _check_template_file(spec, context)
     located = [
         sources.locate(text, store=context.store, allowed=context.sources, field=f"sources[{i}]")
         for i, text in enumerate(spec.sources)
     ]
-    if sum(source.size for source in located) <= _PRECHECK_BYTES:
+    here = all(source.here for source in located)
+    if here and sum(source.size for source in located) <= _PRECHECK_BYTES:
         _check_rows(located, spec)
     return located
 
@@ -118,8 +124,20 @@ def check_template_digest(path: str, expected: str) -> str:
     return found
 
 
+def hub_token(spec: dataset_pb2.DatasetSpec) -> str | None:
+    """The hub's token; None where none is named.
+
+    Raises:
+        InvalidArgument: this is no name of a secret.
+        FailedPrecondition: the environment has no such secret.
+    """
+    return secret(spec.token_secret, field="token_secret") if spec.token_secret else None
+
+
 def check_digests(located: Sequence[sources.Source], expected: Sequence[str]) -> list[str]:
     """The digests of the sources, compared with what they must be where that is given.
+
+    Of a remote source that was not fetched it is what was given, or empty.
 
     Raises:
         InvalidArgument: another number of digests, or other bytes.
@@ -128,9 +146,13 @@ def check_digests(located: Sequence[sources.Source], expected: Sequence[str]) ->
         raise InvalidArgument.field(
             "sha256", f"{len(expected)} digests for {len(located)} sources; expected one each"
         )
-    found = [sources.digest(source) for source in located]
-    for i, (wanted, actual) in enumerate(zip(expected, found, strict=False)):
-        if wanted.removeprefix("sha256:").lower() != actual.removeprefix("sha256:"):
+    given = list(expected) or [""] * len(located)
+    found = [
+        sources.digest(source) if source.here else wanted
+        for source, wanted in zip(located, given, strict=True)
+    ]
+    for i, (wanted, actual) in enumerate(zip(given, found, strict=True)):
+        if wanted and wanted.removeprefix("sha256:").lower() != actual.removeprefix("sha256:"):
             raise InvalidArgument.field(
                 f"sha256[{i}]",
                 f"{located[i].text} has {actual}, expected {wanted}: the source changed; "

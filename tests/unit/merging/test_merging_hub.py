@@ -1,19 +1,15 @@
 """The hub's client against a small hub of our own, by HF_ENDPOINT, in a process of its own."""
 
-import hashlib
-import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-COMMIT = "c" * 40
+from arriero.testing.hub import COMMIT, TOKEN, serving_hub
+
 FILES = {
     "config.json": b'{"model_type": "llama"}',
     "model.safetensors": b"weights" * 1000,
@@ -34,54 +30,10 @@ except ArrieroError as error:
 """
 
 
-class Hub(BaseHTTPRequestHandler):
-    """What snapshot_download asks for."""
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        if path.startswith("/api/models/org/gated") and "Bearer t0ken" not in str(
-            self.headers.get("authorization")
-        ):
-            self.answer(b'{"error": "gated"}', 403, {"X-Error-Code": "GatedRepo"})
-        elif path.startswith(("/api/models/org/name/revision/", "/api/models/org/gated/revision/")):
-            siblings = [{"rfilename": name} for name in FILES]
-            info = {"id": "org/name", "sha": COMMIT, "siblings": siblings, "tags": []}
-            self.answer(json.dumps(info).encode())
-        elif path.endswith(f"/tree/{COMMIT}"):
-            tree = [
-                {"type": "file", "path": name, "size": len(data), "oid": "0" * 40}
-                for name, data in FILES.items()
-            ]
-            self.answer(json.dumps(tree).encode(), 200, {"Content-Type": "application/json"})
-        elif f"/resolve/{COMMIT}/" in path and path.rpartition("/")[2] in FILES:
-            data = FILES[path.rpartition("/")[2]]
-            tag = hashlib.sha256(data).hexdigest()
-            self.answer(data, 200, {"X-Repo-Commit": COMMIT, "ETag": f'"{tag}"'})
-        else:
-            self.answer(b"{}", 404, {"X-Error-Code": "RepoNotFound"})
-
-    def answer(self, data: bytes, code: int = 200, headers: dict[str, str] | None = None) -> None:
-        self.send_response(code)
-        for key, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(data)
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-
 @pytest.fixture
 def hub() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with serving_hub({"org/name": FILES, "org/gated": FILES}) as url:
+        yield url
 
 
 def fetch(hub: str, tmp_path: Path, *arguments: str, **environment: str) -> str:
@@ -121,4 +73,4 @@ def test_refusals_have_their_codes(hub: str, tmp_path: Path) -> None:
 
 def test_a_secret_opens_a_gated_repository(hub: str, tmp_path: Path) -> None:
     arguments = ("org/gated", "main", str(tmp_path / "repository"), "ARRIERO_SECRET_HUB")
-    assert fetch(hub, tmp_path, *arguments, ARRIERO_SECRET_HUB="t0ken") == COMMIT
+    assert fetch(hub, tmp_path, *arguments, ARRIERO_SECRET_HUB=TOKEN) == COMMIT

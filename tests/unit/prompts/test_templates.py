@@ -16,7 +16,10 @@ def render(name: str, messages: list[dict[str, str]], prompt: bool = False) -> s
 
 
 def test_the_shipped_templates_are_known() -> None:
-    assert prompts.known() == ["alpaca", "chatml", "chinese-alpaca-2", "llama-2", "vicuna"]
+    assert prompts.known() == [
+        *("alpaca", "alpaca-no-input", "chatml", "chinese-alpaca-2", "llama-2", "llama-3"),
+        "vicuna",
+    ]
 
 
 def test_alpaca_without_input_is_the_papers_text() -> None:
@@ -32,6 +35,23 @@ def test_alpaca_with_input_is_the_papers_text() -> None:
         "Below is an instruction that describes a task, paired with an input that provides "
         "further context. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nName a river.\n\n### Input:\nIn Peru\n\n### Response:\n"
+    )
+
+
+def test_alpaca_without_input_section_has_it_below_the_instruction() -> None:
+    assert render("alpaca-no-input", [USER | {"input": "In Peru"}, ANSWER]) == (
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nName a river.\nIn Peru\n\n### Response:\nThe Urubamba.</s>"
+    )
+    assert render("alpaca-no-input", [USER, ANSWER]) == render("alpaca", [USER, ANSWER])
+
+
+def test_llama_3() -> None:
+    assert render("llama-3", [{"role": "system", "content": "Be brief."}, USER], prompt=True) == (
+        "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nName a river.<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
     )
 
 

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from arriero.dataset import sources
 from arriero.dataset.extension import embeddings, pieces, proof
 from arriero.dataset.extension.corpus import LONGEST_LINE, Corpus
 from arriero.dataset.extension.spec import MEAN, located, model_config
@@ -37,7 +38,7 @@ def extend_tokenizer(job: Job) -> list[Output]:
     Raises:
         FailedPrecondition: the corpus is too small for `vocab_size`, or nothing is new.
     """
-    stored = [text for text in job.spec.corpus if not text.startswith("/")]
+    stored = [text for text in job.spec.corpus if sources.is_stored(text)]
     if not stored:
         return _extend(job)
     with job.store.lease("dataset", stored, ttl=_LEASE_SECONDS):
@@ -46,7 +47,9 @@ def extend_tokenizer(job: Job) -> list[Output]:
 
 def _extend(job: Job) -> list[Output]:
     spec, model = job.spec, job.input("model")
-    found = located(spec, job.store, None)
+    found = sources.fetch(
+        located(spec, job.store, None), job.scratch / "sources", token=None, field="corpus"
+    )
     check_digests(found, spec.sha256)
     corpus = Corpus(found, spec.held_out, spec.max_corpus_bytes, spec.seed)
 

@@ -47,7 +47,7 @@ def resolve(spec: dataset_pb2.ExtendTokenizerSpec, context: ResolveContext) -> R
         FailedPrecondition: the model's tokenizer or weights are none that can be extended.
     """
     resolved = with_defaults(spec)
-    found = _check(resolved, context)
+    found = sources.look_up(_check(resolved, context), None, field="corpus")
     directory = context.inputs["model"][0].path
     weights = _check_model(resolved, directory)
     del resolved.corpus[:]
@@ -60,6 +60,7 @@ def resolve(spec: dataset_pb2.ExtendTokenizerSpec, context: ResolveContext) -> R
     largest = max((info.nbytes for info in weights.values()), default=0)
     return Resolved(
         spec=resolved,
+        fingerprints=sources.identities(found),
         # The model again, and its two largest tensors grown, each once more in a scratch file.
         disk_bytes=weights.nbytes + 8 * largest + (64 << 20),
         # SentencePiece holds its sentences and an index of their symbols.

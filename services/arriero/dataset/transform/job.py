@@ -53,7 +53,7 @@ def transform(job: Job) -> list[Output]:
         Unavailable: the endpoint is away; what is answered stays.
         Preempted: told to leave; what is answered stays.
     """
-    stored = [text for text in job.spec.sources if not text.startswith("/")]
+    stored = [text for text in job.spec.sources if sources.is_stored(text)]
     if not stored:
         return _transform(job)
     with job.store.lease("dataset", stored, ttl=_LEASE_SECONDS):
@@ -63,7 +63,11 @@ def transform(job: Job) -> list[Output]:
 def _transform(job: Job) -> list[Output]:
     spec = job.spec
     SourceSettings.from_env().check_url(spec.endpoint, field="endpoint", resolve=True)
-    located = sources.locate_all(spec.sources, job.inputs.get("rows", []), job.store, None)
+    located = sources.fetch(
+        sources.locate_all(spec.sources, job.inputs.get("rows", []), job.store, None),
+        job.scratch / "sources",
+        token=None,
+    )
     check_digests(located[: len(spec.sources)], spec.sha256)
     questions = _Questions(located, spec)
     total = sum(1 for _ in questions.rows())

@@ -54,6 +54,7 @@ def resolve(spec: dataset_pb2.TransformSpec, context: ResolveContext) -> Resolve
     located = sources.locate_all(
         resolved.sources, context.inputs.get("rows", []), context.store, context.sources
     )
+    located = sources.look_up(located, None)
     own = located[: len(resolved.sources)]
     _check_prompt_fields(resolved, located)
     del resolved.sources[:]
@@ -64,6 +65,7 @@ def resolve(spec: dataset_pb2.TransformSpec, context: ResolveContext) -> Resolve
     size = sum(source.size for source in located)
     return Resolved(
         spec=resolved,
+        fingerprints=sources.identities(own),
         # The rows again with their answers, and the log of answers, which may be as long.
         disk_bytes=8 * size + (1 << 20),
         memory_bytes=(256 << 20) + size // 8,
@@ -145,6 +147,8 @@ def _check_prompt_fields(
     spec: dataset_pb2.TransformSpec, located: Sequence[sources.Source]
 ) -> None:
     """Refuse a prompt that names fields which none of the first rows has: it would say less."""
+    if not all(source.here for source in located):
+        return
     wanted = sandbox.variables_of(spec.prompt) - {ROW}
     present: set[str] = set()
     for value in itertools.islice(_values(located), _LOOKED_AT):
