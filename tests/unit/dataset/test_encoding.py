@@ -207,3 +207,69 @@ def test_a_tuned_models_stored_template_is_its_own(bytes_dir: Path, tmp_path: Pa
     prompts.load("vicuna").write(tmp_path)
     assert template_of("model", tmp_path).name == "vicuna"
     assert template_of("model", bytes_dir).name == "model"
+
+
+TEXTS = (
+    "Plain words.",
+    "  spaces\n\nand\tlines  ",
+    "你好，世界。 Ünïcödé e\u0301",
+    "emoji 🦙🏔️ and \u200b joiners",
+    "special </s> and <|im_end|> and <unk> inside",
+    "▁ already",
+    "1234567890 + - * / = <html>&amp;</html>",
+)
+
+
+@pytest.mark.parametrize("name", ["alpaca", "llama-2", "chatml", "vicuna"])
+def test_tokens_widths_mask_as_their_offsets_do(any_dir: Path, name: str) -> None:
+    by_widths, by_offsets = encoder(any_dir, name), encoder(any_dir, name)
+    # No text adds up to these, so every one is tokenized with offsets.
+    by_offsets.vocabulary._widths = by_offsets.vocabulary._widths + (1 << 20)
+    rows = [by_widths.render(alpaca(a, b)) for a in TEXTS for b in TEXTS]
+    one, other = by_widths.encode_batch(rows), by_offsets.encode_batch(rows)
+    assert (one.ids == other.ids).all()
+    assert (one.trained == other.trained).all()
+    assert (one.straddles == other.straddles).all()
+    assert (one.ends_turn == other.ends_turn).all()
+
+
+def test_a_tokenizer_that_normalizes_is_tokenized_with_offsets(
+    bytes_dir: Path, tmp_path: Path
+) -> None:
+    import json
+    import shutil
+
+    shutil.copytree(bytes_dir, tmp_path / "nfc")
+    data = json.loads((bytes_dir / "tokenizer.json").read_text())
+    data["normalizer"] = {"type": "NFC"}
+    (tmp_path / "nfc" / "tokenizer.json").write_text(json.dumps(data))
+    made = encoder(tmp_path / "nfc", "chatml")
+    tokens = made.vocabulary.encode_batch(["plain", "cafe\u0301"])
+    assert list(tokens.offsets) == [1]
+    row = encode(made, alpaca("cafe\u0301 cafe\u0301", "une re\u0301ponse"))
+    assert bytes_text(made, row.ids[row.trained].tolist()) == "une r\u00e9ponse<|im_end|>"
+
+
+@pytest.mark.parametrize("add_eos_token", [True, False])
+def test_rows_rendered_by_shape_are_those_that_the_template_renders(
+    any_dir: Path, add_eos_token: bool
+) -> None:
+    for name in prompts.known():
+        made = encoder(any_dir, name, add_eos_token=add_eos_token)
+        for text in TEXTS:
+            for more in ({}, {"input": text[::-1]}, {"system": text}):
+                example = alpaca(f"{text}?", f" {text} ", **more)
+                assert made.renderer.render(example) == made.renderer.render_whole(
+                    example.messages
+                ), name
+
+
+def test_a_template_that_looks_into_texts_is_rendered_row_by_row(bytes_dir: Path) -> None:
+    curious = Template(
+        "curious",
+        "{% for m in messages %}{{ m.role }}: {{ m.content | replace('llama', 'alpaca') }}\n"
+        "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
+    )
+    made = encoder(bytes_dir, curious)
+    texts = [made.render(alpaca(f"A llama {i}?", "Yes.")).text for i in range(2)]
+    assert [text.splitlines()[0] for text in texts] == ["user: A alpaca 0?", "user: A alpaca 1?"]
