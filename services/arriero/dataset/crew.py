@@ -32,11 +32,6 @@ T = TypeVar("T")
 Batch = tuple[T, RowFormat, list[Any]]
 
 
-def default_processes() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class Crew:
     """Does batches in this process, or in several.
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from arriero.dataset import arrow, packing, preparation, proofs, selection, sources
 from arriero.dataset.batches import NONE, Batches, Settings
-from arriero.dataset.crew import Crew, default_processes
+from arriero.dataset.crew import Crew
 from arriero.dataset.dedup import Duplicates
 from arriero.dataset.encoding import FAIL, MASKED, own_template, template_of
 from arriero.dataset.extension.job import extend_tokenizer
@@ -27,6 +27,7 @@ from arriero.dataset.transform.job import transform
 from arriero.dataset.vocabulary import TOKENIZER_FILE, Vocabulary
 from arriero.errors import FailedPrecondition, Preempted
 from arriero.gates.golden import TOKENS, probe_sequences
+from arriero.llama.cores import threads
 from arriero.operations.handoff import to_json
 from arriero.operations.job import Job, Output, main
 from arriero.prompts import Template
@@ -152,7 +153,7 @@ def _prepare(job: Job) -> list[Output]:
         "encoded": encoded.tally.to_json()
         | {
             "truncated_rows": encoded.truncated,
-            "truncated_share": job.gates.results[1].figure or 0.0,
+            "truncated_share": encoded.truncated_share,
             "dropped_rows": encoded.dropped,
             "longest_row": encoded.longest,
             "straddling_rows": encoded.straddling,
@@ -218,7 +219,7 @@ def _tokenizer_files(job: Job, vocabulary: Vocabulary) -> Path:
 
 def _processes(asked: int, located: Sequence[sources.Source]) -> int:
     size = sum(source.size for source in located)
-    return min(asked or default_processes(), 1 + size // _BYTES_A_PROCESS)
+    return min(threads(asked), 1 + size // _BYTES_A_PROCESS)
 
 
 def _bound(template: Template, vocabulary: Vocabulary) -> Template:

@@ -69,7 +69,7 @@ class Encoded:
     Attributes:
         counts: samples of each row of the survey; 0 for those that made none.
         tally: figures over all samples.
-        long, masked, endless, bos, special: rows, by what was found.
+        long, masked, endless, bos, special, unusable: rows, by what was found.
         straddling: rows with a token across the end of a prompt.
         truncated: rows that lost tokens.
         dropped: rows left out as too long.
@@ -88,6 +88,12 @@ class Encoded:
     truncated: int = 0
     dropped: int = 0
     longest: int = 0
+
+    @property
+    def truncated_share(self) -> float:
+        """Share of the rows that made samples and lost tokens, 0..1."""
+        rows = int((self.counts > 0).sum())
+        return self.truncated / rows if rows else 0.0
 
     def samples_of(self, chosen: Rows) -> Rows:
         """Positions in the spool of the samples of some rows, in their order."""

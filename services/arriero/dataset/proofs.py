@@ -38,8 +38,7 @@ def judge_schema(gates: Gates, found: Survey, encoded: Encoded, *, skip: bool) -
 def judge_truncation(gates: Gates, encoded: Encoded, cutoff_len: int, allowed: float) -> None:
     """`dataset.truncation`: no more rows lose tokens at `cutoff_len` than are allowed to."""
     rows = int((encoded.counts > 0).sum())
-    cut = encoded.truncated
-    share = cut / rows if rows else 0.0
+    cut, share = encoded.truncated, encoded.truncated_share
     detail = f"{cut} of {rows} rows were cut at {cutoff_len} tokens"
     if cut:
         detail += (
