@@ -130,7 +130,9 @@ def fetch(
             target = directory / path
             target.parent.mkdir(parents=True, exist_ok=True)
             if remote.scheme == S3:
-                with _s3(remote).open_input_stream(f"{remote.place}/{path}") as stream:
+                # As it is: pyarrow would unpack what is called .gz.
+                where = f"{remote.place}/{path}"
+                with _s3(remote).open_input_stream(where, compression=None) as stream:
                     _copy(stream, target, report, done)
                 name = f"{S3}{remote.place}/{path}"
             else:

@@ -1,5 +1,6 @@
 """Sources on S3 and on a hub, against small servers of our own."""
 
+import gzip
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from arriero.dataset import remote, sources
+from arriero.dataset import remote, rows, sources
 from arriero.dataset.spec import resolve
 from arriero.errors import InvalidArgument, NotFound, PermissionDenied, Unavailable
 from arriero.operations.kinds import ResolveContext
@@ -60,6 +61,16 @@ def test_the_rows_below_a_prefix_are_fetched(s3: str, tmp_path: Path) -> None:
     ]
     assert [file.path.read_bytes() for file in found.files] == [ROW * 3, ROW]
     assert found.size == 4 * len(ROW)
+
+
+def test_compressed_objects_are_fetched_as_they_are(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = gzip.compress(ROW * 50)
+    monkeypatch.setitem(OBJECTS["corpora"], "packed/a.jsonl.gz", packed)
+    found = fetch("s3://corpora/packed", tmp_path).files[0]
+    assert found.path.read_bytes() == packed
+    assert len(list(rows.read(found.path))) == 50
 
 
 def test_one_object_is_a_source_whatever_its_name(s3: str, tmp_path: Path) -> None:
