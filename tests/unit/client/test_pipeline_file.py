@@ -91,6 +91,16 @@ def test_relative_paths_start_at_the_file_and_keep_their_dots(tmp_path, monkeypa
     assert list(pipeline.stages[1].dataset.sources) == [f"{tmp_path}/a/x/../y.json"]
 
 
+def test_a_templates_file_is_a_path_and_its_name_is_none(tmp_path):
+    (tmp_path / "p.yaml").write_text(
+        "name: a\nstages:\n"
+        "- {name: d, dataset: {sources: [x.json], tokenizer: m, template: own.jinja}}\n"
+        "- {name: e, dataset: {sources: [x.json], tokenizer: m, template: chatml}}\n"
+    )
+    stages = load_pipeline(tmp_path / "p.yaml").pipeline.stages
+    assert [stage.dataset.template for stage in stages] == [f"{tmp_path}/own.jinja", "chatml"]
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
