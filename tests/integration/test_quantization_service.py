@@ -122,7 +122,9 @@ def test_files_are_made_measured_and_chosen(service: Service, model: Artifact) -
     made = service.result(started)
     assert [o.name for o in made.outputs] == ["Q8_0", "Q4_0"]
     assert {(g.gate, g.verdict) for g in made.gates} == {
-        ("gguf.tokens", types_pb2.GATE_VERDICT_PASSED)
+        ("gguf.tokens", types_pb2.GATE_VERDICT_PASSED),
+        ("gguf.template", types_pb2.GATE_VERDICT_SKIPPED),  # no template anywhere
+        ("gguf.rope", types_pb2.GATE_VERDICT_PASSED),
     }
     for output in made.outputs:
         artifact = service.store.get(output.digest)

@@ -34,6 +34,7 @@ from arriero.quantization.checkpoint import Checkpoint
 from arriero.quantization.converter import Conversion, Outline
 from arriero.quantization.proof import prove_tokens
 from arriero.quantization.rows import sequences
+from arriero.quantization.template_proof import prove_rope, prove_template, trained_rows
 from arriero.store import Artifact
 from arriero.weights import MergedWeights, Weights
 
@@ -68,6 +69,14 @@ def run_quantize(job: Job) -> list[Output]:
         golden=Golden.read(golden.path) if golden else None,
         log=job.log,
     )
+    prove_template(
+        job.gates,
+        gguf=work.outline.path,
+        recorded=work.template,
+        rows=trained_rows(job.store, golden),
+        log=job.log,
+    )
+    prove_rope(job.gates, config=work.view / "config.json", gguf=work.outline.path)
     paths = [job.output_dir(k.name) / f"{work.name}.{k.name}.gguf" for k in kinds]
     if method == ONEPASS:
         _in_one_pass(work, kinds, plans, recipe, paths)

@@ -1,6 +1,6 @@
-"""Token ids of a prepared dataset.
+"""Token ids and labels of a prepared dataset.
 
-Responsibility: read them sample by sample. Does not know labels or models.
+Responsibility: read them sample by sample. Does not know models.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def sequences(directory: Path, limit: int) -> Iterator[list[int]]:
         DataLoss: a damaged file.
     """
     left = limit
-    for ids in _samples(directory):
+    for ids, _ in samples(directory):
         if left <= 0:
             return
         if ids:
@@ -37,8 +37,16 @@ def sequences(directory: Path, limit: int) -> Iterator[list[int]]:
         )
 
 
-def _samples(directory: Path) -> Iterator[list[int]]:
-    """Ids of each sample; a packed row holds several, whose lengths lie beside it."""
+def samples(directory: Path) -> Iterator[tuple[list[int], list[int]]]:
+    """Ids and labels of each sample; a packed row holds several, whose lengths lie beside it.
+
+    Args:
+        directory: of a dataset artifact.
+
+    Raises:
+        FailedPrecondition: the dataset is not prepared.
+        DataLoss: a damaged file.
+    """
     import pyarrow as pa
 
     path = directory / DATA_FILE
@@ -52,13 +60,16 @@ def _samples(directory: Path) -> Iterator[list[int]]:
         for i in range(reader.num_record_batches):
             batch = reader.get_batch(i)
             packed = "lengths" in batch.schema.names
-            for row, ids in enumerate(batch["input_ids"]):
-                tokens: list[int] = ids.as_py()
+            for row, (ids, labels) in enumerate(
+                zip(batch["input_ids"], batch["labels"], strict=True)
+            ):
+                tokens, wanted = ids.as_py(), labels.as_py()
                 lengths = batch["lengths"][row].as_py() if packed else [len(tokens)]
                 start = 0
                 for length in lengths:
-                    yield tokens[start : start + length]
-                    start += length
+                    end = start + length
+                    yield tokens[start:end], wanted[start:end]
+                    start = end
     except (pa.ArrowInvalid, OSError, KeyError, AttributeError, TypeError) as error:
         raise DataLoss(
             f"{DATA_FILE} of dataset {directory.name[:12]} cannot be read ({error}); prepare it "

@@ -12,16 +12,16 @@ end is not used.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from arriero.errors import DataLoss, FailedPrecondition
+from arriero.errors import FailedPrecondition
+from arriero.quantization.rows import samples
 
-DATA_FILE = "data.arrow"
 # In a dataset's labels: not trained on, so not scored.
 _MASKED = -100
 # In `Window.targets`: not scored.
@@ -78,7 +78,8 @@ def of_text(ids: Sequence[int], n_ctx: int, *, bos: int | None, limit: int = 0) 
 
 
 def of_rows(directory: Path, *, limit: int = 0) -> list[Window]:
-    """The rows of a prepared dataset, each a window; what is trained on is scored.
+    """The rows of a prepared dataset (a packed row's samples), each a window; what is
+    trained on is scored.
 
     The mean over all of them is what a training calls its evaluation loss.
 
@@ -91,13 +92,15 @@ def of_rows(directory: Path, *, limit: int = 0) -> list[Window]:
         DataLoss: a damaged file.
     """
     windows: list[Window] = []
-    for ids, labels in _rows(directory):
+    for ids, labels in samples(directory):
         if limit and len(windows) == limit:
             break
+        if not ids:
+            continue
         targets = np.full(len(ids), UNSCORED, dtype=np.int32)
-        following = labels[1:]
+        following = np.array(labels[1:], dtype=np.int32)
         targets[:-1] = np.where(following == _MASKED, UNSCORED, following)
-        windows.append(Window(ids, targets))
+        windows.append(Window(np.array(ids, dtype=np.int32), targets))
     if not windows:
         raise FailedPrecondition(
             "the dataset has no rows, expected at least one; name a split that holds some, such "
@@ -111,29 +114,3 @@ def of_rows(directory: Path, *, limit: int = 0) -> list[Window]:
             reason="NO_ROWS",
         )
     return windows
-
-
-def _rows(directory: Path) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]]:
-    """Ids and labels of each row, int32."""
-    import pyarrow as pa
-
-    path = directory / DATA_FILE
-    if not path.is_file():
-        raise FailedPrecondition(
-            f"dataset {directory.name[:12]} is not prepared ({DATA_FILE} is missing); expected "
-            "an output of a stage `dataset`"
-        )
-    try:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        for i in range(reader.num_record_batches):
-            batch = reader.get_batch(i)
-            for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
-                yield (
-                    ids.values.to_numpy().astype(np.int32),
-                    labels.values.to_numpy().astype(np.int32),
-                )
-    except (pa.ArrowInvalid, OSError, KeyError, AttributeError) as error:
-        raise DataLoss(
-            f"{DATA_FILE} of dataset {directory.name[:12]} cannot be read ({error}); prepare it "
-            "again"
-        ) from error

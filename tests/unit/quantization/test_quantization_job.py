@@ -75,8 +75,11 @@ def test_a_model_becomes_files_that_are_measured_and_chosen_from(
         assert template == load("alpaca")
         with Model(path, vocab_only=True) as loaded:
             assert loaded.chat_template == template.chat_template
-    (gate,) = jobs[0].gates.results
-    assert (gate.gate, gate.verdict, gate.figure) == ("gguf.tokens", Verdict.PASSED, 0.0)
+    assert [(g.gate, g.verdict, g.figure) for g in jobs[0].gates.results] == [
+        ("gguf.tokens", Verdict.PASSED, 0.0),
+        ("gguf.template", Verdict.PASSED, None),
+        ("gguf.rope", Verdict.PASSED, 0.0),
+    ]
     # Nothing of a model's size lay between: the outline is a header and a hole.
     (outline,) = jobs[0].scratch.rglob("*.gguf")
     assert outline.stat().st_blocks * 512 < outline.stat().st_size / 2
@@ -122,7 +125,7 @@ def test_another_tokenizer_fails_the_gate_and_keeps_the_files(
     other = publish(changed, "model", name="changed")
     jobs: list[Job] = []
     outputs = quantized(other, store, tmp_path, "Q8_0", prepare=jobs.append)
-    (gate,) = jobs[0].gates.results
+    gate, *_ = jobs[0].gates.results
     assert gate.verdict is Verdict.FAILED
     assert gate.figure is not None
     assert gate.figure > 5
