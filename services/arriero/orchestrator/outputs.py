@@ -60,8 +60,9 @@ def outputs_of(stage: pipeline_pb2.Stage) -> tuple[Output, ...]:
         case "merge":
             return (Output("model", "model"), Output("golden", "report", certain=False))
         case "quantize":
+            alone = "adapter" if stage.quantize.adapter_only else "gguf"
             files = (
-                Output(name.upper(), "model" if name.upper() in _BNB_TYPES else "gguf")
+                Output(name.upper(), "model" if name.upper() in _BNB_TYPES else alone)
                 for name in stage.quantize.types
             )
             # Computed from rows; a report that was given is not published again.

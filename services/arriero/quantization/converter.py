@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -166,7 +166,7 @@ def convert(
         ResourceExhausted: it was killed, probably for want of memory.
     """
     child = _start(conversion, target, None, log, threads)
-    _wait(child, target, log, on_progress, check)
+    wait(child, target, log, on_progress, check)
 
 
 def outline(
@@ -182,7 +182,7 @@ def outline(
     """
     described = target.with_suffix(".json")
     child = _start(conversion, target, described, log, 1)
-    _wait(child, target, log, None, check)
+    wait(child, target, log, None, check)
     data = json.loads(described.read_text(encoding="utf-8"))
     origins = {name: Origin(source, heads) for name, (source, heads) in data["tensors"].items()}
     return Outline(target, origins, data["obstacle"])
@@ -207,6 +207,18 @@ def _start(
         ),
         encoding="utf-8",
     )  # fmt: skip
+    return spawn(["-P", "-m", "arriero.quantization.official", str(request)], log, threads)
+
+
+def spawn(arguments: Sequence[str], log: Path, threads: int = 1) -> subprocess.Popen[bytes]:
+    """Start a script of llama.cpp's, without secrets and without a network; see `wait`.
+
+    Args:
+        arguments: of the Python interpreter.
+        log: file that its output goes to.
+        threads: of its tensor library.
+    """
+    root = locate()
     environment = {key: value for key, value in os.environ.items() if not _SECRETS.search(key)}
     environment |= {
         "PYTHONPATH": os.pathsep.join((str(root / "gguf-py"), str(_SERVICES))),
@@ -219,7 +231,7 @@ def _start(
     with log.open("wb") as output:
         # Same process group as the job: who kills the job kills this too.
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "arriero.quantization.official", str(request)],
+            [sys.executable, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -227,13 +239,19 @@ def _start(
         )
 
 
-def _wait(
+def wait(
     child: subprocess.Popen[bytes],
     target: Path,
     log: Path,
-    on_progress: Callable[[int], None] | None,
-    check: Callable[[], None] | None,
+    on_progress: Callable[[int], None] | None = None,
+    check: Callable[[], None] | None = None,
 ) -> None:
+    """Wait for a started script to have written a file; see `convert` for the rest.
+
+    Raises:
+        FailedPrecondition: it refuses, with its reason.
+        ResourceExhausted: it was killed, probably for want of memory.
+    """
     try:
         while child.poll() is None:
             if check is not None:

@@ -48,6 +48,8 @@ LIMITS: Mapping[str, float] = {
     "IQ3_XS": 2.5,
     "IQ3_XXS": 2.5,
     "Q2_K_S": 2.5,
+    "BNB_INT8": 0.15,
+    "BNB_NF4": 1.0,
 }
 
 # `general.file_type` of a GGUF file is its ftype; files that split it say so in bit 10.

@@ -13,13 +13,14 @@ from functools import cached_property
 from pathlib import Path
 
 from arriero.errors import FailedPrecondition, NotFound, ResourceExhausted
-from arriero.gates.golden import Golden
+from arriero.gates.golden import Golden, compare
 from arriero.llama import (
     Header,
     Importance,
     QuantType,
     Recipe,
     TypePlan,
+    insert_metadata,
     plan_types,
     read_header,
     resolve_type,
@@ -29,14 +30,15 @@ from arriero.llama import (
 from arriero.llama.activations import WINDOW, collect
 from arriero.operations.job import Job, Output
 from arriero.prompts import Template
-from arriero.quantization import converter, imatrix, onepass, reference
+from arriero.quantization import adapter_file, bnb, converter, imatrix, limits, onepass, reference
 from arriero.quantization.checkpoint import Checkpoint
 from arriero.quantization.converter import Conversion, Outline
+from arriero.quantization.evaluation import Measurement
 from arriero.quantization.proof import prove_tokens
 from arriero.quantization.rows import sequences
 from arriero.quantization.template_proof import prove_rope, prove_template, trained_rows
 from arriero.store import Artifact
-from arriero.weights import MergedWeights, Weights
+from arriero.weights import LoraAdapter, MergedWeights, Weights
 
 TEMPLATE_KEY = "arriero.template"
 SOURCE_KEY = "arriero.source"
@@ -52,11 +54,23 @@ def run_quantize(job: Job) -> list[Output]:
     Where the one pass cannot (or `method` says so), the model is merged,
     converted and quantized one after the other.
     """
+    if job.spec.adapter_only:
+        return _adapter_alone(job)
+    wide = {text: _checkpoint(job, text) for text in job.spec.types if text in bnb.TYPES}
+    made = {output.name: output for output in [*wide.values(), *_files(job)]}
+    # In the order asked for; an importance matrix comes last.
+    return [made.pop(text) for text in job.spec.types] + list(made.values())
+
+
+def _files(job: Job) -> list[Output]:
+    """The GGUF files."""
+    kinds = [resolve_type(text) for text in job.spec.types if text not in bnb.TYPES]
+    if not kinds:
+        return []
     work = _Work(job)
     method = work.method
     importance, matrix = work.importance()
     recipe = replace(work.recipe, importance=importance)
-    kinds = [resolve_type(text) for text in job.spec.types]
     plans = [plan_types(work.outline.path, kind, recipe) for kind in kinds]
     for kind, plan in zip(kinds, plans, strict=True):
         _check_plan(job, kind, plan, importance)
@@ -114,6 +128,73 @@ def run_quantize(job: Job) -> list[Output]:
             )
         )
     return [*outputs, *([matrix] if matrix else [])]
+
+
+def _adapter_alone(job: Job) -> list[Output]:
+    """The adapter as GGUF files, one per type."""
+    base, source = job.input("model"), job.input("adapters")
+    name = source.manifest.name or "adapter"
+    adapter = LoraAdapter.open(source.path)
+    outputs = []
+    for step, kind in enumerate(job.spec.types):
+        job.progress(
+            phase=f"converting to {kind}", step=step, total=len(job.spec.types), unit="files"
+        )
+        path = job.output_dir(kind) / f"{name}.{kind}.gguf"
+        adapter_file.convert(
+            adapter,
+            base.path,
+            path,
+            kind,
+            name=name,
+            scratch=job.scratch,
+            log=job.log,
+            check=job.check_preempted,
+        )
+        insert_metadata(path, {SOURCE_KEY: base.digest, ADAPTERS_KEY: source.digest})
+        outputs.append(
+            Output(
+                name=kind,
+                kind="adapter",
+                path=path.parent,
+                artifact_name=name,
+                golden=job.spec.golden or None,
+                metrics={"size_bytes": path.stat().st_size, "tensors": 2 * len(adapter.pairs)},
+                labels={"quant_type": kind, "format": "gguf"},
+            )
+        )
+    return outputs
+
+
+def _checkpoint(job: Job, kind: str) -> Output:
+    """A checkpoint of bitsandbytes, judged by the golden logits."""
+    model = job.input("model")
+    job.check_preempted()
+    job.progress(phase=f"quantizing {kind}", force=True)
+    directory = job.output_dir(kind)
+    bnb.write(model.path, directory, kind)
+    size = sum(path.stat().st_size for path in directory.iterdir())
+    measured = Measurement(model.manifest.name, "", kind, size, 0.0)
+    metrics = {"size_bytes": float(size)}
+    if job.spec.golden:
+        job.progress(phase=f"measuring {kind}", force=True)
+        golden = Golden.read(job.store.get(job.spec.golden).path)
+        with job.gates.timed():
+            found = compare(golden, bnb.golden_logits(directory, golden))
+        measured.kl_divergence = found.kl_divergence
+        metrics |= {"kl_divergence": found.kl_divergence, "top1_agreement": found.top1_agreement}
+        job.log.info("%s: KL %.5f nats per token", kind, found.kl_divergence)
+    limits.judge(job.gates, [measured])
+    return Output(
+        name=kind,
+        kind="model",
+        path=directory,
+        artifact_name=model.manifest.name or "model",
+        parents=(model.digest,),
+        golden=job.spec.golden or None,
+        metrics=metrics,
+        labels={"quant_type": kind},
+    )
 
 
 class _Work:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 import re
 
-from arriero.errors import InvalidArgument, NotFound
+from arriero.errors import FailedPrecondition, InvalidArgument, NotFound
 from arriero.llama import expected_size, resolve_tensor_type, resolve_type
 from arriero.operations.defaults import with_defaults
 from arriero.operations.kinds import ResolveContext, Resolved
-from arriero.quantization import converter
+from arriero.quantization import adapter_file, bnb, converter
 from arriero.quantization.checkpoint import Checkpoint, read_checkpoint
 from arriero.v1 import quantization_pb2 as pb
-from arriero.weights import MergedWeights
+from arriero.weights import LoraAdapter, MergedWeights
 
 _METHODS = ("auto", "onepass", "reference")
 
@@ -48,8 +48,25 @@ def resolve_quantize(spec: pb.QuantizeSpec, context: ResolveContext) -> Resolved
         )
     else:
         checkpoint = read_checkpoint(model.path)
-    kinds = [resolve_type(name) for name in resolved.types]
+    if resolved.adapter_only:
+        adapter = LoraAdapter.open(adapters[0].path)
+        if why := adapter_file.obstacle(adapter, model.path):
+            raise FailedPrecondition(
+                f"the adapter cannot become a GGUF adapter: {why}", reason="NO_GGUF_ADAPTER"
+            )
+        # In float32 at most, and once more between.
+        return Resolved(
+            spec=resolved,
+            disk_bytes=(2 * len(resolved.types) + 1) * adapters[0].manifest.size,
+            memory_bytes=(1 << 30) + 4 * adapters[0].manifest.size,
+            unkeyed=("threads",),
+        )
+    kinds = [resolve_type(name) for name in resolved.types if name not in bnb.TYPES]
     disk = sum(expected_size(checkpoint.parameters, kind) for kind in kinds)
+    wide = [name for name in resolved.types if name in bnb.TYPES]
+    disk += len(wide) * checkpoint.size
+    if wide:
+        bnb.available()
     if spec.method == "reference":
         disk += checkpoint.size * (2 if adapters else 1)
     elif any(given.manifest.kind == "dataset" for given in context.inputs.get("imatrix", [])):
@@ -59,7 +76,7 @@ def resolve_quantize(spec: pb.QuantizeSpec, context: ResolveContext) -> Resolved
         disk_bytes=disk,
         # llama.cpp's quantizer holds its largest tensor in fp32 beside the source's and
         # its own pages; the converter's libraries take the rest.
-        memory_bytes=(1 << 30) + 8 * checkpoint.largest,
+        memory_bytes=(1 << 30) + (2 * checkpoint.size if wide else 8 * checkpoint.largest),
         unkeyed=("threads",),
     )
 
@@ -73,17 +90,15 @@ def _checked_quantize(spec: pb.QuantizeSpec) -> pb.QuantizeSpec:
     resolved = with_defaults(spec)
     if not spec.types:
         raise InvalidArgument.field("types", "empty; expected at least one type, such as Q4_K_M")
-    kinds = []
     seen: dict[str, int] = {}
     for i, text in enumerate(spec.types):
-        kind = resolve_type(text, field=f"types[{i}]", imatrix=spec.HasField("imatrix"))
-        if kind.name in seen:
+        name = _type_name(spec, text, f"types[{i}]")
+        if name in seen:
             raise InvalidArgument.field(
-                f"types[{i}]", f"{kind.name} is already there as types[{seen[kind.name]}]"
+                f"types[{i}]", f"{name} is already there as types[{seen[name]}]"
             )
-        seen[kind.name] = i
-        kinds.append(kind)
-    resolved.types[:] = [kind.name for kind in kinds]
+        seen[name] = i
+    resolved.types[:] = list(seen)
     if spec.threads < 0:
         raise InvalidArgument.field("threads", f"is {spec.threads}; expected 0 (all) or more")
     _check_weights(spec, resolved)
@@ -96,11 +111,52 @@ def _checked_quantize(spec: pb.QuantizeSpec) -> pb.QuantizeSpec:
         raise InvalidArgument.field(
             "method", f"{resolved.method!r} is not known; expected {', '.join(_METHODS)}"
         )
-    if resolved.adapter_only:
-        raise InvalidArgument.field(
-            "adapter_only", "adapters alone are not converted by this build; leave it out"
-        )
+    _check_forms(spec, resolved)
     return resolved
+
+
+def _type_name(spec: pb.QuantizeSpec, text: str, field: str) -> str:
+    """A type as it is written, of those that what is asked for can have."""
+    name = text.strip().upper()
+    if spec.adapter_only:
+        if name not in adapter_file.TYPES:
+            raise InvalidArgument.field(
+                field, f"an adapter alone is written as {', '.join(adapter_file.TYPES)}, not {text}"
+            )
+        return name
+    if name in bnb.TYPES:
+        return name
+    return resolve_type(text, field=field, imatrix=spec.HasField("imatrix")).name
+
+
+def _check_forms(spec: pb.QuantizeSpec, resolved: pb.QuantizeSpec) -> None:
+    """Adapters alone, and checkpoints of bitsandbytes, take fewer knobs."""
+    wide = any(name in bnb.TYPES for name in resolved.types)
+    if not (resolved.adapter_only or wide):
+        return
+    if wide and spec.adapters:
+        raise InvalidArgument.field(
+            "adapters",
+            "are not folded into checkpoints of bitsandbytes; quantize the output of a stage merge",
+        )
+    if wide and all(name in bnb.TYPES for name in resolved.types):
+        what = "checkpoints of bitsandbytes"
+    elif resolved.adapter_only:
+        what = "an adapter alone"
+        if len(spec.adapters) != 1:
+            raise InvalidArgument.field(
+                "adapters", f"holds {len(spec.adapters)}; adapter_only converts exactly one"
+            )
+        if list(resolved.weights) != [1.0]:
+            raise InvalidArgument.field(
+                "weights", "is not part of the file: whoever loads the adapter gives its scale"
+            )
+    else:
+        return
+    useless = ("imatrix", "output_tensor_type", "token_embedding_type", "method", "tensor_types")
+    given = [field.name for field, _ in spec.ListFields() if field.name in useless]
+    if given:
+        raise InvalidArgument.field(given[0], f"has no meaning for {what}; leave it out")
 
 
 def _check_weights(spec: pb.QuantizeSpec, resolved: pb.QuantizeSpec) -> None:
