@@ -50,6 +50,7 @@ class _Work:
     job: Job
     vocabulary: Vocabulary
     template: Template | None
+    formats: Sequence[str]
     spool: arrow.Spool
     probe: list[list[int]]
     parents: Sequence[str]
@@ -129,6 +130,7 @@ def _prepare(job: Job) -> list[Output]:
             job=job,
             vocabulary=vocabulary,
             template=encoder.template if declared else _own(tokenizer.path, vocabulary),
+            formats=sorted({form.name for form in forms}),
             spool=spool,
             # Training rows follow where the held-out ones are too few.
             probe=_probe(spool, [*splits["val"][: 4 * TOKENS], *splits["train"][: 4 * TOKENS]]),
@@ -314,7 +316,7 @@ def _split(work: _Work, name: str, samples: selection.Rows) -> Output:
         path=directory,
         parents=work.parents,
         metrics={key: float(facts[key]) for key in ("rows", "samples", "tokens", "trained_tokens")},
-        labels={"template": template, "split": name},
+        labels={"template": template, "split": name, "formats": ",".join(work.formats)},
     )
 
 

@@ -34,7 +34,8 @@ _MOST_DIFFERENT = 0.5
 _SEAM = 2
 # Relative; float32 metadata and factors are exact to 1e-6.
 _MOST_TURNED = 1e-3
-_PLAIN_TEXT = ("text", "auto")
+# In the label `formats` of a dataset.
+_PLAIN_TEXT = "text"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,8 @@ def trained_rows(store: Store, golden: Artifact | None) -> Trained | None:
         except (NotFound, DataLoss):
             continue
         name = manifest.labels.get("template", "")
-        if manifest.kind == "dataset" and name and manifest.spec.get("format") not in _PLAIN_TEXT:
+        formats = manifest.labels.get("formats", "").split(",")
+        if manifest.kind == "dataset" and name and formats[0] and _PLAIN_TEXT not in formats:
             return Trained(Golden.read(golden.path), name)
     return None
 

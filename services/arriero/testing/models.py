@@ -44,13 +44,16 @@ def tiny_llama(
     hidden: int = 64,
     layers: int = 2,
     inner: int = 0,
+    tokenizer: Literal["sentencepiece", "smollm", "llama-3"] = "sentencepiece",
 ) -> Path:
     """Write a random LlamaForCausalLM with its tokenizer into `directory`.
 
-    The same arguments give the same bytes. The tokenizer is SentencePiece BPE
-    with byte fallback, as LLaMA's: `tokenizer.model` for the converter and
+    The same arguments give the same bytes. The default tokenizer is SentencePiece
+    BPE with byte fallback, as LLaMA's: `tokenizer.model` for the converter and
     `tokenizer.json` for transformers give the same ids. It has no chat template,
-    adds BOS, and pads with `</s>`.
+    adds BOS, and pads with `</s>`. The others are byte-level BPE of the same size
+    with ChatML: SmolLM2's kind, whose BOS nothing adds, and Llama 3's, which begins
+    every text with BOS.
 
     Args:
         directory: created if it is missing.
@@ -59,6 +62,7 @@ def tiny_llama(
         hidden: width, a multiple of 32 (Q8_0, Q4_0); of 256 for K-quants.
         layers: transformer blocks.
         inner: width of the feed-forward layers; 0 for twice `hidden`.
+        tokenizer: its family.
 
     Returns:
         `directory`.
@@ -69,7 +73,10 @@ def tiny_llama(
     if hidden <= 0 or hidden % 32:
         raise ValueError(f"hidden is {hidden}; expected a positive multiple of 32")
     directory.mkdir(parents=True, exist_ok=True)
-    _write_tokenizer(directory)
+    if tokenizer == "sentencepiece":
+        _write_tokenizer(directory)
+    else:
+        _write_bytes_tokenizer(directory, tokenizer)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -270,3 +277,68 @@ def _fast_tokenizer(pieces: list[str], scores: list[float]) -> dict[str, Any]:
             "merges": [merge[3] for merge in merges],
         },
     }
+
+
+# How Llama 3 splits text before BPE, by the name that llama.cpp has for it.
+_LLAMA_BPE = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + "
+    "'<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def _write_bytes_tokenizer(directory: Path, family: str) -> None:
+    """Byte-level BPE; ids 1 and 2 are BOS and EOS, as in the other family."""
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
+
+    smollm = family == "smollm"
+    special = ["<|endoftext|>", "<|im_start|>" if smollm else "<|begin_of_text|>", "<|im_end|>"]
+    if not smollm:
+        special.append("<|im_start|>")
+    tokenizer = Tokenizer(models.BPE(ignore_merges=not smollm))
+    first = (
+        pre_tokenizers.Digits(individual_digits=True)
+        if smollm
+        else pre_tokenizers.Split(Regex(_LLAMA_BPE), behavior="isolated")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [first, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=smollm)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[AddedToken(text, special=True) for text in special],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    if not smollm:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{special[1]} $A", special_tokens=[(special[1], 1)]
+        )
+    tokenizer.save(str(directory / "tokenizer.json"))
+    named = {"bos_token": special[1], "eos_token": special[2], "pad_token": special[2]}
+    _write_json(directory / "special_tokens_map.json", named)
+    _write_json(
+        directory / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **named,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": 2048,
+        },
+    )
+    (directory / "chat_template.jinja").write_text(_CHATML, encoding="utf-8")

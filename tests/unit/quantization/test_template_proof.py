@@ -167,15 +167,15 @@ def test_only_rows_that_a_template_rendered_are_compared_with(
     source.mkdir()
     (source / "dataset.json").write_text(json.dumps({}))
     found = {}
-    for form in ("alpaca", "text"):
-        dataset = publish(
-            source, "dataset", labels={"template": "chatml"}, spec={"format": form}, name=form
-        )
-        golden = publish(golden_dir, "report", parents=[dataset.digest], name=f"of-{form}")
+    for form in ("alpaca", "alpaca,text", "text", ""):
+        labels = {"template": "chatml", "formats": form}
+        dataset = publish(source, "dataset", labels=labels)
+        golden = publish(golden_dir, "report", parents=[dataset.digest], labels=labels)
         found[form] = trained_rows(store, golden)
-    assert found["text"] is None
-    assert found["alpaca"] is not None
-    assert found["alpaca"].template == "chatml"
+    alpaca = found.pop("alpaca")
+    assert alpaca is not None
+    assert alpaca.template == "chatml"
+    assert set(found.values()) == {None}
     assert trained_rows(store, publish(golden_dir, "report", name="of-nothing")) is None
     assert trained_rows(store, None) is None
 

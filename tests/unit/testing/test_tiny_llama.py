@@ -1,6 +1,7 @@
 import json
 import struct
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -55,3 +56,20 @@ def test_bfloat16_weights_are_the_rounded_float32_ones(tmp_path: Path) -> None:
 def test_a_width_that_no_quant_type_takes_is_refused(tmp_path: Path, hidden: int) -> None:
     with pytest.raises(ValueError, match="multiple of 32"):
         tiny_llama(tmp_path / "model", hidden=hidden)
+
+
+@pytest.mark.parametrize("family", ["smollm", "llama-3"])
+def test_byte_level_families_are_known_to_the_converter_by_their_rules(
+    tmp_path: Path, family: Literal["smollm", "llama-3"]
+) -> None:
+    from transformers import AutoTokenizer
+
+    from arriero.quantization.pretokenizers import recognize
+
+    directory = tiny_llama(tmp_path, tokenizer=family)
+    rules = json.loads((directory / "tokenizer.json").read_text())
+    assert recognize(rules) == {"smollm": "smollm", "llama-3": "llama-bpe"}[family]
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    assert (tokenizer("Lima").input_ids[0] == 1) == (family == "llama-3")
+    assert len(tokenizer) == 384
