@@ -3,9 +3,9 @@
 Responsibility: a limit per quant type, and the verdict. Does not know how KL
 divergence is measured.
 
-The limits are two to four times what each type costs SmolLM2-135M, on which
-quantizing weighs more than on any larger model (benchmarks/RESULTS.md): a healthy
-file stays far below, a broken one (another model, a wrong rope, lost tensors) lies
+The limits are several times what each type costs SmolLM2-135M, on which quantizing
+weighs more than on any larger model (benchmarks/RESULTS.md): a healthy file stays far
+below, a broken one (another model, a wrong rope, lost tensors) lies
 above by nats. Which file is good enough is another question: `choose` asks it.
 """
 
