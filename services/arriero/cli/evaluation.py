@@ -17,16 +17,16 @@ from arriero.v1 import orchestrator_pb2 as pb
 
 # In the metrics, the reference file's figures stand beside those of types.
 _REFERENCE = "reference"
+# Headings short enough for eighty columns with everything measured; `report.txt` has more.
 _COLUMNS = (
     ("size", "size_bytes", render.size),
-    ("bits/weight", "bits_per_weight", "{:.2f}".format),
+    ("bits", "bits_per_weight", "{:.2f}".format),
     ("KL", "kl_divergence", "{:.5f}".format),
     ("top-1", "top1_agreement", "{:.1%}".format),
-    ("KL to reference", "reference_kl", "{:.5f}".format),
-    ("top-1 of reference", "reference_top1", "{:.1%}".format),
-    ("perplexity", "perplexity", "{:.3f}".format),
-    ("prompt tok/s", "prompt_tokens_per_second", "{:.1f}".format),
-    ("generation tok/s", "generation_tokens_per_second", "{:.1f}".format),
+    ("KL ref", "reference_kl", "{:.5f}".format),
+    ("ppl", "perplexity", "{:.5g}".format),
+    ("prompt/s", "prompt_tokens_per_second", "{:.4g}".format),
+    ("gen/s", "generation_tokens_per_second", "{:.4g}".format),
 )
 
 
@@ -47,6 +47,9 @@ def view(metrics: Mapping[str, float], title: str | None = None) -> Table | None
     order = sorted(files, key=lambda kind: (kind == _REFERENCE, files[kind].get("size_bytes", 0)))
     used = [column for column in _COLUMNS if any(column[1] in files[kind] for kind in order)]
     made = render.table("type", *(heading for heading, _, _ in used), "", title=title)
+    made.padding = (0, 1, 0, 0)
+    for column in made.columns:
+        column.no_wrap = True
     for column in made.columns[1:-1]:
         column.justify = "right"
     for kind in order:

@@ -29,9 +29,9 @@ def test_files_come_smallest_first_and_the_reference_last() -> None:
     head, *lines = shown(evaluation.view(METRICS))
     assert [line.split()[0] for line in lines] == ["Q4_K_M", "Q8_0", "reference"]
     assert "chosen" in lines[0]
-    assert "25.900" in lines[0]
-    assert "perplexity" in head
-    assert "tok/s" not in head
+    assert "25.9" in lines[0]
+    assert "ppl" in head
+    assert "gen/s" not in head
 
 
 def test_a_runs_evaluations_are_named_by_their_stage() -> None:
@@ -40,3 +40,17 @@ def test_a_runs_evaluations_are_named_by_their_stage() -> None:
     run = pb.Run(stages=[pb.StageStatus(name="rows", kind="dataset"), stage])
     assert shown(evaluation.of_run(run))[0].strip() == "best"
     assert evaluation.of_run(pb.Run(stages=[pb.StageStatus(kind="evaluate")])) is None
+
+
+def test_everything_measured_fits_into_eighty_columns() -> None:
+    figures = {
+        "size_bytes": 4.9e9, "bits_per_weight": 4.85, "kl_divergence": 0.03414,
+        "top1_agreement": 0.895, "reference_kl": 0.05035, "perplexity": 27.549,
+        "prompt_tokens_per_second": 312.4, "generation_tokens_per_second": 41.2, "chosen": 1.0,
+    }  # fmt: skip
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(evaluation.view({f"Q4_K_M.{key}": value for key, value in figures.items()}))
+    head, line = console.export_text().splitlines()
+    assert "…" not in head + line
+    for text in ("Q4_K_M", "4.9 GB", "0.03414", "89.5%", "27.549", "312.4", "41.2", "chosen"):
+        assert text in line
