@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from arriero.cli import artifacts, endpoints, runs, services
+from arriero.cli import artifacts, dataset, endpoints, runs, services
 
 app = typer.Typer(
     name="arriero",
@@ -22,6 +22,7 @@ app.command()(services.status)
 app.command()(runs.run)
 app.command()(runs.schema)
 app.add_typer(runs.app, name="runs")
+app.add_typer(dataset.app, name="dataset")
 app.add_typer(artifacts.app, name="artifacts")
 app.add_typer(endpoints.app, name="endpoints")
 app.command()(endpoints.chat)

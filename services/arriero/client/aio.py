@@ -42,6 +42,7 @@ _Endpoints: TypeAlias = list[pb.Endpoint]
 
 # How long a watch looks for a platform that went away while it watched.
 PATIENCE_SECONDS = 120.0
+PREVIEW_SECONDS = 120.0
 _PAGE = 100
 
 
@@ -119,6 +120,31 @@ class AsyncClient:
         try:
             with rpc.translated():
                 return (await self._runs.CreateRun(request)).run
+        except ArrieroError as error:
+            raise file.explain(error) from None
+
+    async def preview_stage(
+        self, pipeline: Pipelines, *, stage: str = "", samples: int = 3, rows: int = 1000
+    ) -> pb.PreviewStageResponse:
+        """What a dataset stage would make of its first rows; nothing is stored.
+
+        Args:
+            pipeline: a message, a read file, or the path of a file.
+            stage: its name; may be empty where there is only one.
+            samples: rows to give token by token, at most 20.
+            rows: to count over, at most 10,000, as many of each source.
+
+        Raises:
+            InvalidArgument: the pipeline is wrong, or has no such stage.
+            FailedPrecondition: a stage before it has not run yet; says what to run.
+        """
+        file = _pipeline_file(pipeline)
+        request = pb.PreviewStageRequest(
+            pipeline=file.pipeline, stage=stage, samples=samples, rows=rows
+        )
+        try:
+            with rpc.translated():
+                return await self._runs.PreviewStage(request, timeout=PREVIEW_SECONDS)
         except ArrieroError as error:
             raise file.explain(error) from None
 

@@ -121,6 +121,25 @@ class Client:
             self._client.create_run(pipeline, request_id=request_id, validate_only=validate_only)
         )
 
+    def preview_stage(
+        self, pipeline: Pipelines, *, stage: str = "", samples: int = 3, rows: int = 1000
+    ) -> pb.PreviewStageResponse:
+        """What a dataset stage would make of its first rows; nothing is stored.
+
+        Args:
+            pipeline: a message, a read file, or the path of a file.
+            stage: its name; may be empty where there is only one.
+            samples: rows to give token by token, at most 20.
+            rows: to count over, at most 10,000, as many of each source.
+
+        Raises:
+            InvalidArgument: the pipeline is wrong, or has no such stage.
+            FailedPrecondition: a stage before it has not run yet; says what to run.
+        """
+        return self._thread.run(
+            self._client.preview_stage(pipeline, stage=stage, samples=samples, rows=rows)
+        )
+
     def get_run(self, run: str) -> pb.Run:
         """A run by its id."""
         return self._thread.run(self._client.get_run(run))

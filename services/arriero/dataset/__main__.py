@@ -13,7 +13,7 @@ from arriero.v1 import dataset_pb2, dataset_pb2_grpc
 def register(server: rpc.Server, engine: Engine) -> None:
     """Add the service to a server."""
     server.add(
-        DatasetServicer(engine),
+        DatasetServicer(engine, engine.store, engine.sources),
         dataset_pb2_grpc.add_DatasetServiceServicer_to_server,
         dataset_pb2.DESCRIPTOR.services_by_name["DatasetService"].full_name,
     )

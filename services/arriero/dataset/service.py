@@ -5,18 +5,29 @@ Responsibility: hand requests to the engine. Does not know what preparing is.
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import grpc.aio
 from google.longrunning import operations_pb2
 
+from arriero.dataset import preview, sources
 from arriero.dataset.extension import spec as extension_spec
+from arriero.dataset.report import NAMED_IN_MESSAGE, histogram
 from arriero.dataset.spec import SEMANTICS, check, resolve
 from arriero.dataset.transform import spec as transform_spec
-from arriero.errors import Unimplemented
+from arriero.errors import InvalidArgument
+from arriero.operations.defaults import with_defaults
 from arriero.operations.engine import Engine
-from arriero.operations.kinds import WorkKind
+from arriero.operations.inputs import check_inputs
+from arriero.operations.kinds import ResolveContext, WorkKind
+from arriero.settings import SourceSettings
+from arriero.store import Store
 from arriero.v1 import dataset_pb2, dataset_pb2_grpc
+
+# Defaults and limits of previews.
+SAMPLES, MOST_SAMPLES = 3, 20
+ROWS, MOST_ROWS = 1000, 10_000
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -50,8 +61,9 @@ TRANSFORM = WorkKind(
 class DatasetServicer(dataset_pb2_grpc.DatasetServiceServicer):
     """Serves `arriero.v1.DatasetService`."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, store: Store, allowed: SourceSettings) -> None:
         self._engine = engine
+        self._store, self._sources = store, allowed
 
     async def PrepareDataset(
         self,
@@ -67,7 +79,38 @@ class DatasetServicer(dataset_pb2_grpc.DatasetServiceServicer):
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> dataset_pb2.PreviewDatasetResponse:
         """Render and count the first rows."""
-        raise Unimplemented("previews are not part of this build yet")
+        return await asyncio.to_thread(self._preview, request)
+
+    def _preview(
+        self, request: dataset_pb2.PreviewDatasetRequest
+    ) -> dataset_pb2.PreviewDatasetResponse:
+        samples, rows = request.samples or SAMPLES, request.rows or ROWS
+        for name, value, most in (("samples", samples, MOST_SAMPLES), ("rows", rows, MOST_ROWS)):
+            if not 0 < value <= most:
+                raise InvalidArgument.field(name, f"{value}; expected 1 to {most}")
+        spec = with_defaults(request.spec)
+        check(spec, ResolveContext(self._store, {}, self._sources))
+        inputs = check_inputs(spec, self._store)
+        located = sources.locate_all(
+            spec.sources, inputs.get("rows", ()), self._store, self._sources
+        )
+        found = preview.preview(spec, inputs["tokenizer"][0], located, samples=samples, rows=rows)
+        return dataset_pb2.PreviewDatasetResponse(
+            samples=[_sample(sample, found.special) for sample in found.samples],
+            rows=found.rows,
+            all_rows=found.all_rows,
+            tokens=found.tokens,
+            trained_tokens=found.trained_tokens,
+            truncated_rows=found.truncated,
+            duplicate_rows=found.duplicates,
+            lengths=[
+                dataset_pb2.LengthBucket(**bucket) for bucket in histogram(found.lengths.items())
+            ],
+            bad_rows=[str(problem) for problem in found.bad.named[:NAMED_IN_MESSAGE]],
+            bad_row_count=found.bad.count,
+            template=found.template,
+            format=", ".join(found.formats),
+        )
 
     async def ExtendTokenizer(
         self,
@@ -84,3 +127,13 @@ class DatasetServicer(dataset_pb2_grpc.DatasetServiceServicer):
     ) -> operations_pb2.Operation:
         """Start rewriting rows through a model."""
         return await self._engine.start(TRANSFORM.name, request.spec, request.context)
+
+
+def _sample(sample: preview.Sample, special: frozenset[int]) -> dataset_pb2.PreviewSample:
+    tokens = [
+        dataset_pb2.PreviewToken(text=text, id=number, trained=trained, special=number in special)
+        for number, text, trained in zip(sample.ids, sample.texts, sample.trained, strict=True)
+    ]
+    return dataset_pb2.PreviewSample(
+        file=sample.row.file, row=sample.row.number, truncated=sample.truncated, tokens=tokens
+    )

@@ -212,6 +212,13 @@ class Vocabulary:
             offsets = {int(number): item.offsets for number, item in zip(rest, again, strict=True)}
         return Tokens(ids, counts, ends, offsets)
 
+    def texts(self, ids: Sequence[int]) -> list[str]:
+        """What each token of a row adds to its text; a character comes with its last token."""
+        from tokenizers.decoders import DecodeStream
+
+        stream = DecodeStream(skip_special_tokens=False)
+        return [stream.step(self._backend, number) or "" for number in ids]
+
     def count(self, text: str) -> int:
         """How many tokens a text has."""
         return len(self._backend.encode(text, add_special_tokens=False).ids)

@@ -113,6 +113,16 @@ class Engine:
 
     # The service's life
 
+    @property
+    def store(self) -> Store:
+        """Where inputs are."""
+        return self._store
+
+    @property
+    def sources(self) -> SourceSettings:
+        """What rooms may read."""
+        return self._sources
+
     async def recover(self, report_address: str = "") -> None:
         """Take up every execution that has not ended; returns at once.
 

@@ -38,6 +38,7 @@ from arriero.v1 import (
 )
 
 START_SECONDS = 30.0
+PREVIEW_SECONDS = 110.0
 _GRACE_SECONDS = 10.0
 
 
@@ -168,6 +169,17 @@ class Rooms:
                 request, timeout=timeout
             )
         return operation
+
+    async def preview(
+        self, request: dataset_pb2.PreviewDatasetRequest
+    ) -> dataset_pb2.PreviewDatasetResponse:
+        """What a dataset stage would make of its first rows."""
+        stub = dataset_pb2_grpc.DatasetServiceStub(self._channel("dataset"))
+        with _asking("dataset"):
+            answer: dataset_pb2.PreviewDatasetResponse = await stub.PreviewDataset(
+                request, timeout=PREVIEW_SECONDS
+            )
+        return answer
 
     async def wait(self, kind: str, name: str, seconds: float) -> operations_pb2.Operation:
         """The operation when it is done, or as it is after `seconds`."""

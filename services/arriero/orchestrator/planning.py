@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 from google.longrunning import operations_pb2
@@ -89,6 +89,7 @@ class Planner:
         *,
         owner: str,
         strict: bool,
+        only: Collection[str] | None = None,
     ) -> list[pb.StageStatus]:
         """One PENDING status per stage in file order, with what is known in `metadata`.
 
@@ -101,6 +102,7 @@ class Planner:
             references: digests of its references.
             owner: of the run.
             strict: raise Unavailable when a room is away; else leave it out.
+            only: names of stages; the others are left out.
 
         Raises:
             InvalidArgument: with paths from the pipeline's root, all stages'.
@@ -111,6 +113,8 @@ class Planner:
         violations: list[FieldViolation] = []
         away: set[str] = set()
         for name in graph.order:
+            if only is not None and name not in only:
+                continue
             node = graph.nodes[name]
             status = pb.StageStatus(
                 name=name, kind=node.kind, state=pb.STAGE_STATE_PENDING, depends_on=node.depends_on
@@ -139,7 +143,7 @@ class Planner:
                     known[name] = published(status.outputs)
         if violations:
             raise graphs.violations_error(violations)
-        return [statuses[name] for name in graph.nodes]
+        return [statuses[name] for name in graph.nodes if name in statuses]
 
     async def _ask(
         self,

@@ -33,7 +33,7 @@ from arriero.errors import (
 )
 from arriero.metrics import Metrics
 from arriero.orchestrator import graph as graphs
-from arriero.orchestrator import waiving
+from arriero.orchestrator import previews, waiving
 from arriero.orchestrator.clients import Rooms, room_of
 from arriero.orchestrator.durable import Workflows
 from arriero.orchestrator.endpoints import Endpoints
@@ -132,6 +132,15 @@ class Runs:
         graph, references = await self._ledger.check(pipeline)
         stages = await self._planner.plan(graph, references, owner=owner, strict=True)
         return pb.Run(pipeline=pipeline, stages=stages, owner=owner)
+
+    async def preview(
+        self, request: pb.PreviewStageRequest, *, owner: str
+    ) -> pb.PreviewStageResponse:
+        """What a dataset stage would make of its first rows; see `previews.preview`."""
+        graph, references = await self._ledger.check(request.pipeline)
+        return await previews.preview(
+            request, graph, references, self._planner, self._rooms, owner=owner
+        )
 
     async def create(
         self, pipeline: pipeline_pb2.Pipeline, *, request_id: str, owner: str

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import grpc.aio
 
-from arriero.errors import ArrieroError, InvalidArgument, NotFound, Unimplemented
+from arriero.errors import ArrieroError, InvalidArgument, NotFound
 from arriero.orchestrator.artifacts import Upload, chunks, describe, tags_by_digest
 from arriero.orchestrator.endpoints import Endpoints
 from arriero.orchestrator.runs import Runs
@@ -70,7 +70,7 @@ class RunServicer(orchestrator_pb2_grpc.RunServiceServicer):
         self, request: pb.PreviewStageRequest, _: _Context
     ) -> pb.PreviewStageResponse:
         """What a dataset stage would make of its first rows."""
-        raise Unimplemented("previews of stages are not part of this build yet")
+        return await self._runs.preview(request, owner=caller())
 
     async def WatchRun(
         self, request: pb.WatchRunRequest, _: _Context
