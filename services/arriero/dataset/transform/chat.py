@@ -171,7 +171,7 @@ class Chat:
             raise _TryAgain(f"no answer within {self.timeout:g} s") from None
         except httpx2.InvalidURL as error:
             raise FailedPrecondition(f"endpoint: {error}") from None
-        except httpx2.TransportError as error:
+        except httpx2.RequestError as error:
             raise _TryAgain(f"{type(error).__name__}: {error}".removesuffix(": ")) from None
         if response.status_code != 200:
             raise _refusal(response.status_code, response.headers.get("retry-after"), content, url)
