@@ -6,6 +6,8 @@ Responsibility: hand requests to the engine. Does not know what preparing is.
 from __future__ import annotations
 
 import asyncio
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import grpc.aio
@@ -14,9 +16,9 @@ from google.longrunning import operations_pb2
 from arriero.dataset import preview, sources
 from arriero.dataset.extension import spec as extension_spec
 from arriero.dataset.report import NAMED_IN_MESSAGE, histogram
-from arriero.dataset.spec import SEMANTICS, check, resolve
+from arriero.dataset.spec import SEMANTICS, check, hub_token, resolve
 from arriero.dataset.transform import spec as transform_spec
-from arriero.errors import InvalidArgument
+from arriero.errors import FailedPrecondition, InvalidArgument
 from arriero.operations.defaults import with_defaults
 from arriero.operations.engine import Engine
 from arriero.operations.inputs import check_inputs
@@ -28,6 +30,7 @@ from arriero.v1 import dataset_pb2, dataset_pb2_grpc
 # Defaults and limits of previews.
 SAMPLES, MOST_SAMPLES = 3, 20
 ROWS, MOST_ROWS = 1000, 10_000
+MOST_FETCHED = 64 * 1024 * 1024
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -91,10 +94,21 @@ class DatasetServicer(dataset_pb2_grpc.DatasetServiceServicer):
         spec = with_defaults(request.spec)
         check(spec, ResolveContext(self._store, {}, self._sources))
         inputs = check_inputs(spec, self._store)
-        located = sources.locate_all(
-            spec.sources, inputs.get("rows", ()), self._store, self._sources
+        located = sources.look_up(
+            sources.locate_all(spec.sources, inputs.get("rows", ()), self._store, self._sources),
+            hub_token(spec),
         )
-        found = preview.preview(spec, inputs["tokenizer"][0], located, samples=samples, rows=rows)
+        away = sum(source.size for source in located if not source.here)
+        if away > MOST_FETCHED:
+            raise FailedPrecondition(
+                f"sources: {away} bytes of them are elsewhere; a preview fetches at most "
+                f"{MOST_FETCHED}: name a smaller file, or a copy of the first rows"
+            )
+        with tempfile.TemporaryDirectory(prefix="arriero-preview-") as place:
+            located = sources.fetch(located, Path(place), token=hub_token(spec))
+            found = preview.preview(
+                spec, inputs["tokenizer"][0], located, samples=samples, rows=rows
+            )
         return dataset_pb2.PreviewDatasetResponse(
             samples=[_sample(sample, found.special) for sample in found.samples],
             rows=found.rows,

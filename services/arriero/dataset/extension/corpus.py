@@ -20,7 +20,6 @@ __all__ = ["LONGEST_LINE", "Corpus"]
 LONGEST_LINE = 16 * 1024
 # What is kept apart at most, and at least where the share gives nothing.
 _HELD_OUT_BYTES, _HELD_OUT_LINES = 4 * 1024 * 1024, 1
-_TEXT = (".txt", ".text", ".md")
 
 
 @dataclass(frozen=True)
@@ -43,11 +42,6 @@ class Corpus:
         """Every line that is not blank."""
         for source in self.sources:
             for file in source.files:
-                if file.path.suffix in _TEXT:
-                    with file.path.open(encoding="utf-8-sig", errors="replace") as stream:
-                        texts = iter(stream)
-                        yield from (part for text in texts for part in _parts(text))
-                    continue
                 for row in rows.read(file.path, file.name):
                     for text in _texts(row.value):
                         for line in text.splitlines():
