@@ -133,7 +133,17 @@ def formats_of(sources: Sequence[Source], name: str, columns: dict[str, str]) ->
 
 
 def source_rows(source: Source) -> Iterator[Row]:
-    """Every row of every file of a source."""
+    """Every row of every file of a source.
+
+    Raises:
+        InvalidArgument: a remote source that was not fetched, or as `rows.read`.
+    """
+    if not source.here:
+        raise InvalidArgument.field(
+            "sources",
+            f"{source.text} is not fetched: only a stage fetches remote sources; expected a path "
+            "or what the store holds",
+        )
     for file in source.files:
         yield from rows.read(file.path, file.name)
 

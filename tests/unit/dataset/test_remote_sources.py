@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from arriero.dataset import remote, rows, sources
+from arriero.dataset import preparation, remote, rows, sources
 from arriero.dataset.spec import resolve
 from arriero.errors import InvalidArgument, NotFound, PermissionDenied, Unavailable
 from arriero.operations.kinds import ResolveContext
@@ -71,6 +71,12 @@ def test_compressed_objects_are_fetched_as_they_are(
     found = fetch("s3://corpora/packed", tmp_path).files[0]
     assert found.path.read_bytes() == packed
     assert len(list(rows.read(found.path))) == 50
+
+
+def test_a_remote_source_that_was_not_fetched_is_not_taken_for_an_empty_one(s3: str) -> None:
+    parsed = sources.Source("s3://corpora/zh", (), remote=remote.parse("s3://corpora/zh", field=""))
+    with pytest.raises(InvalidArgument, match="is not fetched"):
+        list(preparation.source_rows(parsed))
 
 
 def test_one_object_is_a_source_whatever_its_name(s3: str, tmp_path: Path) -> None:
