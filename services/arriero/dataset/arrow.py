@@ -22,6 +22,8 @@ _BATCH_TOKENS = 1 << 19
 
 Ids = npt.NDArray[np.int32]
 Numbers = npt.NDArray[np.int64]
+# Positions in a spool.
+Samples = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
 
 def marked(ids: Ids, trained: npt.NDArray[np.bool_]) -> Ids:
@@ -73,7 +75,7 @@ class Spool:
         """Tokens of each sample."""
         return np.frombuffer(self._lengths, dtype=np.int32)
 
-    def gather(self, samples: Numbers) -> Ids:
+    def gather(self, samples: Samples) -> Ids:
         """Marked ids of some samples, one after the other."""
         starts = (self._ends[samples] * 4).tolist()
         sizes = (self.lengths[samples] * 4).tolist()
@@ -95,7 +97,7 @@ class Figures:
 
 
 def write(
-    path: Path, spool: Spool, samples: Numbers, masked: int, *, counts: Numbers | None = None
+    path: Path, spool: Spool, samples: Samples, masked: int, *, counts: Numbers | None = None
 ) -> Figures:
     """Write samples of a spool as an Arrow IPC file, in batches.
 
@@ -120,7 +122,7 @@ def write(
     schema = pa.schema(fields)
     figures = Figures()
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for batch, held in _batches(spool.lengths[samples], samples, counts):
+        for batch, held in _batches(spool, samples, counts):
             lengths = spool.lengths[batch]
             found = spool.gather(batch)
             ids = np.where(found < 0, ~found, found)
@@ -142,18 +144,20 @@ def write(
 
 
 def _batches(
-    lengths: Ids, samples: Numbers, counts: Numbers | None
-) -> Iterator[tuple[Numbers, Numbers]]:
+    spool: Spool, samples: Samples, counts: Numbers | None
+) -> Iterator[tuple[Samples, Numbers]]:
     """Runs of whole rows of about `_BATCH_TOKENS` tokens, with the samples of each row."""
-    held = np.ones(len(samples), dtype=np.int64) if counts is None else counts
-    bounds = np.concatenate(([0], np.cumsum(held)))
-    tokens = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))[bounds]
-    row = 0
-    while row < len(held):
-        end = int(np.searchsorted(tokens, tokens[row] + _BATCH_TOKENS, side="right")) - 1
-        end = min(max(end, row + 1), len(held))
-        yield samples[bounds[row] : bounds[end]], held[row:end]
-        row = end
+    rows = len(samples) if counts is None else len(counts)
+    mean = max(1, int(spool.lengths.sum(dtype=np.int64)) // max(1, len(spool)))
+    each = max(1, _BATCH_TOKENS // (mean * max(1, len(samples) // max(1, rows))))
+    start = 0
+    for row in range(0, rows, each):
+        held = np.ones(min(each, rows - row), dtype=np.int64)
+        if counts is not None:
+            held = counts[row : row + each]
+        end = start + int(held.sum())
+        yield samples[start:end], held
+        start = end
 
 
 def _lists(offsets: Numbers, values: Ids) -> Any:

@@ -31,7 +31,7 @@ _HEAD = 100
 # Characters of a batch, more or less, where rows are long.
 _BATCH_CHARACTERS = 1 << 20
 
-Rows = npt.NDArray[np.int64]
+Rows = selection.Rows
 Mask = npt.NDArray[np.bool_]
 # Called with a phase, rows done and rows in all (0: not known); may raise to stop.
 Report = Callable[[str, int, int], None]
@@ -97,11 +97,15 @@ class Encoded:
 
     def samples_of(self, chosen: Rows) -> Rows:
         """Positions in the spool of the samples of some rows, in their order."""
-        ends = np.cumsum(self.counts, dtype=np.int64)
-        counts = self.counts[chosen].astype(np.int64)
-        starts = ends[chosen] - counts
-        within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
-        return np.repeat(starts, counts) + within
+        starts = np.cumsum(self.counts, dtype=np.int32)
+        starts -= self.counts
+        if self.counts.max(initial=0) <= 1:
+            return starts[chosen]
+        counts = self.counts[chosen]
+        within = np.arange(int(counts.sum()), dtype=np.int32)
+        within -= np.repeat(np.cumsum(counts, dtype=np.int32) - counts, counts)
+        within += np.repeat(starts[chosen], counts)
+        return within
 
 
 def formats_of(sources: Sequence[Source], name: str, columns: dict[str, str]) -> list[RowFormat]:
@@ -210,7 +214,7 @@ def choose(
         )
     starts = [0, *found.ends[:-1]]
     parts = [
-        start + np.flatnonzero(found.usable[start:end])
+        (start + np.flatnonzero(found.usable[start:end])).astype(np.int32)
         for start, end in zip(starts, found.ends, strict=True)
     ]
     order = selection.mixed(parts, weights or [1.0] * len(parts), seed)
@@ -242,7 +246,7 @@ def encode(
         number = 0
         for source, form, end in zip(sources, forms, found.ends, strict=True):
             for batch in _batched(source_rows(source)):
-                numbers = number + np.arange(len(batch))
+                numbers = np.arange(number, number + len(batch), dtype=np.int32)
                 number += len(batch)
                 if number > end:
                     raise _changed(source)

@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from arriero.errors import InvalidArgument
 
-Rows = npt.NDArray[np.int64]
+# Row numbers: 4 bytes each, since there is one for every row of every source.
+Rows = npt.NDArray[np.int32]
 
 _COPY = np.uint64(0x9E3779B97F4A7C15)
 
@@ -28,14 +29,14 @@ def ranks(rows: Rows, seed: int, copy: int = 0) -> npt.NDArray[np.uint64]:
     """
     key = hashlib.blake2b(str(seed).encode(), digest_size=8).digest()
     start = (int.from_bytes(key, "little") + copy * int(_COPY)) % 2**64
-    mixed: npt.NDArray[np.uint64] = rows.astype(np.uint64)
-    mixed *= _COPY
-    mixed += np.uint64(start)
+    found: npt.NDArray[np.uint64] = rows.astype(np.uint64)
+    found *= _COPY
+    found += np.uint64(start)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        mixed ^= mixed >> np.uint64(shift)
-        mixed *= np.uint64(factor)
-    mixed ^= mixed >> np.uint64(31)
-    return mixed
+        found ^= found >> np.uint64(shift)
+        found *= np.uint64(factor)
+    found ^= found >> np.uint64(31)
+    return found
 
 
 def shuffled(rows: Rows, seed: int) -> Rows:
@@ -58,7 +59,7 @@ def mixed(parts: Sequence[Rows], weights: Sequence[float], seed: int) -> Rows:
             taken.append(items)
             order.append(ranks(items, seed, copy))
     if not taken:
-        return np.empty(0, dtype=np.int64)
+        return np.empty(0, dtype=np.int32)
     return np.concatenate(taken)[np.argsort(np.concatenate(order), kind="stable")]
 
 
@@ -70,10 +71,16 @@ def split(order: Rows, size: float) -> tuple[Rows, Rows]:
     """
     if len(order) == 0 or size == 0:
         return order, order[:0]
-    _, first = np.unique(order, return_index=True)
-    distinct = order[np.sort(first)]
+    marks = np.zeros(int(order.max()) + 1, dtype=np.bool_)
+    marks[order] = True
+    distinct = order
+    if marks.sum() < len(order):
+        _, first = np.unique(order, return_index=True)
+        distinct = order[np.sort(first)]
     val = distinct[: held_out(len(distinct), size)]
-    return order[~np.isin(order, val)], val
+    marks[:] = False
+    marks[val] = True
+    return order[~marks[order]], val
 
 
 def check_val_set_size(size: float) -> None:
