@@ -106,6 +106,15 @@ class Service:
         assert operation.metadata.Unpack(metadata)
         return metadata
 
+    def job(self) -> psutil.Process:
+        """The job that runs."""
+        (found,) = [
+            child
+            for child in psutil.Process(self.process.pid).children(recursive=True)
+            if "arriero.training.job" in " ".join(child.cmdline())
+        ]
+        return found
+
     def finish(self, operation: operations_pb2.Operation) -> types_pb2.OperationResult:
         deadline = time.monotonic() + 120
         while not operation.done:
@@ -139,7 +148,11 @@ def test_an_adapter_and_its_golden_logits_are_published_once(service: Service):
     manifest = service.store.get(adapter.digest).manifest
     assert manifest.golden == golden.digest
     assert set(manifest.parents) == {service.model.digest, service.dataset.digest}
-    assert [gate.gate for gate in result.gates] == ["adapter.health"]
+    assert [gate.gate for gate in result.gates] == [
+        "train.finite",
+        "train.improves",
+        "adapter.health",
+    ]
     # Where checkpoints go and how often changes no result.
     again = service.finish(service.start("second", max_steps=4, save_steps=2))
     assert again.cached
@@ -159,12 +172,7 @@ def test_a_killed_job_goes_on_from_its_checkpoint(service: Service):
     service.until(lambda: service.metadata(operation.name).progress.step >= 150)
     before = service.metadata(operation.name).progress
     assert before.HasField("checkpoint_time")
-    (job,) = [
-        child
-        for child in psutil.Process(service.process.pid).children(recursive=True)
-        if "arriero.training.job" in " ".join(child.cmdline())
-    ]
-    os.kill(job.pid, signal.SIGKILL)
+    os.kill(service.job().pid, signal.SIGKILL)
     service.until(lambda: service.metadata(operation.name).attempt == 2)
     service.until(
         lambda: (
@@ -179,3 +187,33 @@ def test_a_killed_job_goes_on_from_its_checkpoint(service: Service):
     assert adapter.manifest.metrics["steps"] == 1200
     report = json.loads(service.store.get(result.outputs[1].digest).file("report.json").read_text())
     assert len(report["losses"]) == 1200
+
+
+@pytest.fixture
+def starving() -> Iterator[Path]:
+    """A control group, made by root, whose processes get next to no memory any more."""
+    root = Path("/sys/fs/cgroup")
+    old = (root / "memory").is_dir()
+    group = (root / "memory" if old else root) / f"arriero-training-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / ("memory.limit_in_bytes" if old else "memory.max")).write_text("262144")
+    except OSError as error:
+        pytest.skip(f"control groups can not be made here: {error}")
+    yield group
+    group.rmdir()
+
+
+def test_a_job_that_the_kernel_kills_for_memory_goes_on_with_half_of_it(
+    service: Service, starving: Path
+):
+    operation = service.start("starved", max_steps=200_000, save_steps=50, micro_batch_size=4)
+    service.until(lambda: service.metadata(operation.name).progress.training_step >= 100)
+    (starving / "cgroup.procs").write_text(str(service.job().pid))
+    service.until(lambda: service.metadata(operation.name).progress.micro_batch_size == 2)
+    metadata = service.metadata(operation.name)
+    assert "killed by the kernel's out-of-memory killer" in metadata.jobs[0].status.message
+    assert metadata.attempt == 2
+    assert metadata.progress.training_step >= 100
+    service.operations.CancelOperation(operations_pb2.CancelOperationRequest(name=operation.name))
+    service.until(lambda: service.metadata(operation.name).HasField("end_time"))

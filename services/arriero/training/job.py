@@ -18,7 +18,7 @@ from arriero.operations.handoff import to_json
 from arriero.operations.job import Job, Output, main
 from arriero.operations.memory import available_bytes
 from arriero.prompts import FILE_NAME as TEMPLATE_FILE
-from arriero.training import proof
+from arriero.training import allocator, proof
 from arriero.training.memory import fit, gigabytes
 from arriero.training.plan import Plan
 from arriero.training.rows import Rows, check_ids, read_facts
@@ -56,9 +56,10 @@ def train(job: Job) -> Sequence[Output]:
     """
     job.progress(phase="loading", force=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    allocator.limit_primitives()
     import torch  # seconds, with what follows: said to be loading first
 
-    from arriero.training import adapter, allocator, finite, numerics, whole
+    from arriero.training import adapter, finite, numerics, whole
     from arriero.training.optimizers import check_optimizer
 
     torch.set_num_threads(threads())
@@ -217,10 +218,10 @@ def _loop(
 
 def _run(job: Job, loop: Loop) -> tuple[State, int]:
     """Train from the newest checkpoint to the end; the state, and the step handed on."""
-    from arriero.training import allocator
     from arriero.training.loop import Stopped
     from arriero.training.recovery import Recovery
 
+    tidy = allocator.Tidy(loop.device)
     recovery = Recovery(loop, job.checkpoints, job.store, job.gates)
     recovery.resume(out_of_memory=job.last_failure == "OUT_OF_MEMORY")
     total = loop.plan.total_steps
@@ -232,6 +233,7 @@ def _run(job: Job, loop: Loop) -> tuple[State, int]:
             def report(now: Report) -> None:
                 _report(job, recovery, now)
                 trackers.log(now, loop.state)
+                tidy()
 
             state = loop.run(report=report, save=recovery.save, should_stop=job.preempted.is_set)
             trackers.finish(state)

@@ -194,6 +194,11 @@ class Loop:
                 weight.copy_(found[name])
 
     @property
+    def device(self) -> str:
+        """Where it computes: `cpu` or `cuda`."""
+        return self._numerics.device
+
+    @property
     def dtype(self) -> str:
         """In what it computes: `float32`, `bfloat16`, `float16`."""
         return str(self._numerics.dtype).removeprefix("torch.")

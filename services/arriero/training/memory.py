@@ -136,14 +136,15 @@ def fit(demand: Demand, available: int, where: str) -> int:
         where: for the message.
 
     Raises:
-        FailedPrecondition: not even one row at a time does; with the figures, and
-            the knobs that would make it fit.
+        FailedPrecondition: not even one row at a time can; with the figures, and the
+            knobs that would make it fit.
     """
     rows = demand.rows
     while replace(demand, rows=rows).need().total > available and rows > 1:
         rows //= 2
     least = replace(demand, rows=rows).need()
-    if least.total <= available:
+    # What activations take is known least well: only what even half of them leave is certain.
+    if least.total - least.activations // 2 <= available:
         return rows
     raise FailedPrecondition(
         f"the training needs {gigabytes(least.total)} with micro_batch_size 1 ({least}), and "

@@ -228,7 +228,7 @@ def check_model(directory: Path, base: Weights) -> list[str]:
         *_several("shapes that are not the base's", shapes),
         *_several("tensors with values that are NaN or infinite", infinite),
     ]
-    if not missing and all(model.raw(name) == base.raw(name) for name in model):
+    if set(model) == set(base) and all(model.raw(name) == base.raw(name) for name in model):
         problems.append(
             f"all {len(model)} tensors are the base's: the model was not trained, or its "
             "changes are too small for the type that it is stored in"

@@ -403,3 +403,17 @@ def test_a_disk_that_is_full_while_tensors_are_written_is_named_as_such(tmp_path
         Checkpoints(tmp_path / "kept").save(1, write, needed=123)
     assert caught.value.free > 0
     assert list((tmp_path / "kept").iterdir()) == []
+
+
+def test_freed_memory_goes_back_to_the_kernel_now_and_then(monkeypatch):
+    trimmed, now = [], [0.0]
+    monkeypatch.setattr(allocator, "_trim", lambda: trimmed.append(now[0]))
+    tidy = allocator.Tidy("cpu", clock=lambda: now[0])
+    for second in range(25):
+        now[0] = float(second)
+        tidy()
+    assert trimmed == [10, 20]
+    elsewhere = allocator.Tidy("cuda", clock=lambda: now[0])
+    now[0] = 100.0
+    elsewhere()
+    assert trimmed == [10, 20]

@@ -70,6 +70,13 @@ def test_the_micro_batch_is_halved_until_it_fits():
     assert fit(wide, replace(LORA, rows=1).need().total, "a GPU") == 1
 
 
+def test_what_may_just_fit_is_tried():
+    one = replace(LORA, rows=1).need()
+    assert fit(LORA, one.total - one.activations // 2, "a GPU") == 1
+    with pytest.raises(FailedPrecondition):
+        fit(LORA, one.total - one.activations // 2 - 2, "a GPU")
+
+
 @pytest.mark.parametrize(
     ("demand", "free", "advice"),
     [

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from arriero.weights import TensorInfo
-from arriero.weights.health import check_adapter, linear_modules, matches
+from arriero.weights import TensorInfo, Weights
+from arriero.weights.health import check_adapter, check_model, linear_modules, matches
 
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj")
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
@@ -149,3 +149,88 @@ def test_targets_match_as_in_peft():
     assert not matches("model.layers.1.mlp.up_proj", r".*\.layers\.0\..*")
     assert matches("anything", "all-linear")
     assert not matches("anything", None)
+
+
+def with_dora(value: float = 1.0, rows: int = 6) -> dict[str, np.ndarray]:
+    tensors = healthy()
+    for module in MODULES:
+        name = f"base_model.model.{module}.lora_magnitude_vector.weight"
+        tensors[name] = np.full(rows, value, dtype=np.float32)
+    return tensors
+
+
+def test_dora_has_a_magnitude_above_zero_for_each_row(tmp_path: Path):
+    def problems(tensors: dict[str, np.ndarray]) -> list[str]:
+        return check_adapter(write(tmp_path, tensors, use_dora=True), base=base())
+
+    assert problems(with_dora()) == []
+    (problem,) = problems({**with_dora(), **{n: t for n, t in with_dora(0.0).items() if "v_" in n}})
+    assert "not above 0: model.layers.0.self_attn.v_proj" in problem
+    (problem,) = problems(with_dora(rows=5))
+    assert "another shape than the weight's rows" in problem
+    assert "(5,) for 6 rows" in problem
+    (problem,) = problems(healthy())
+    assert "2 DoRA pairs without magnitudes" in problem
+
+
+WHOLE = "base_model.model.model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ((9, 8), None),
+        ((12, 8), None),  # more tokens
+        ((9, 7), "embed_tokens.weight: (9, 7), the base's is (9, 8)"),
+        (None, "modules_to_save without tensors: embed_tokens"),
+    ],
+)
+def test_whole_modules_are_there_and_fit(tmp_path: Path, shape, said):
+    tensors = healthy()
+    if shape:
+        tensors[WHOLE] = np.ones(shape, dtype=np.float32)
+    problems = check_adapter(
+        write(tmp_path, tensors, modules_to_save=["embed_tokens"]), base=base()
+    )
+    assert len(problems) == (said is not None)
+    assert all(said in problem for problem in problems)
+
+
+def test_a_tied_output_layer_is_measured_by_the_embeddings(tmp_path: Path):
+    tensors = healthy() | {"base_model.model.lm_head.weight": np.ones((9, 8), dtype=np.float32)}
+    tied = {name: info for name, info in base().items() if name != "lm_head.weight"}
+    found = check_adapter(write(tmp_path, tensors, modules_to_save=["lm_head"]), base=tied)
+    assert found == []
+
+
+def model(directory: Path, **tensors: np.ndarray) -> Path:
+    directory.mkdir(exist_ok=True)
+    random = np.random.default_rng(1)
+    found = {"a.weight": random.standard_normal((4, 3)).astype(np.float32)}
+    found["norm.weight"] = np.ones(3, dtype=np.float16)
+    found |= {name.replace("_weight", ".weight"): tensor for name, tensor in tensors.items()}
+    save_file(found, str(directory / "model.safetensors"))
+    return directory
+
+
+def test_a_trained_model_is_its_base_changed(tmp_path: Path):
+    root = Weights.open(model(tmp_path / "base"))
+    changed = np.full((4, 3), 0.5, dtype=np.float32)
+    assert check_model(model(tmp_path / "tuned", a_weight=changed), root) == []
+    (problem,) = check_model(model(tmp_path / "same"), root)
+    assert "all 2 tensors are the base's: the model was not trained" in problem
+
+
+def test_an_ill_model_is_told(tmp_path: Path):
+    root = Weights.open(model(tmp_path / "base"))
+    broken = np.full((4, 3), np.nan, dtype=np.float32)
+    (problem,) = check_model(model(tmp_path / "nan", a_weight=broken), root)
+    assert "NaN or infinite: a.weight" in problem
+    wide = np.ones((5, 3), dtype=np.float32)
+    (problem,) = check_model(model(tmp_path / "wide", a_weight=wide), root)
+    assert "a.weight: (5, 3), the base's is (4, 3)" in problem
+    more = model(tmp_path / "more", b_weight=wide)
+    (problem,) = check_model(more, root)
+    assert "the base does not have: b.weight" in problem
+    lacking = check_model(tmp_path / "base", Weights.open(more))
+    assert any("missing: b.weight" in problem for problem in lacking)
