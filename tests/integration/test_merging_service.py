@@ -1,4 +1,4 @@
-"""The merging service as a process of its own: import, merge, refusals, cancel, over gRPC."""
+"""The merging service as a process of its own, over gRPC: import, merge, export, refusals."""
 
 import os
 import subprocess
@@ -9,22 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 from google.longrunning import operations_pb2, operations_pb2_grpc
 
 from arriero.errors import ArrieroError
 from arriero.rpc.channel import connect_sync
 from arriero.rpc.status import from_rpc_error, from_status
-from arriero.store import Artifact, Store
+from arriero.store import Artifact, ManifestDraft, Store
 from arriero.testing.adapters import tiny_adapter
+from arriero.testing.hub import FakeHub, Repository
 from arriero.v1 import merging_pb2, merging_pb2_grpc, types_pb2
 
 
 class Service:
     """A running service and how to call it."""
 
-    def __init__(self, place: Path) -> None:
+    def __init__(self, place: Path, hub: FakeHub) -> None:
         self.place = place
+        self.hub = hub
         self.store = Store.open(place / "store")
         address = place / "address"
         self.process = subprocess.Popen(
@@ -37,6 +40,11 @@ class Service:
                 "ARRIERO_LISTEN": "127.0.0.1:0",
                 "ARRIERO_ADDRESS_FILE": str(address),
                 "ARRIERO_ALLOWED_PATHS": str(place),
+                "ARRIERO_SECRET_HUB": hub.token,
+                "HF_ENDPOINT": hub.url,
+                "HF_HOME": str(place / "hf"),
+                "HF_HUB_OFFLINE": "0",
+                "HF_HUB_DISABLE_XET": "1",
             },
         )
         deadline = time.monotonic() + 60
@@ -59,12 +67,18 @@ class Service:
             return self.stub.Import(
                 merging_pb2.ImportRequest(spec=spec, context=context), wait_for_ready=True
             )
+        if isinstance(spec, merging_pb2.ExportSpec):
+            return self.stub.Export(
+                merging_pb2.ExportRequest(spec=spec, context=context), wait_for_ready=True
+            )
         return self.stub.Merge(
             merging_pb2.MergeRequest(spec=spec, context=context), wait_for_ready=True
         )
 
     def finish(self, spec: Any, request_id: str) -> types_pb2.OperationResult:
-        operation = self.start(spec, request_id)
+        return self.ended(self.start(spec, request_id))
+
+    def ended(self, operation: operations_pb2.Operation) -> types_pb2.OperationResult:
         deadline = time.monotonic() + 120
         while not operation.done:
             assert time.monotonic() < deadline, (self.place / "log").read_text()[-3000:]
@@ -83,9 +97,10 @@ class Service:
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    running = Service(tmp_path_factory.mktemp("merging"))
-    yield running
-    running.close()
+    with FakeHub() as hub:
+        running = Service(tmp_path_factory.mktemp("merging"), hub)
+        yield running
+        running.close()
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +187,123 @@ def test_a_damaged_source_fails_the_operation_with_its_reason(
         service.finish(merging_pb2.ImportSpec(source=str(damaged)), "damaged")
     assert caught.value.code == "DATA_LOSS"
     assert len(service.store.list()) == before
+
+
+def test_what_came_from_a_hub_goes_to_a_hub_with_its_card(
+    service: Service, sources: tuple[Path, Path]
+) -> None:
+    """The hub is a fake: it speaks the Hub's API and Git LFS, but not Xet."""
+    hub = service.hub
+    files = {path.name: path.read_bytes() for path in sources[0].iterdir()}
+    hub.repositories["meta/tiny"] = Repository(files)
+    base = service.finish(merging_pb2.ImportSpec(source="hf://meta/tiny"), "h1").outputs[0]
+    lora = service.finish(merging_pb2.ImportSpec(source=str(sources[1])), "h2").outputs[0]
+    merge = merging_pb2.MergeSpec(model=base.digest, adapters=[lora.digest])
+    merged = service.finish(merge, "h3").outputs[0]
+
+    spec = merging_pb2.ExportSpec(
+        model=merged.digest, max_shard_size=100_000, target="hf://me/tuned", token_secret="hub"
+    )
+    made = service.artifacts(service.finish(spec, "h4"))["model"]
+    there = hub.repositories["me/tuned"]
+    assert there.private
+    assert made.manifest.labels["revision"] == there.commit
+    for entry in made.manifest.files:
+        assert there.files[entry.path] == made.file(entry.path).read_bytes()
+    card = there.files["README.md"].decode()
+    assert card.startswith("---\nlibrary_name: transformers\nbase_model: meta/tiny\n")
+    assert f"revision `{'c' * 40}`" in card
+    assert "| merge.logits | model `tiny` | passed |" in card
+    assert '"qlora_base": "auto"' in card
+    assert f"`{lora.digest}`" in card
+    assert str(service.place) not in card
+    assert hub.token not in card
+
+    # A push is never answered from the store.
+    there.files.clear()
+    assert not service.finish(spec, "h5").cached
+    assert "README.md" in there.files
+    # Without a target the same layout is made once.
+    spec.ClearField("target")
+    spec.ClearField("token_secret")
+    assert not service.finish(spec, "h6").cached
+    assert service.finish(spec, "h7").cached
+
+
+def test_a_pushed_adapter_names_its_base_on_the_hub(
+    service: Service, sources: tuple[Path, Path]
+) -> None:
+    import json
+
+    from safetensors import safe_open
+
+    files = {path.name: path.read_bytes() for path in sources[0].iterdir()}
+    service.hub.repositories["meta/tiny"] = Repository(files)
+    base = service.finish(merging_pb2.ImportSpec(source="hf://meta/tiny"), "a1").outputs[0]
+    adapter = service.store.get(
+        service.finish(merging_pb2.ImportSpec(source=str(sources[1])), "a2").outputs[0].digest
+    )
+    # As a training publishes it: made from its base.
+    place = service.store.staging("test", "trained")
+    for entry in adapter.manifest.files:
+        (place / entry.path).write_bytes(adapter.file(entry.path).read_bytes())
+    config = json.loads((place / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = base.digest
+    (place / "adapter_config.json").write_text(json.dumps(config))
+    trained = service.store.publish(
+        place, ManifestDraft(kind="adapter", name="sft", parents=[base.digest])
+    )
+    spec = merging_pb2.ExportSpec(
+        model=trained.digest, target="hf://me/sft", token_secret="hub", private=False
+    )
+    output = service.finish(spec, "a3").outputs[0]
+    assert output.digest == trained.digest
+    there = service.hub.repositories["me/sft"]
+    assert not there.private
+    assert json.loads(there.files["adapter_config.json"])["base_model_name_or_path"] == "meta/tiny"
+    assert 'AutoModelForCausalLM.from_pretrained("meta/tiny")' in there.files["README.md"].decode()
+    copy = service.place / "sent.safetensors"
+    copy.write_bytes(there.files["adapter_model.safetensors"])
+    with safe_open(str(copy), "numpy") as tensors:
+        assert list(tensors.keys())
+
+
+def test_a_hub_that_refuses_fails_the_push_and_publishes_nothing(
+    service: Service, sources: tuple[Path, Path]
+) -> None:
+    base = service.finish(merging_pb2.ImportSpec(source=str(sources[0])), "n1").outputs[0]
+    before = len(service.store.list())
+    service.hub.refuse = 403
+    spec = merging_pb2.ExportSpec(model=base.digest, target="hf://me/no", token_secret="hub")
+    with pytest.raises(ArrieroError, match="the hub refuses hf://me/no") as caught:
+        service.finish(spec, "n2")
+    service.hub.refuse = 0
+    assert caught.value.code == "PERMISSION_DENIED"
+    assert len(service.store.list()) == before
+    error = refusal(
+        lambda: service.start(merging_pb2.ExportSpec(model=base.digest, shards=2), "n3")
+    )
+    assert (error.code, "shards" in error.message) == ("INVALID_ARGUMENT", True)
+
+
+def test_an_export_that_is_killed_publishes_nothing_and_is_done_again(
+    service: Service, sources: tuple[Path, Path]
+) -> None:
+    base = service.finish(merging_pb2.ImportSpec(source=str(sources[0])), "k1").outputs[0]
+    before = {artifact.digest for artifact in service.store.list()}
+    spec = merging_pb2.ExportSpec(model=base.digest, format="meta", shards=2)
+    operation = service.start(spec, "k2")
+    deadline = time.monotonic() + 60
+    while not (jobs := psutil.Process(service.process.pid).children()):
+        assert time.monotonic() < deadline, "no job was started"
+        time.sleep(0.01)
+    for job in jobs:
+        job.kill()
+    result = service.ended(operation)
+    metadata = types_pb2.OperationMetadata()
+    request = operations_pb2.GetOperationRequest(name=operation.name)
+    assert service.operations.GetOperation(request).metadata.Unpack(metadata)
+    assert metadata.attempt == 2
+    made = {artifact.digest for artifact in service.store.list()} - before
+    assert made == {result.outputs[0].digest}
+    service.store.verify(result.outputs[0].digest)

@@ -33,6 +33,8 @@ _PATTERNS = (
     "USE_POLICY*",
 )
 # The library's HTTP client has changed its package twice (requests, httpx, httpx2).
+# Timeouts and rate limits: of the 4xx those that pass.
+_LATER = (408, 425, 429)
 _NETWORK = {"HTTPError", "TransportError", "RequestException"}
 
 
@@ -176,9 +178,13 @@ def _explained(name: str) -> Iterator[None]:
     except LocalEntryNotFoundError as error:
         raise Unavailable(f"the hub cannot be reached for {name}: {error}") from error
     except HfHubHTTPError as error:
-        if error.response is not None and error.response.status_code in (401, 403):
-            raise PermissionDenied(f"the hub refuses {name}: {error}") from error
-        raise Unavailable(f"the hub failed for {name}: {error}") from error
+        status = error.response.status_code if error.response is not None else 0
+        said = str(error).splitlines()[0]
+        if status in (401, 403):
+            raise PermissionDenied(f"the hub refuses {name}: {said}") from error
+        if 400 <= status < 500 and status not in _LATER:
+            raise FailedPrecondition(f"the hub refuses {name}: {said}") from error
+        raise Unavailable(f"the hub failed for {name}: {said}") from error
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from arriero.merging.tokenizer_model import is_ranks
+from arriero.errors import DataLoss, FailedPrecondition
+from arriero.merging.tokenizer_model import is_ranks, write_fast
 
 __all__ = ["normalise"]
 
@@ -88,7 +89,7 @@ def _tokenizer(directory: Path, tokens: Mapping[str, tuple[int, str]], changes: 
     path = directory / "tokenizer_config.json"
     settings = _read(path)
     if settings is None:
-        return
+        settings = {}
     before = json.dumps(settings)
     name = settings.get("tokenizer_class")
     if name in _CLASSES:
@@ -100,6 +101,7 @@ def _tokenizer(directory: Path, tokens: Mapping[str, tuple[int, str]], changes: 
             changes.append(f"tokenizer_config.json: {key} was empty, it is {tokens[key][1]!r}")
     if json.dumps(settings) != before:
         _write(path, settings)
+    _fast(directory, tokens, changes)
     path = directory / "special_tokens_map.json"
     known = _read(path)
     if known is not None and tokens:
@@ -108,6 +110,33 @@ def _tokenizer(directory: Path, tokens: Mapping[str, tuple[int, str]], changes: 
             known.update({key: tokens[key][1] for key in missing})
             _write(path, known)
             changes.append(f"special_tokens_map.json: {', '.join(missing)} filled in")
+
+
+def _fast(directory: Path, tokens: Mapping[str, tuple[int, str]], changes: list[str]) -> None:
+    """Give a tokenizer that is SentencePiece alone a `tokenizer.json` with its very ids.
+
+    What transformers would make of it drops a leading space, so that training
+    and llama.cpp would see different ids.
+    """
+    model, path = directory / "tokenizer.model", directory / "tokenizer.json"
+    if not tokens or path.exists() or (directory / "added_tokens.json").exists():
+        return
+    settings = _read(directory / "tokenizer_config.json") or {}
+    try:
+        found = write_fast(model, path)
+    except (DataLoss, FailedPrecondition):  # not LLaMA's: left to whoever reads it
+        return
+    added = settings.get("added_tokens_decoder") or {}
+    if any(int(i) >= found.size for i in added):
+        path.unlink()
+        return
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for key, text in found.names.items():
+        if not settings.get(key):
+            settings[key] = text
+    _write(directory / "tokenizer_config.json", settings)
+    changes.append("tokenizer.json was missing; written with the ids of tokenizer.model")
+    changes += found.warnings
 
 
 def _generation(

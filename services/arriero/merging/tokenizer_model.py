@@ -10,13 +10,15 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from arriero.errors import DataLoss, FailedPrecondition
 
-__all__ = ["Vocabulary", "is_ranks", "read_tokenizer", "write_ranks"]
+__all__ = ["Vocabulary", "is_ranks", "read_tokenizer", "write_fast", "write_ranks"]
 
 # Meta's reserved tokens of Llama 3, in order; 3.1 gave names to some of them.
 _RESERVED = 256
@@ -65,6 +67,7 @@ class Vocabulary:
         bos, eos: ids.
         stops: ids at which generation stops; empty: at `eos`.
         tiktoken: whether it came from ranks.
+        names: special tokens by their role, such as `bos_token`.
         warnings: what is not quite as it was.
     """
 
@@ -74,6 +77,7 @@ class Vocabulary:
         self.size, self.bos, self.eos = size, bos, eos
         self.stops = list(stops)
         self.tiktoken = tiktoken
+        self.names: dict[str, str] = {}
         self.warnings: list[str] = []
 
 
@@ -112,6 +116,19 @@ def read_tokenizer(path: Path, target: Path, *, named_reserved: bool, context: i
 
 
 def _from_sentencepiece(path: Path, target: Path, *, context: int) -> Vocabulary:
+    vocabulary = write_fast(path, target / "tokenizer.json")
+    tokens = json.loads((target / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+    _write_config(target, vocabulary.names, context=context, tokens=tokens)
+    shutil.copyfile(path, target / "tokenizer.model")
+    return vocabulary
+
+
+def write_fast(path: Path, target: Path) -> Vocabulary:
+    """Write `tokenizer.json` with the ids of a SentencePiece model.
+
+    Raises:
+        DataLoss: not a SentencePiece model. FailedPrecondition: not a BPE one.
+    """
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2 as model_pb2
     from tokenizers import Tokenizer
@@ -138,6 +155,8 @@ def _from_sentencepiece(path: Path, target: Path, *, context: int) -> Vocabulary
         {"id": i, "content": pieces[i], **flags, "special": i in special}
         for i in sorted([*special, *added])
     ]
+    scores = [piece.score for piece in proto.pieces]
+    merges = _merges(pieces, scores)
     begin = {"SpecialToken": {"id": pieces[bos], "type_id": 0}}
     first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     prefix = [{"type": "Prepend", "prepend": "▁"}] if proto.normalizer_spec.add_dummy_prefix else []
@@ -182,20 +201,28 @@ def _from_sentencepiece(path: Path, target: Path, *, context: int) -> Vocabulary
             "byte_fallback": True,
             "ignore_merges": False,
             "vocab": {piece: i for i, piece in enumerate(pieces)},
-            "merges": _merges(pieces, [piece.score for piece in proto.pieces]),
+            "merges": merges,
         },
     }
-    _write_json(target / "tokenizer.json", fast)
-    names = {"bos_token": pieces[bos], "eos_token": pieces[eos], "unk_token": pieces[unknown]}
-    _write_config(target, names, context=context, tokens=tokens)
-    (target / "tokenizer.model").write_bytes(data)
+    _write_json(target, fast)
     vocabulary = Vocabulary(len(pieces), bos, eos)
-    written = Tokenizer.from_file(str(target / "tokenizer.json"))
+    vocabulary.names = {
+        "bos_token": pieces[bos],
+        "eos_token": pieces[eos],
+        "unk_token": pieces[unknown],
+    }
+    written = Tokenizer.from_file(str(target))
+    made = {left + right for left, right in merges}
+    competing = Counter(score for piece, score in zip(pieces, scores, strict=True) if piece in made)
+    if equal := sum(count for count in competing.values() if count > 1):
+        vocabulary.warnings.append(
+            f"{equal} pieces of {path.name} share their scores with others: where those compete, "
+            "tokenizer.json gives other ids, since a list of merges has no equals"
+        )
     for probe in _PROBES:
         if written.encode(probe, add_special_tokens=False).ids != processor.encode(probe):
             vocabulary.warnings.append(
-                f"tokenizer.json gives other ids than {path.name} for {probe!r}: its pieces have "
-                "equal scores, which a list of merges cannot express"
+                f"tokenizer.json gives other ids than {path.name} for {probe!r}"
             )
     return vocabulary
 

@@ -108,3 +108,16 @@ def test_what_may_be_meant_so_is_left_alone(
     assert "normalised" not in output.labels
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         assert (output.path / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_sentencepiece_alone_gets_a_tokenizer_with_its_very_ids(room: Room, old: Path) -> None:
+    import sentencepiece
+    from transformers import AutoTokenizer
+
+    (old / "tokenizer.json").unlink()
+    output = room.bring(old)
+    assert "tokenizer.json was missing" in output.labels["normalised"]
+    ours = AutoTokenizer.from_pretrained(str(output.path))
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(old / "tokenizer.model"))
+    for text in ("llama", " leading", "  two  spaces", "世界 x\n\ny"):
+        assert ours(text).input_ids == [1, *theirs.encode(text)]
