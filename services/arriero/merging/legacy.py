@@ -25,6 +25,8 @@ _CLASSES = {
     "LLaMATokenizerFast": "LlamaTokenizerFast",
     "LLaMAModel": "LlamaModel",
 }
+# What an id must never be: no text begins with the unknown token, none ends with the first.
+_NEVER = {"bos": ("unk_token",), "eos": ("unk_token", "bos_token")}
 _SPECIAL = ("bos_token", "eos_token", "unk_token")
 
 
@@ -75,7 +77,7 @@ def _ids(
         if not isinstance(found, int):
             continue
         right = tokens.get(f"{key}_token")
-        others = {other for name, (other, _) in tokens.items() if name != f"{key}_token"}
+        others = {tokens[name][0] for name in _NEVER.get(key, ()) if name in tokens}
         outside = found < 0 or (isinstance(vocabulary, int) and found >= vocabulary)
         if right is not None and found != right[0] and (outside or found in others):
             config[field] = right[0]
@@ -153,7 +155,9 @@ def _generation(
         if json.dumps(settings) != before:
             _write(path, settings)
         return
-    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config.get(key)}
+    ids = {
+        key: config[key] for key in ("bos_token_id", "eos_token_id") if config.get(key) is not None
+    }
     if ids and not path.exists():
         _write(path, {"_from_model_config": True, **ids})
         said = ", ".join(f"{key} {value}" for key, value in ids.items())

@@ -168,6 +168,7 @@ class Upload:
 
         Raises:
             InvalidArgument: bytes are missing, or the files are not of that kind.
+            DataLoss: weights are cut off, or a shard is missing.
         """
         self._close_file()
         header = self._header
@@ -177,6 +178,7 @@ class Upload:
                 f"announced {header.size_bytes} bytes, but {self._bytes} arrived",
             )
         check_files(header.kind, self._directory, self._files)
+        check_weights(header.kind, self._directory)
         artifact = self._store.publish(
             self._directory,
             ManifestDraft(
@@ -260,3 +262,25 @@ def check_files(kind: str, directory: Path, files: set[str]) -> None:
                 need(file.read(4) == b"GGUF", "a file that begins with GGUF")
         case _:
             need(bool(files), "at least one file")
+
+
+def check_weights(kind: str, directory: Path) -> None:
+    """Whether weights are whole, and an adapter is one that was trained.
+
+    Raises:
+        DataLoss: a file is cut off, or a shard that the index names is missing.
+        FailedPrecondition: tensors of an unknown type.
+        InvalidArgument: an adapter that changes nothing, or half of one.
+    """
+    # Here, since only whoever takes weights in needs numpy.
+    from arriero.weights import Weights
+    from arriero.weights.health import check_adapter
+
+    if kind == "model":
+        Weights.open(directory)
+    elif kind == "adapter" and (problems := check_adapter(directory)):
+        raise InvalidArgument.field(
+            "header.kind",
+            f"not a healthy adapter: {'; '.join(problems)}. Push it whole, or bring it in with "
+            "`arriero import`, where its gate can be set to warn",
+        )

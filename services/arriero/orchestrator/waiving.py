@@ -126,7 +126,7 @@ def let_through(stage: pb.StageStatus, gates: Mapping[str, str], who: str) -> No
     """Make a stage that failed by these gates alone one that succeeded."""
     stage.state = pb.STAGE_STATE_SUCCEEDED
     stage.ClearField("error")
-    for output in stage.outputs:
+    for output in (*stage.outputs, *stage.metadata.outputs):
         output.quarantined = False
     for result in stage.metadata.gates:
         if result.gate in gates and result.verdict == types_pb2.GATE_VERDICT_FAILED:
