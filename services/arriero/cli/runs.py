@@ -115,6 +115,16 @@ def _closing(run: pb.Run) -> None:
                 f"  arriero runs logs {run.id} --stage {stage.name}", highlight=False
             )
         render.console.print(f"  arriero runs retry {run.id}", highlight=False)
+        for stage in failed:
+            refused = [
+                g.gate for g in stage.metadata.gates if render.verdict(g.verdict) == "FAILED"
+            ]
+            if refused and stage.outputs:
+                waived = " ".join(f"--waive {gate}" for gate in refused)
+                render.console.print(
+                    f"  arriero runs retry {run.id} {waived} --stage {stage.name} --reason TEXT",
+                    highlight=False,
+                )
 
 
 def plan(run: pb.Run) -> Table:

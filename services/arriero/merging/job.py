@@ -319,10 +319,12 @@ def merge(job: Job) -> Sequence[Output]:
     spec = job.spec
     base, adapters = job.input("model"), job.inputs["adapters"]
     paths = [adapter.path for adapter in adapters]
-    imported = [adapter.path for adapter in adapters if not _trained(adapter)]
-    if imported:
+    unproved = [a.path for a in adapters if not (_trained(a) or _waived(a))]
+    if unproved:
         # Again, because the import may have been told to skip it.
-        _judge_health(job, imported)
+        _judge_health(job, unproved)
+    elif any(_waived(adapter) for adapter in adapters):
+        job.gates.skip("adapter.health", "waived for the adapter, see its gates")
     merged = MergedWeights.open(base.path, paths, list(spec.weights), spec.dtype)
     made = [
         _check_lineage(job, blend.adapter.settings.base, artifact, base)
@@ -368,6 +370,11 @@ def _trained(adapter: Artifact) -> bool:
     return any(result.gate == "adapter.health" for result in adapter.manifest.gates) and (
         "source" not in adapter.manifest.labels
     )
+
+
+def _waived(adapter: Artifact) -> bool:
+    """Whether a person let this adapter pass, healthy or not."""
+    return any(waiver.gate == "adapter.health" for waiver in adapter.waivers)
 
 
 def _check_lineage(job: Job, stated: str, adapter: Artifact, base: Artifact) -> bool:

@@ -226,3 +226,14 @@ def test_a_hub_secret_that_is_not_set_is_named(room: "Room") -> None:
 def test_directories_have_no_sha256(room: "Room", source: Path) -> None:
     with pytest.raises(InvalidArgument, match="pins a file"):
         room.bring(source, sha256="0" * 64)
+
+
+def test_a_gguf_of_an_unknown_architecture_cannot_become_a_model(
+    room: "Room", tiny_gguf: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "odd.gguf"
+    path.write_bytes(tiny_gguf.read_bytes().replace(b"llama", b"lhama"))
+    with pytest.raises(FailedPrecondition, match=r"odd.gguf cannot be turned into a model.*lhama"):
+        room.bring(path, kind="model")
+    # As it is it may be kept: another llama.cpp may know it.
+    assert room.bring(path).labels["architecture"] == "lhama"

@@ -387,3 +387,18 @@ def test_a_spec_is_checked_before_its_inputs_exist(room: "Room") -> None:
     check_merge(merging_pb2.MergeSpec(model="base", adapters=["sft"], weights=[2]), context)
     with pytest.raises(InvalidArgument, match="2 entries for 1 adapters"):
         check_merge(merging_pb2.MergeSpec(model="base", adapters=["sft"], weights=[1, 2]), context)
+
+
+def test_an_adapter_that_was_waived_is_not_judged_again(
+    room: "Room", base: Artifact, tmp_path: Path
+) -> None:
+    directory = tiny_adapter(tmp_path / "zero", base.path, targets=TARGETS)
+    path = str(directory / "adapter_model.safetensors")
+    save_file({n: t * ("lora_A" in n) for n, t in load_file(path).items()}, path)
+    failed = GateResult("adapter.health", Mode.ENFORCE, Verdict.FAILED, detail="B is zero")
+    zero = room.publish(directory, "adapter", gates=[failed], labels={"source": "/x"})
+    room.merge(base, [zero], gates=SKIP_LOGITS)
+    assert room.verdicts()["adapter.health"] == "failed"
+    room.store.waive(zero.digest, "adapter.health", "a placeholder", "ann")
+    room.merge(base, [room.store.get(zero.digest)], gates=SKIP_LOGITS)
+    assert room.verdicts()["adapter.health"] == "skipped"
