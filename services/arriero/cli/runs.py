@@ -124,6 +124,7 @@ def _closing(run: pb.Run) -> None:
                 render.console.print(
                     f"  arriero runs retry {run.id} {waived} --stage {stage.name} --reason TEXT",
                     highlight=False,
+                    soft_wrap=True,
                 )
 
 
