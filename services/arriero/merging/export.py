@@ -157,7 +157,16 @@ def _cast(blocks: Iterator[torch.Tensor], plan: TensorPlan) -> Iterator[torch.Te
 
     dtype: torch.dtype = getattr(torch, TORCH_NAMES[plan.dtype])
     for block in blocks:
-        yield block if block.dtype == dtype else block.to(dtype)
+        if block.dtype == dtype:
+            yield block
+            continue
+        cast = block.to(dtype)
+        if dtype == torch.float16 and not cast.isfinite().all() and block.isfinite().all():
+            raise FailedPrecondition(
+                f"{plan.name} holds {block.abs().max().item():.3g}, float16 ends at 65504; export "
+                "as bfloat16 or float32"
+            )
+        yield cast
 
 
 def _state_dtype(path: Path, dtype: str) -> None:

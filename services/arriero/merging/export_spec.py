@@ -34,6 +34,8 @@ def check_export(spec: merging_pb2.ExportSpec, context: ResolveContext) -> None:
             together, a number that is none.
     """
     check_modes(spec.gates)
+    if spec.gates:
+        raise InvalidArgument.field("gates", "are not for export: it judges nothing")
     resolved = with_defaults(spec)
     if resolved.format not in FORMATS:
         raise _unknown("format", resolved.format, FORMATS)

@@ -65,6 +65,19 @@ def test_another_dtype_is_cast_and_stated(room: Room, model: Artifact) -> None:
     assert output.golden is None
 
 
+def test_what_float16_cannot_hold_is_not_made_infinite(
+    room: Room, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source = shutil.copytree(tiny_llama_dir, tmp_path / "wide")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"][3] = 70000.0
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FailedPrecondition, match=r"model.norm.weight holds 7e\+04, float16 ends"):
+        room.export(room.publish(source, "model"), dtype="float16")
+
+
 @pytest.mark.parametrize("shards", [1, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_there_and_back_is_bit_identical(
@@ -197,6 +210,7 @@ def test_what_metas_code_cannot_express_is_refused(
         ({"target": "hf://org/name"}, "token_secret.*is missing"),
         ({"target": "hf://org/name", "token_secret": "hf_" + "a" * 34}, "token itself"),
         ({"token_secret": "hub"}, "only used with target"),
+        ({"gates": {"merge.delta": 2}}, "judges nothing"),
         ({"private": False}, "only used with target"),
     ],
 )
