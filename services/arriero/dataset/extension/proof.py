@@ -6,7 +6,6 @@ Does not know how they were chosen.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,17 +68,16 @@ def measure(base: BaseTokenizer, directory: Path, lines: Sequence[str]) -> Compr
 
     new = Tokenizer.from_file(str(directory / fast.FILE))
     found = Compression()
-    for batch in itertools.batched(lines, 256) if hasattr(itertools, "batched") else [lines]:
-        before = base.backend.encode_batch(list(batch), add_special_tokens=False)
-        after = new.encode_batch(list(batch), add_special_tokens=False)
-        for line, old, grown in zip(batch, before, after, strict=True):
-            found.lines += 1
-            found.bytes += len(line.encode())
-            found.before += len(old.ids)
-            found.after += len(grown.ids)
-            found.used.update(i for i in grown.ids if i >= base.next_id)
-            if len(found.samples) < _SAMPLES and len(grown.ids) < len(old.ids):
-                found.samples.append({"before": old.tokens[:60], "after": grown.tokens[:60]})
+    before = base.backend.encode_batch(list(lines), add_special_tokens=False)
+    after = new.encode_batch(list(lines), add_special_tokens=False)
+    for line, old, grown in zip(lines, before, after, strict=True):
+        found.lines += 1
+        found.bytes += len(line.encode())
+        found.before += len(old.ids)
+        found.after += len(grown.ids)
+        found.used.update(i for i in grown.ids if i >= base.next_id)
+        if len(found.samples) < _SAMPLES and len(grown.ids) < len(old.ids):
+            found.samples.append({"before": old.tokens[:60], "after": grown.tokens[:60]})
     return found
 
 
