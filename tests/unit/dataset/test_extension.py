@@ -340,6 +340,7 @@ def test_a_byte_level_bpe_learns_merges_behind_its_own(run: Run, byte_level: Pat
     for text in GREEK:
         assert len(done.ids(text)) < len(before.encode(text, add_special_tokens=False).ids)
         assert done.fast.decode(done.ids(text)) == text
+    assert any("ο" in piece for piece in done.report["tokens"]["pieces"])
     name = "model.embed_tokens.weight"
     assert set(done.weights) == set(done.old), "tied weights stay tied"
     rows, old = done.rows(name), values(done.old, name)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from arriero.dataset import sources
-from arriero.dataset.extension import embeddings, pieces, proof
+from arriero.dataset.extension import embeddings, fast, pieces, proof
 from arriero.dataset.extension.corpus import LONGEST_LINE, Corpus
 from arriero.dataset.extension.spec import MEAN, located, model_config
 from arriero.dataset.extension.tokenizer import Additions, BaseTokenizer, source_pieces
@@ -80,7 +80,7 @@ def _extend(job: Job) -> list[Output]:
             "after": base.next_id + len(made),
             "rows": rows,
             "added": list(made.tokens)[:_NAMED],
-            "pieces": list(made.pieces)[:_NAMED],
+            "pieces": _named(base, target, made),
         },
         # Of a corpus too small to keep lines apart it says how well it was learnt, no more.
         "compression": {**compression.to_json(), "held_out": kept_apart} if lines else None,
@@ -116,6 +116,13 @@ def _extend(job: Job) -> list[Output]:
             labels={"report": "extend_tokenizer"},
         ),
     ]
+
+
+def _named(base: BaseTokenizer, target: Path, made: Additions) -> list[str]:
+    from tokenizers import Tokenizer
+
+    new = Tokenizer.from_file(str(target / fast.FILE))
+    return proof.readable(base, new, list(made.pieces.values())[:_NAMED])
 
 
 def _additions(job: Job, base: BaseTokenizer, corpus: Corpus) -> Additions:

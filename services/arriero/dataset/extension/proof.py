@@ -15,10 +15,10 @@ from arriero.dataset.extension import fast, pieces
 from arriero.dataset.extension.tokenizer import Additions, BaseTokenizer
 from arriero.gates import Gates
 
-__all__ = ["Compression", "judge", "measure"]
+__all__ = ["Compression", "judge", "measure", "readable"]
 
 GATE = "tokenizer.match"
-_LINES, _NAMED, _SAMPLES = 1000, 5, 3
+_LINES, _NAMED, _SAMPLES, _SHOWN = 1000, 5, 3, 60
 # What every tokenizer is compared on, besides the lines that were kept apart.
 _PLAIN = (
     "The driver takes a train of pack llamas over the Andes.",
@@ -77,8 +77,20 @@ def measure(base: BaseTokenizer, directory: Path, lines: Sequence[str]) -> Compr
         found.after += len(grown.ids)
         found.used.update(i for i in grown.ids if i >= base.next_id)
         if len(found.samples) < _SAMPLES and len(grown.ids) < len(old.ids):
-            found.samples.append({"before": old.tokens[:60], "after": grown.tokens[:60]})
+            found.samples.append(
+                {
+                    "before": readable(base, base.backend, old.ids[:_SHOWN]),
+                    "after": readable(base, new, grown.ids[:_SHOWN]),
+                }
+            )
     return found
+
+
+def readable(base: BaseTokenizer, backend: Any, ids: Sequence[int]) -> list[str]:
+    """Tokens as people read them; of a character's parts what they are alone, �."""
+    if base.fast.byte_level:
+        return [str(backend.decode([number], skip_special_tokens=False)) for number in ids]
+    return [str(backend.id_to_token(number)) for number in ids]
 
 
 def judge(
