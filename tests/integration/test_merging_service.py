@@ -13,19 +13,21 @@ import psutil
 import pytest
 from google.longrunning import operations_pb2, operations_pb2_grpc
 
-from arriero.errors import ArrieroError
+from arriero.errors import ArrieroError, DiskFull
 from arriero.rpc.channel import connect_sync
 from arriero.rpc.status import from_rpc_error, from_status
 from arriero.store import Artifact, ManifestDraft, Store
+from arriero.store.files import tree_size
 from arriero.testing.adapters import tiny_adapter
 from arriero.testing.hub import FakeHub, Repository
+from arriero.testing.models import tiny_llama
 from arriero.v1 import merging_pb2, merging_pb2_grpc, types_pb2
 
 
 class Service:
     """A running service and how to call it."""
 
-    def __init__(self, place: Path, hub: FakeHub) -> None:
+    def __init__(self, place: Path, hub: FakeHub, **extra: str) -> None:
         self.place = place
         self.hub = hub
         self.store = Store.open(place / "store")
@@ -45,6 +47,7 @@ class Service:
                 "HF_HOME": str(place / "hf"),
                 "HF_HUB_OFFLINE": "0",
                 "HF_HUB_DISABLE_XET": "1",
+                **extra,
             },
         )
         deadline = time.monotonic() + 60
@@ -135,6 +138,8 @@ def test_imported_parts_are_merged_and_published(
         "adapter.health": "passed",
         "merge.delta": "passed",
         "merge.logits": "passed",
+        "merge.vocab": "passed",
+        "tokenizer.match": "passed",
     }
     service.store.verify(result.outputs[0].digest)
     again = service.finish(spec, "m2")
@@ -214,7 +219,7 @@ def test_what_came_from_a_hub_goes_to_a_hub_with_its_card(
     assert card.startswith("---\nlibrary_name: transformers\nbase_model: meta/tiny\n")
     assert f"revision `{'c' * 40}`" in card
     assert "| merge.logits | model `tiny` | passed |" in card
-    assert '"qlora_base": "auto"' in card
+    assert '"qlora_base": "full"' in card
     assert f"`{lora.digest}`" in card
     assert str(service.place) not in card
     assert hub.token not in card
@@ -307,3 +312,63 @@ def test_an_export_that_is_killed_publishes_nothing_and_is_done_again(
     made = {artifact.digest for artifact in service.store.list()} - before
     assert made == {result.outputs[0].digest}
     service.store.verify(result.outputs[0].digest)
+
+
+def published(store: Store, source: Path, kind: str) -> Artifact:
+    import shutil
+
+    place = store.staging("test", kind) / "out"
+    shutil.copytree(source, place)
+    return store.publish(place, ManifestDraft(kind=kind, name="thing"))
+
+
+def test_a_merge_that_is_killed_publishes_nothing_and_is_done_again(
+    service: Service, tmp_path: Path, wait_until: Any
+) -> None:
+    base = tiny_llama(tmp_path / "base", hidden=256, layers=8)
+    running = Service(tmp_path, service.hub)
+    try:
+        model = published(running.store, base, "model")
+        adapter = published(running.store, tiny_adapter(tmp_path / "a", base), "adapter")
+        spec = merging_pb2.MergeSpec(model=model.digest, adapters=[adapter.digest])
+        operation = running.start(spec, "killed")
+        staging = tmp_path / "store" / "staging"
+        wait_until(lambda: list(staging.glob("**/outputs/model/model.safetensors")))
+        [job] = [
+            child
+            for child in psutil.Process(running.process.pid).children(recursive=True)
+            if "arriero.merging.job" in " ".join(child.cmdline())
+        ]
+        job.kill()
+        assert {artifact.digest for artifact in running.store.list()} == {
+            model.digest,
+            adapter.digest,
+        }
+        result = running.finish(spec, "killed")
+        assert {output.name for output in result.outputs} == {"model", "golden"}
+        running.store.verify(result.outputs[0].digest)
+        metadata = types_pb2.OperationMetadata()
+        found = running.operations.GetOperation(
+            operations_pb2.GetOperationRequest(name=operation.name)
+        )
+        assert found.metadata.Unpack(metadata)
+        assert metadata.attempt == 2
+    finally:
+        running.close()
+
+
+def test_a_disk_that_is_too_small_is_refused_with_figures_before_the_first_byte(
+    service: Service, tmp_path: Path, tiny_llama_dir: Path
+) -> None:
+    store = Store.open(tmp_path / "store")
+    model = published(store, tiny_llama_dir, "model")
+    adapter = published(store, tiny_adapter(tmp_path / "a", tiny_llama_dir), "adapter")
+    room = tree_size(tmp_path / "store") + 100_000
+    running = Service(tmp_path, service.hub, ARRIERO_STORE_QUOTA_BYTES=str(room))
+    try:
+        spec = merging_pb2.MergeSpec(model=model.digest, adapters=[adapter.digest])
+        with pytest.raises(DiskFull, match=r"\d+ bytes\), .* free \(\d+ bytes\)"):
+            running.finish(spec, "full")
+        assert not list((tmp_path / "store" / "staging").glob("**/outputs/*"))
+    finally:
+        running.close()

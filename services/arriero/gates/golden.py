@@ -149,7 +149,8 @@ def compare(golden: Golden, logits: npt.NDArray[np.float32]) -> Comparison:
     for i in range(rows):  # row by row: a whole (256, 150k) float32 would be 150 MB, twice
         p = golden.logprobs[i].astype(np.float32)
         q = log_softmax(logits[i, :width].astype(np.float32))
-        kl[i] = max(0.0, float(np.sum(np.exp(p) * (p - q), dtype=np.float64)))
+        # NaN stays NaN: Python's max would make 0 of it.
+        kl[i] = np.maximum(0.0, np.sum(np.exp(p) * (p - q), dtype=np.float64))
         top = np.argpartition(p, -16)[-16:] if width > 16 else np.arange(width)
         top = top[np.argsort(p[top])[::-1]]
         noise[i] = float(np.abs(p[top] - q[top]).mean())

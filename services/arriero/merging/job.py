@@ -31,6 +31,7 @@ from arriero.merging import (
 from arriero.merging.export import export
 from arriero.merging.fold import write_merged
 from arriero.merging.proof import MAX_ULP, prove_delta
+from arriero.merging.qlora import measure, packing_for
 from arriero.merging.specs import made_for
 from arriero.merging.vocabulary import compare_tokenizers, vocabulary_problems
 from arriero.operations.job import Job, Output, main
@@ -39,6 +40,7 @@ from arriero.weights import MergedWeights, Weights
 from arriero.weights.health import check_adapter
 from arriero.weights.layout import DTYPES
 from arriero.weights.merged import embeddings_of
+from arriero.weights.roundtrip import Packing
 
 __all__ = ["import_source", "merge"]
 
@@ -318,14 +320,13 @@ def merge(job: Job) -> Sequence[Output]:
     """Stage `merge`: outputs `model`, and `golden` where none came with the adapter."""
     spec = job.spec
     base, adapters = job.input("model"), job.inputs["adapters"]
-    paths = [adapter.path for adapter in adapters]
     unproved = [a.path for a in adapters if not (_trained(a) or _waived(a))]
     if unproved:
         # Again, because the import may have been told to skip it.
         _judge_health(job, unproved)
     elif any(_waived(adapter) for adapter in adapters):
         job.gates.skip("adapter.health", "waived for the adapter, see its gates")
-    merged = MergedWeights.open(base.path, paths, list(spec.weights), spec.dtype)
+    merged, closeness = _open(job)
     made = [
         _check_lineage(job, blend.adapter.settings.base, artifact, base)
         for blend, artifact in zip(merged.blends, adapters, strict=True)
@@ -355,7 +356,10 @@ def merge(job: Job) -> Sequence[Output]:
         licenses=base.manifest.licenses,
         digests=digests,
     )
+    if closeness is not None:
+        output.labels = {**output.labels, "qlora_base": _base_word(merged)}
     output.metrics = {
+        **(closeness or {}),
         "parameters": float(merged.elements),
         "size_bytes": float(merged.nbytes),
         "merged_tensors": float(len(merged.touched)),
@@ -363,6 +367,41 @@ def merge(job: Job) -> Sequence[Output]:
     golden, outputs = _golden(job, merged, output, all(made))
     _judge_logits(job, merged, target, golden)
     return outputs
+
+
+def _open(job: Job) -> tuple[MergedWeights, dict[str, float] | None]:
+    """The merge to write, and where the base was quantized for training, what was measured."""
+    spec, base = job.spec, job.input("model").path
+    adapters = [adapter.path for adapter in job.inputs["adapters"]]
+    specs = [adapter.manifest.spec for adapter in job.inputs["adapters"]]
+
+    def opened(packing: Packing | None) -> MergedWeights:
+        return MergedWeights.open(base, adapters, list(spec.weights), spec.dtype, packing)
+
+    packing = packing_for(specs, spec.qlora_base)
+    if packing is None:
+        return opened(None), None
+    if spec.qlora_base == "dequantized":
+        return opened(packing), {}
+    from arriero.merging import oracle
+
+    job.progress(phase="comparing bases", force=True)
+    full, dequantized = opened(None), opened(packing)
+    found = measure(full, dequantized, oracle.probe_ids(base))
+    job.log.info(
+        "the adapter was trained on a %s base: merged into the full weights the model is %.2e "
+        "nats away from what was trained, into the dequantized ones %.2e; taking %s",
+        packing.kind,
+        found.full,
+        found.dequantized,
+        found.closer,
+    )
+    figures = {"kl_full": found.full, "kl_dequantized": found.dequantized}
+    return (full if found.closer == "full" else dequantized), figures
+
+
+def _base_word(merged: MergedWeights) -> str:
+    return "dequantized" if merged.base.altered else "full"
 
 
 def _trained(adapter: Artifact) -> bool:
@@ -458,7 +497,9 @@ def _golden(
     """The golden logits to judge by, and the outputs with them named."""
     given = job.optional_input("golden")
     adapters: list[Artifact] = job.inputs["adapters"]
+    # Golden logits that a training made are of the base as it is stored.
     plain = len(adapters) == 1 and job.spec.weights[0] == 1.0 and same_base
+    plain = plain and not merged.base.altered
     carried = adapters[0].manifest.golden if plain else None
     if given is not None or carried is not None:
         report = given or job.store.get(str(carried))
@@ -480,6 +521,7 @@ def _golden(
         "model": job.input("model").digest,
         "adapters": [adapter.digest for adapter in adapters],
         "weights": list(job.spec.weights),
+        "base": _base_word(merged),
     }
     (target / "report.json").write_text(json.dumps(report_data, indent=2) + "\n", encoding="utf-8")
     model.golden = "output:golden"

@@ -24,7 +24,7 @@ from arriero.weights.config import read_config
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["PROBE_TEXT", "golden_of", "logits_of", "probe_ids"]
+__all__ = ["PROBE_TEXT", "golden_of", "logits_of", "logits_of_merge", "probe_ids"]
 
 Sequences = Sequence[npt.NDArray[np.int32] | list[int]]
 
@@ -79,6 +79,11 @@ def logits_of(model: Path, sequences: Sequences) -> npt.NDArray[np.float32]:
         FailedPrecondition: transformers does not know the architecture.
     """
     return _run(read_config(model), _Stored(Weights.open(model)), sequences)
+
+
+def logits_of_merge(merged: MergedWeights, sequences: Sequences) -> npt.NDArray[np.float32]:
+    """The logits that a merge will have, before it is written; as `logits_of`."""
+    return _run(merged.config, _Planned(merged), sequences)
 
 
 def golden_of(merged: MergedWeights, sequences: Sequences) -> Golden:
@@ -136,6 +141,29 @@ class _Stored:
 
     def whole(self, name: str) -> torch.Tensor:
         return self.weights.tensor(name).float()
+
+
+class _Planned:
+    """A merged checkpoint that is not written yet, rounded as it will be."""
+
+    def __init__(self, merged: MergedWeights) -> None:
+        self.merged = merged
+
+    def has(self, name: str) -> bool:
+        return name in self.merged
+
+    def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        plan = self.merged[name]
+        y = x.new_empty((x.shape[0], plan.shape[0]))
+        for start, stop in self.merged.blocks(name, _BLOCK):
+            y[:, start:stop] = x @ self.merged.rows(name, start, stop).float().T
+        return y
+
+    def embed(self, name: str, ids: torch.Tensor) -> torch.Tensor:
+        return self.merged.tensor(name)[ids].float()
+
+    def whole(self, name: str) -> torch.Tensor:
+        return self.merged.tensor(name).float()
 
 
 class _Adapted:

@@ -32,7 +32,7 @@ KINDS = (
         name="merge",
         job_module=_JOB,
         spec_type=merging_pb2.MergeSpec,
-        semantics=1,
+        semantics=2,
         resolve=resolve_merge,
         check=check_merge,
     ),

@@ -22,6 +22,7 @@ from arriero.errors import (
 from arriero.gates import Mode, check_modes
 from arriero.gates.golden import TOKENS
 from arriero.merging import meta_source, sources
+from arriero.merging.qlora import BASES, packing_for
 from arriero.operations.defaults import with_defaults
 from arriero.operations.job import gate_modes
 from arriero.operations.kinds import ResolveContext, Resolved
@@ -177,7 +178,7 @@ def check_merge(spec: merging_pb2.MergeSpec, context: ResolveContext) -> None:
 
     Raises:
         InvalidArgument: no adapters, one twice, weights that do not go with
-            them, an unknown dtype, a shard size below one.
+            them, an unknown dtype or base, a shard size below one.
     """
     check_modes(spec.gates)
     if not spec.adapters:
@@ -188,6 +189,8 @@ def check_merge(spec: merging_pb2.MergeSpec, context: ResolveContext) -> None:
         _check_weights(spec.weights, len(spec.adapters))
     if spec.dtype and spec.dtype not in ("auto", *DTYPES):
         raise _unknown("dtype", spec.dtype, ("auto", *DTYPES))
+    if spec.HasField("qlora_base") and spec.qlora_base not in BASES:
+        raise _unknown("qlora_base", spec.qlora_base, BASES)
     if spec.HasField("max_shard_size") and spec.max_shard_size < 1:
         raise InvalidArgument.field(
             "max_shard_size", f"{spec.max_shard_size} is not a size; expected bytes, at least 1"
@@ -207,6 +210,9 @@ def resolve_merge(spec: merging_pb2.MergeSpec, context: ResolveContext) -> Resol
     adapters = context.inputs["adapters"]
     if not spec.weights:
         resolved.weights.extend([1.0] * len(adapters))
+    packing = packing_for([adapter.manifest.spec for adapter in adapters], resolved.qlora_base)
+    if packing is None:
+        resolved.qlora_base = "full"
     [base] = context.inputs["model"]
     merged = MergedWeights.open(
         base.path, [adapter.path for adapter in adapters], resolved.weights, resolved.dtype

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arriero.errors import FailedPrecondition
-from arriero.weights.arithmetic import delta
 from arriero.weights.config import CONV1D_TYPES, is_tied, read_config
 from arriero.weights.layout import TORCH_NAMES, TensorInfo, TensorPlan, dtype_name
-from arriero.weights.lora import LoraAdapter, LoraPair
+from arriero.weights.lora import LoraAdapter
 from arriero.weights.reader import Weights
+from arriero.weights.roundtrip import Packing, RoundTrip
+from arriero.weights.terms import BLOCK, Room, Term, cut, sum_rows
 
 if TYPE_CHECKING:
     import torch
@@ -30,10 +31,6 @@ HEAD = "lm_head.weight"
 _EMBEDDINGS = ("embed_tokens", "wte")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _SHOWN = 3
-# float32 bytes of a block that is computed at once: small enough for the cache.
-BLOCK = 1 << 19
-# Columns that are read at once: as many as fill a cache line in any type.
-_COLUMNS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +89,8 @@ class MergedWeights(Mapping[str, TensorPlan]):
         self._plans = {name: self._planned(name, target) for name in self._sources}
         self._check_shapes()
         self.config = self._configured(config)
-        self._at: tuple[str, torch.Tensor, list[_Term]] | None = None
-        self._room = _Room()
+        self._at: tuple[str, torch.Tensor, list[Term]] | None = None
+        self._room = Room()
 
     @classmethod
     def open(
@@ -102,6 +99,7 @@ class MergedWeights(Mapping[str, TensorPlan]):
         adapters: Sequence[Path],
         weights: Sequence[float],
         dtype: str = "auto",
+        packing: Packing | None = None,
     ) -> MergedWeights:
         """Open everything and see from the headers that it fits together.
 
@@ -110,6 +108,7 @@ class MergedWeights(Mapping[str, TensorPlan]):
             adapters: PEFT directories.
             weights: one for each adapter.
             dtype: `auto`, or torch's word for the type of all floating point weights.
+            packing: fold into what this quantization leaves of the base's weights.
 
         Raises:
             FailedPrecondition: a quantized base, an unsupported adapter, or one that
@@ -126,7 +125,8 @@ class MergedWeights(Mapping[str, TensorPlan]):
             Blend(LoraAdapter.open(directory, transposed=transposed), weight)
             for directory, weight in zip(adapters, weights, strict=True)
         ]
-        return cls(Weights.open(base), blends, config, dtype)
+        tensors = Weights.open(base) if packing is None else RoundTrip.of(base, packing)
+        return cls(tensors, blends, config, dtype)
 
     def __getitem__(self, name: str) -> TensorPlan:
         """Type and shape of a merged tensor."""
@@ -203,7 +203,7 @@ class MergedWeights(Mapping[str, TensorPlan]):
             nbytes: of the output type per block, at most; one row at least.
         """
         plan = self._plans[name]
-        return _cut(plan.shape[0], nbytes * plan.shape[0] // max(1, 2 * plan.nbytes))
+        return cut(plan.shape[0], nbytes * plan.shape[0] // max(1, 2 * plan.nbytes))
 
     def fill(self, name: str, start: int, out: torch.Tensor) -> None:
         """Compute as many rows as `out` has, from `start` on, rounded to its type.
@@ -211,66 +211,25 @@ class MergedWeights(Mapping[str, TensorPlan]):
         Not for several threads at once: intermediate values have one place.
         """
         if self._at is None or self._at[0] != name:
-            self._at = name, self.base.tensor(self._sources[name]), self._terms(name)
+            base = self.base.tensor(self._sources[name])
+            self._at = name, base, self._terms(name, base)
         _, base, terms = self._at
         rows = out.shape[0]
         if not terms:
             out.copy_(base[start : start + rows])
             return
-        for first, last in _cut(rows, BLOCK * rows // (4 * out.numel() or 1)):
-            self._sum(base, terms, start + first, out[first:last])
+        for first, last in cut(rows, BLOCK * rows // (4 * out.numel() or 1)):
+            sum_rows(base, terms, start + first, out[first:last], self._room)
 
-    def _sum(
-        self, base: torch.Tensor, terms: Sequence[_Term], start: int, out: torch.Tensor
-    ) -> None:
-        import torch
-
-        stop = start + out.shape[0]
-        wide = torch.float64 if base.dtype == torch.float64 else torch.float32
-        room = self._room
-        room.used = 0
-
-        def fresh(source: torch.Tensor) -> torch.Tensor:
-            return room.empty(out.shape, wide).copy_(source[start:stop])
-
-        total: torch.Tensor | None = None
-        for term in terms:
-            if total is None and term.weight == 1.0:
-                total = fresh(term.own)
-            else:
-                total = fresh(base) if total is None else total
-                if term.own is not base:
-                    total += fresh(term.own).sub_(fresh(base)).mul_(term.weight)
-            if term.pair is not None:
-                change = room.empty(out.shape, torch.float32)
-                delta(term.left[start:stop], term.right, term.scale, out=change)
-                if term.pair.embedding and term.magnitude is None:
-                    change = change.to(out.dtype)  # PEFT rounds it, here alone
-                total += change
-                if term.magnitude is not None:
-                    direction = fresh(term.own).add_(change)
-                    total *= _stretch(term, direction, start, stop)
-        assert total is not None, "what is touched has terms"
-        out.copy_(total)
-
-    def _terms(self, name: str) -> list[_Term]:
+    def _terms(self, name: str, base: torch.Tensor) -> list[Term]:
         """What is summed up for a tensor, with the adapters' values at hand."""
-        import torch
-
         terms = []
-        base = self.base.tensor(self._sources[name])
         for part in self._parts.get(name, ()):
             whole, pair = part.replaced.get(name), part.adapter.pairs.get(name)
-            term = _Term(part.weight, base if whole is None else part.adapter.tensor(whole), pair)
+            term = Term(part.weight, base if whole is None else part.adapter.tensor(whole))
             if pair is not None:
-                term.left, term.right = (
-                    factor.to(torch.float32) for factor in part.adapter.factors(pair)
-                )
-                term.scale = pair.scale * part.weight
-                if pair.magnitude is not None:
-                    term.magnitude = part.adapter.tensor(pair.magnitude).to(torch.float32)
-                    if pair.transposed:
-                        term.norms = _column_norms(term)
+                magnitude = part.adapter.tensor(pair.magnitude) if pair.magnitude else None
+                term.add_pair(pair, part.adapter.factors(pair), magnitude)
             terms.append(term)
         return terms
 
@@ -392,86 +351,6 @@ class Part:
     def touched(self) -> set[str]:
         """Names of the base's tensors that it changes."""
         return {*self.adapter.pairs, *self.replaced}
-
-
-class _Term:
-    """An adapter's share of one tensor: weight · (own - base) + scale · left · right."""
-
-    left: torch.Tensor
-    right: torch.Tensor
-    norms: torch.Tensor
-
-    def __init__(self, weight: float, own: torch.Tensor, pair: LoraPair | None) -> None:
-        self.weight = weight
-        self.own = own
-        self.pair = pair
-        self.scale = 0.0
-        self.magnitude: torch.Tensor | None = None
-
-
-def _stretch(term: _Term, direction: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """DoRA's m / ||W + scale · B·A||, to multiply rows (or, transposed, columns) by."""
-    import torch
-
-    assert term.magnitude is not None
-    assert term.pair is not None
-    if term.pair.transposed:
-        return (term.magnitude / term.norms).view(1, -1)
-    return (term.magnitude[start:stop] / torch.linalg.norm(direction, dim=1)).view(-1, 1)
-
-
-def _column_norms(term: _Term) -> torch.Tensor:
-    """||W + scale · B·A|| of each column, some columns at once.
-
-    Whole columns, since a sum in parts would round otherwise than PEFT's.
-    """
-    import torch
-
-    rows, width = term.own.shape
-    norms = torch.empty(width)
-    step = max(_COLUMNS, BLOCK // (4 * rows) // _COLUMNS * _COLUMNS)
-    for start in range(0, width, step):
-        some = slice(start, start + step)
-        change = delta(term.left, term.right[:, some], term.scale)
-        norms[some] = torch.linalg.norm((term.own[:, some].float() + change).T, dim=1)
-    return norms
-
-
-class _Room:
-    """Memory for intermediate values, kept: fresh pages would cost more than the sums.
-
-    Attributes:
-        used: how many values are in use; setting it to 0 gives all of them back.
-    """
-
-    def __init__(self) -> None:
-        self._kept: list[torch.Tensor] = []
-        self.used = 0
-
-    def empty(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """A tensor with whatever values."""
-        import torch
-
-        at, self.used = self.used, self.used + 1
-        if at == len(self._kept):
-            self._kept.append(torch.empty(shape, dtype=dtype))
-        elif self._kept[at].shape != shape or self._kept[at].dtype != dtype:
-            self._kept[at] = torch.empty(shape, dtype=dtype)
-        return self._kept[at]
-
-
-def _cut(rows: int, step: int) -> Iterator[tuple[int, int]]:
-    """[first, last) of blocks of `step` rows, the last of up to twice as many.
-
-    No block has one row where others have many: a product of a single row is
-    computed, and rounded, in another way.
-    """
-    step = max(1, step)
-    first = 0
-    while first < rows:
-        last = first + step if rows - first >= 2 * step else rows
-        yield first, last
-        first = last
 
 
 def _part(blend: Blend, embeddings: str | None) -> Part:

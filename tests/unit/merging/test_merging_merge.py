@@ -304,6 +304,23 @@ def test_large_tensors_are_sampled_evenly(
 # --- what is refused ------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.weight", "model.norm.weight"])
+def test_nan_in_the_bases_weights_does_not_pass(
+    room: "Room", tiny_llama_dir: Path, tmp_path: Path, name: str
+) -> None:
+    place = shutil.copytree(tiny_llama_dir, tmp_path / "sick")
+    path = str(place / "model.safetensors")
+    tensors = load_file(path)
+    tensors[name].view(-1)[-1] = math.nan
+    save_file(tensors, path, {"format": "pt"})
+    adapter = tiny_adapter(tmp_path / "a", place)
+    report = golden_report(room, tiny_llama_dir, adapter, tmp_path / "g")
+    base = room.publish(place, "model")
+    room.merge(base, [room.publish(adapter, "adapter")], golden=report)
+    assert room.verdicts()["merge.logits"] == "failed"
+    assert result(room, "merge.logits").figure is None
+
+
 def test_an_untrained_adapter_fails_its_gate_and_the_model_is_kept(
     room: "Room", base: Artifact, tmp_path: Path
 ) -> None:

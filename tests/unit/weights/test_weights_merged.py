@@ -299,8 +299,8 @@ def test_fan_in_fan_out_layers_lie_the_other_way(tmp_path: Path) -> None:
 def test_norms_are_pefts_however_few_columns_are_read_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base_of: Callable[..., Path]
 ) -> None:
-    monkeypatch.setattr("arriero.weights.merged.BLOCK", 64 * 64 * 4)
-    monkeypatch.setattr("arriero.weights.merged._COLUMNS", 16)
+    monkeypatch.setattr("arriero.weights.terms.BLOCK", 64 * 64 * 4)
+    monkeypatch.setattr("arriero.weights.terms._COLUMNS", 16)
     base = base_of("float32")
     adapter = trained(base, tmp_path / "a", target_modules=["embed_tokens"], use_dora=True)
     check_equal(MergedWeights.open(base, [adapter], [1.0]), merged_by_peft(base, adapter))
