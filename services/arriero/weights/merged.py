@@ -8,6 +8,7 @@ judge what comes out. torch is imported only where a value is asked for.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -89,8 +90,8 @@ class MergedWeights(Mapping[str, TensorPlan]):
         self._plans = {name: self._planned(name, target) for name in self._sources}
         self._check_shapes()
         self.config = self._configured(config)
-        self._at: tuple[str, torch.Tensor, list[Term]] | None = None
-        self._room = Room()
+        # What is worked on and its memory, of each thread.
+        self._local = threading.local()
 
     @classmethod
     def open(
@@ -208,18 +209,22 @@ class MergedWeights(Mapping[str, TensorPlan]):
     def fill(self, name: str, start: int, out: torch.Tensor) -> None:
         """Compute as many rows as `out` has, from `start` on, rounded to its type.
 
-        Not for several threads at once: intermediate values have one place.
+        Threads may do so side by side.
         """
-        if self._at is None or self._at[0] != name:
-            base = self.base.tensor(self._sources[name])
-            self._at = name, base, self._terms(name, base)
-        _, base, terms = self._at
+        local = self._local
+        if getattr(local, "name", None) != name:
+            local.name = None
+            local.base = self.base.tensor(self._sources[name])
+            local.terms = self._terms(name, local.base)
+            local.room = getattr(local, "room", None) or Room()
+            local.name = name
+        base, terms = local.base, local.terms
         rows = out.shape[0]
         if not terms:
             out.copy_(base[start : start + rows])
             return
         for first, last in cut(rows, BLOCK * rows // (4 * out.numel() or 1)):
-            sum_rows(base, terms, start + first, out[first:last], self._room)
+            sum_rows(base, terms, start + first, out[first:last], local.room)
 
     def _terms(self, name: str, base: torch.Tensor) -> list[Term]:
         """What is summed up for a tensor, with the adapters' values at hand."""

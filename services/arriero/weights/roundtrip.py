@@ -92,9 +92,10 @@ class RoundTrip(Weights):
         """A tensor, after the round trip where it makes one, in its own type."""
         if name not in self._altered:
             return super().tensor(name)
-        if self._last is None or self._last[0] != name:
-            self._last = name, _there_and_back(super().tensor(name), self.packing)
-        return self._last[1]
+        last = self._last  # another thread may put its own there
+        if last is None or last[0] != name:
+            last = self._last = name, _there_and_back(super().tensor(name), self.packing)
+        return last[1]
 
 
 def _there_and_back(weight: torch.Tensor, packing: Packing) -> torch.Tensor:

@@ -317,6 +317,19 @@ def test_blocks_of_rows_are_the_whole(tmp_path: Path, base_of: Callable[..., Pat
         assert torch.cat([ours.rows(name, *block) for block in blocks]).equal(ours.tensor(name))
 
 
+def test_threads_may_compute_side_by_side(tmp_path: Path, base_of: Callable[..., Path]) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    base = base_of("bfloat16")
+    adapter = trained(base, tmp_path / "a", dtype="bfloat16", use_dora=True)
+    ours = MergedWeights.open(base, [adapter], [1.0])
+    alone = {name: ours.tensor(name) for name in ours.touched}
+    work = [name for _ in range(40) for name in alone]
+    with ThreadPoolExecutor(4) as pool:
+        for name, found in zip(work, pool.map(ours.tensor, work), strict=True):
+            assert found.equal(alone[name])
+
+
 def test_the_base_is_left_alone(tmp_path: Path, base_of: Callable[..., Path]) -> None:
     base = base_of("float32")
     before = (base / "model.safetensors").read_bytes()
