@@ -1,6 +1,7 @@
 """The merging service as a process of its own, over gRPC: import, merge, export, refusals."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -367,8 +368,9 @@ def test_a_disk_that_is_too_small_is_refused_with_figures_before_the_first_byte(
     running = Service(tmp_path, service.hub, ARRIERO_STORE_QUOTA_BYTES=str(room))
     try:
         spec = merging_pb2.MergeSpec(model=model.digest, adapters=[adapter.digest])
-        with pytest.raises(DiskFull, match=r"\d+ bytes\), .* free \(\d+ bytes\)"):
-            running.finish(spec, "full")
+        error = refusal(lambda: running.start(spec, "full"))
+        assert isinstance(error, DiskFull)
+        assert re.search(r"\(\d+ bytes\), .* free \(\d+ bytes\)", error.message)
         assert not list((tmp_path / "store" / "staging").glob("**/outputs/*"))
     finally:
         running.close()

@@ -231,7 +231,8 @@ def _run(config: dict[str, Any], values: _Values, sequences: Sequences) -> npt.N
 
     model = _hollow(config, values)
     rows: list[npt.NDArray[np.float32]] = [np.empty(0, dtype=np.float32)] * len(sequences)
-    with torch.inference_mode():
+    # Not inference_mode: what computes merged rows keeps its memory for later.
+    with torch.no_grad():
         for group in _groups([len(ids) for ids in sequences]):
             longest = max(len(sequences[i]) for i in group)
             batch = torch.zeros((len(group), longest), dtype=torch.long)

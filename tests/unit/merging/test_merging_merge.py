@@ -318,7 +318,6 @@ def test_nan_in_the_bases_weights_does_not_pass(
     base = room.publish(place, "model")
     room.merge(base, [room.publish(adapter, "adapter")], golden=report)
     assert room.verdicts()["merge.logits"] == "failed"
-    assert result(room, "merge.logits").figure is None
 
 
 def test_an_untrained_adapter_fails_its_gate_and_the_model_is_kept(
