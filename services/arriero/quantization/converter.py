@@ -222,7 +222,6 @@ def spawn(arguments: Sequence[str], log: Path, threads: int = 1) -> subprocess.P
     environment = {key: value for key, value in os.environ.items() if not _SECRETS.search(key)}
     environment |= {
         "PYTHONPATH": os.pathsep.join((str(root / "gguf-py"), str(_SERVICES))),
-        "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",

@@ -29,9 +29,11 @@ _SHOWN = 3
 
 
 def importance_of(activations: Activations, dataset: str) -> Importance:
-    """Mean squares, as llama-quantize weighs columns by."""
+    """Mean squares, as llama-quantize weighs columns by; as `read` gives them back."""
     values = {
-        name: (sums / activations.counts[name]).astype(np.float32)
+        name: _means(
+            sums.astype(np.float32), np.array([activations.counts[name]], dtype=np.float32)
+        )
         for name, sums in activations.sums.items()
     }
     return Importance(values, dataset, activations.sequences)

@@ -366,3 +366,72 @@ def test_a_plan_is_what_llama_cpp_would_do(official: Path, tmp_path: Path) -> No
     assert list(plan.types.items()) == [(t.name, t.type) for t in made.tensors]
     assert plan.fallbacks
     assert imatrix.uncovered(plan.types, None) == []
+
+
+def test_importance_from_rows_is_what_torch_sees(
+    tiny_llama_dir: Path, store: Store, publish: Publish, tmp_path: Path
+) -> None:
+    import pyarrow as pa
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    rows = [[1, *range(260, 300)], [1, 270, 280], [1, *range(300, 340)]]
+    directory = tmp_path / "rows"
+    directory.mkdir()
+    # A packed row holds the first two.
+    packed = [rows[0] + rows[1], rows[2]]
+    table = pa.table(
+        {
+            "input_ids": pa.array(packed, pa.list_(pa.int32())),
+            "labels": pa.array(packed, pa.list_(pa.int32())),
+            "lengths": pa.array([[41, 3], [41]], pa.list_(pa.int32())),
+        }
+    )
+    with pa.ipc.new_file(str(directory / "data.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    (directory / "dataset.json").write_text("{}")
+    inputs = {
+        "model": publish(tiny_llama_dir, "model", name="tiny"),
+        "imatrix": publish(directory, "dataset", name="rows"),
+    }
+    limit = 80  # five tokens less than there are
+    made = run(store, tmp_path / "job", inputs, "IQ4_NL", imatrix_tokens=limit)
+    report = made["imatrix"]
+    assert (report.kind, report.labels) == ("report", {"report": "imatrix"})
+    importance = imatrix.read(report.path)
+    assert importance.chunks == 3
+
+    sums: dict[str, np.ndarray] = {}
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32).eval()
+
+    def watch(name: str) -> Callable[..., None]:
+        def add(_: torch.nn.Module, given: tuple[torch.Tensor]) -> None:
+            squares = given[0].reshape(-1, given[0].shape[-1]).double().square().sum(0).numpy()
+            sums[name] = sums.get(name, 0) + squares
+
+        return add
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            module.register_forward_pre_hook(watch(name))
+    with torch.inference_mode():
+        for ids in (rows[0], rows[1], rows[2][: limit - 44]):
+            model(torch.tensor([ids]))
+    parts = {
+        "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+    }  # fmt: skip
+    assert len(importance.values) == len(sums) == 14
+    for layer in range(2):
+        for ours, theirs in parts.items():
+            found = importance.values[f"blk.{layer}.{ours}.weight"]
+            expected = sums[f"model.layers.{layer}.{theirs}"] / limit
+            # llama.cpp keeps keys and values in half precision.
+            np.testing.assert_allclose(found, expected, rtol=0.02, atol=1e-4 * expected.max())
+            assert np.median(np.abs(found / expected - 1)) < 2e-3
+    # What was computed can be given: the same bytes come out.
+    inputs["imatrix"] = publish(report.path, "report")
+    again = run(store, tmp_path / "again", inputs, "IQ4_NL")
+    assert list(again) == ["IQ4_NL"]
+    assert tensors_of(file_of(again["IQ4_NL"])) == tensors_of(file_of(made["IQ4_NL"]))

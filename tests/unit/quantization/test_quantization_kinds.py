@@ -225,3 +225,39 @@ def test_files_without_golden_logits_say_how_to_get_them(
 def test_every_kind_names_its_input_fields_and_job() -> None:
     assert [kind.name for kind in WORK_KINDS] == ["quantize", "evaluate"]
     assert {kind.job_module for kind in WORK_KINDS} == {"arriero.quantization.job"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"method": "magic"}, "method"),
+        ({"imatrix_tokens": 0}, "imatrix_tokens"),
+        ({"tensor_types": {"ffn_(down": "Q6_K"}}, "tensor_types[ffn_(down]"),
+        ({"tensor_types": {"ffn_down": "Q4_K_M"}}, "tensor_types[ffn_down]"),
+        ({"output_tensor_type": "Q9"}, "output_tensor_type"),
+        ({"token_embedding_type": "I32"}, "token_embedding_type"),
+        ({"weights": [1.0]}, "weights"),
+        ({"adapters": ["sha256:1", "sha256:1"]}, "adapters[1]"),
+        ({"adapters": ["sha256:1"], "weights": [float("nan")]}, "weights[0]"),
+    ],
+)
+def test_wrong_knobs_are_refused_with_their_place(
+    quantized: Resolve, fields: dict[str, object], field: str
+) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        quantized(types=["Q8_0"], **fields)
+    assert violation(caught) == field
+
+
+def test_overrides_come_out_as_ggml_writes_them(quantized: Resolve) -> None:
+    spec = quantized(
+        types=["Q4_K_M"], tensor_types={"ffn_down": "q6_k"}, output_tensor_type="f16"
+    ).spec
+    assert dict(spec.tensor_types) == {"ffn_down": "Q6_K"}
+    assert spec.output_tensor_type == "F16"
+    assert (spec.method, spec.imatrix_tokens) == ("auto", 65536)
+
+
+def test_the_reference_chain_is_priced_with_what_lies_between(quantized: Resolve) -> None:
+    one, chain = quantized(types=["Q8_0"]), quantized(types=["Q8_0"], method="reference")
+    assert chain.disk_bytes - one.disk_bytes == 123_200 * 4
