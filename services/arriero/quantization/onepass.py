@@ -26,7 +26,7 @@ import numpy.typing as npt
 from arriero.errors import Internal
 from arriero.llama import Header, TensorInfo, quantize_rows, row_bytes
 from arriero.quantization.converter import Outline
-from arriero.weights import TensorPlan, Weights
+from arriero.weights import MergedWeights, TensorPlan, Weights
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +61,31 @@ class Stored:
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of a tensor, in its type."""
         return self._weights.tensor(name)[start:stop]
+
+
+class Merged:
+    """A model's tensors with adapters folded in.
+
+    `MergedWeights` has one place for intermediate values, so each thread opens
+    its own; that reads headers only.
+    """
+
+    def __init__(self, open_weights: Callable[[], MergedWeights]) -> None:
+        """Take what opens model and adapters."""
+        self._open = open_weights
+        self._plans = open_weights()
+        self._local = threading.local()
+
+    def __getitem__(self, name: str) -> TensorPlan:
+        """Type and shape of a merged tensor."""
+        return self._plans[name]
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of a merged tensor, in its type."""
+        weights: MergedWeights | None = getattr(self._local, "weights", None)
+        if weights is None:
+            weights = self._local.weights = self._open()
+        return weights.rows(name, start, stop)
 
 
 def obstacle(outline: Outline, source: Source) -> str:
@@ -195,7 +220,7 @@ class _Filling:
             columns, rows = _extent(tensor)
             origin = self._outline.origins[tensor.name]
             step = max(1, _BLOCK // columns)
-            if origin.heads:
+            if origin.heads and rows > 1:  # a bias is one row
                 head = rows // origin.heads
                 step = max(head, step // head * head)
             for start in range(0, rows, step):

@@ -206,20 +206,24 @@ class _Work:
         self.adapters = job.inputs.get("adapters", [])
         self.name = (self.adapters or [self.model])[-1].manifest.name or "model"
         self.workers = threads(job.spec.threads)
+        base = Weights.open(self.model.path)
+        self.source: onepass.Source = onepass.Stored(base)
         self.merged: MergedWeights | None = None
         if self.adapters:
-            weights = list(job.spec.weights) or [1.0] * len(self.adapters)
-            self.merged = MergedWeights.open(
-                self.model.path, [adapter.path for adapter in self.adapters], weights
-            )
-        base = Weights.open(self.model.path)
+            self.merged = self._open_merged()
+            self.source = onepass.Merged(self._open_merged)
         self.checkpoint = Checkpoint.of((self.merged or base).values())
-        self.source: onepass.Source = self.merged or onepass.Stored(base)
         self.recipe = Recipe(
             # A proto map has no order, and the first match wins.
             tensor_types=dict(sorted(job.spec.tensor_types.items(), key=_longest_first)),
             output_tensor_type=job.spec.output_tensor_type,
             token_embedding_type=job.spec.token_embedding_type,
+        )
+
+    def _open_merged(self) -> MergedWeights:
+        weights = list(self.job.spec.weights) or [1.0] * len(self.adapters)
+        return MergedWeights.open(
+            self.model.path, [adapter.path for adapter in self.adapters], weights
         )
 
     @cached_property

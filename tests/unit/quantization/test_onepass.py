@@ -340,6 +340,30 @@ def test_an_architecture_with_more_than_permuted_rows_falls_back_and_says_so(
         run(store, tmp_path / "asked", inputs, "Q8_0", method="onepass")
 
 
+def test_biases_are_permuted_as_the_converter_does(
+    tiny_llama_dir: Path, store: Store, publish: Publish, tmp_path: Path
+) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    model = tmp_path / "biased"
+    shutil.copytree(tiny_llama_dir, model)
+    tensors = load_file(model / "model.safetensors")
+    for name in [name for name in tensors if "self_attn" in name]:
+        rows = tensors[name].shape[0]
+        tensors[name.replace(".weight", ".bias")] = np.arange(rows, dtype=np.float32)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "attention_bias": True}))
+    inputs = {"model": publish(model, "model", name="tiny")}
+    one = run(store, tmp_path / "one", inputs, "Q8_0", method="onepass")
+    other = run(store, tmp_path / "other", inputs, "Q8_0", method="reference")
+    found = tensors_of(file_of(one["Q8_0"]))
+    assert found == tensors_of(file_of(other["Q8_0"]))
+    kind, data = found["blk.0.attn_k.bias"]
+    assert kind == "F32"
+    assert np.frombuffer(data, np.float32)[:4].tolist() == [0, 8, 1, 9]  # heads of 16
+
+
 def test_llama_3_rope_factors_are_made_from_the_configuration(
     tiny_llama_dir: Path, store: Store, publish: Publish, tmp_path: Path
 ) -> None:
