@@ -286,9 +286,8 @@ def onepass(place: Path, target: Path, way: str) -> Run:
     plain_rows, plain_fill = MergedWeights.rows, rows.fill
 
     def counted(self: Any, name: str, start: int, stop: int) -> Any:
-        asked[0] += (
-            stop - start if len(self[name].shape) == 1 else (stop - start) * (self[name].shape[1])
-        )
+        width = 1 if len(self[name].shape) == 1 else self[name].shape[1]
+        asked.append((stop - start) * width)
         return plain_rows(self, name, start, stop)
 
     def fill(*arguments: Any, **options: Any) -> None:
@@ -309,7 +308,7 @@ def onepass(place: Path, target: Path, way: str) -> Run:
         parts["hash, sync"] = time.perf_counter() - made
         sizes = [path.stat().st_size for output in outputs for path in output.path.iterdir()]
         elements = MergedWeights.open(inputs["model"][0].path, [], []).elements
-        return {"parts": parts, "outputs": sum(sizes), "reads": asked[0] / elements}
+        return {"parts": parts, "outputs": sum(sizes), "reads": sum(asked) / elements}
 
     return run
 

@@ -192,6 +192,35 @@ def test_cancelling_stops_the_converter_and_publishes_nothing(
     assert len(service.store.list("gguf")) == before
 
 
+def test_a_killed_job_publishes_nothing_and_its_next_attempt_everything(
+    service: Service, model: Artifact
+) -> None:
+    before = {artifact.digest for artifact in service.store.list("gguf")}
+    started = service.rooms.Quantize(quantize(model, "killed", "Q5_1", "Q4_1"), timeout=30)
+    parent = psutil.Process(service.process.pid)
+    deadline = time.monotonic() + 60
+    converter = "arriero.quantization.official"
+    while not (converters := [p for p in _children(parent) if _runs(p, converter)]):
+        assert time.monotonic() < deadline, "the converter did not start"
+        time.sleep(0.02)
+    (job,) = [p for p in _children(parent) if _runs(p, "arriero.quantization.job")]
+    job.kill()
+    assert {artifact.digest for artifact in service.store.list("gguf")} == before
+    result = service.result(started)
+    assert [output.name for output in result.outputs] == ["Q5_1", "Q4_1"]
+    made = {artifact.digest for artifact in service.store.list("gguf")} - before
+    assert made == {output.digest for output in result.outputs}
+    psutil.wait_procs(converters, timeout=10)
+    assert not any(process.is_running() for process in converters)
+
+
+def _runs(process: psutil.Process, module: str) -> bool:
+    try:
+        return module in process.cmdline()
+    except psutil.Error:
+        return False
+
+
 def _children(parent: psutil.Process) -> list[psutil.Process]:
     found = []
     for child in parent.children(recursive=True):
