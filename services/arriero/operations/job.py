@@ -29,7 +29,7 @@ from arriero.rpc import logs, parent
 from arriero.store import Artifact, Store
 from arriero.v1 import types_pb2
 
-__all__ = ["Handler", "Job", "Output", "gate_modes", "main"]
+__all__ = ["Handler", "Job", "Output", "gate_modes", "main", "rank_directory"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _WATCH_INTERVAL = 0.5
@@ -67,6 +67,7 @@ class Job:
         last_failure: str = "",
         preempted: threading.Event | None = None,
         nudge: Callable[[], None] | None = None,
+        rank: int = 0,
     ) -> None:
         self.spec: Any = spec
         self.kind = kind
@@ -78,7 +79,8 @@ class Job:
         self.inputs = inputs
         self.directory = staging / "attempts" / str(attempt)
         self.checkpoints = staging / "checkpoints"
-        self.scratch = self.directory / "scratch"
+        place = rank_directory(self.directory, rank) if rank else self.directory
+        self.scratch = place / "scratch"
         self.gates = Gates(gate_modes(spec))
         self.watches_preemption = False
         self._preempted = preempted or threading.Event()
@@ -177,6 +179,11 @@ class Job:
             raise Preempted("the job was told to stop; it will start again where it can")
 
 
+def rank_directory(attempt: Path, rank: int) -> Path:
+    """Where a rank of a distributed job, other than the first, leaves what it has to say."""
+    return attempt / "ranks" / str(rank)
+
+
 Handler = Callable[[Job], Sequence[Output]]
 
 
@@ -197,12 +204,16 @@ def main(handlers: Mapping[str, Handler]) -> NoReturn:
     Writes `outcome.json` whatever happens short of a kill. Never returns: the
     process ends without the interpreter's shutdown, which libraries with
     threads of their own are known to hang in.
+
+    Where a launcher such as torchrun set `RANK`, rank 0 does so for all; the others
+    say only why they failed, in a directory of their own.
     """
     if len(sys.argv) != 2:
         print("usage: python -m <job module> ASSIGNMENT  (started by a service)", file=sys.stderr)
         sys.exit(os.EX_USAGE)
     assignment = Assignment.read(Path(sys.argv[1]))
-    if assignment.watch_service:
+    # The service's pid means nothing on another machine (torchrun's GROUP_RANK).
+    if assignment.watch_service and os.environ.get("GROUP_RANK", "0") == "0":
         watch_service(assignment)
     logs.configure(assignment.service)
     with logs.bind(run=assignment.run, stage=assignment.stage, attempt=assignment.attempt):
@@ -230,6 +241,9 @@ def watch_service(assignment: Assignment) -> None:
 def _run(assignment: Assignment, handlers: Mapping[str, Handler]) -> int:
     job: Job | None = None
     sender: ProgressSender | None = None
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:  # what all ranks say, the first one says
+        logging.getLogger("arriero").setLevel(logging.WARNING)
     preempted = threading.Event()
 
     def on_sigterm() -> None:
@@ -263,15 +277,22 @@ def _run(assignment: Assignment, handlers: Mapping[str, Handler]) -> int:
             last_failure=assignment.last_failure,
             preempted=preempted,
             nudge=lambda: sender.nudge() if sender is not None else None,
+            rank=rank,
         )
-        sender = ProgressSender(assignment, job.meter)
-        sender.start()
+        if not rank:
+            sender = ProgressSender(assignment, job.meter)
+            sender.start()
         outcome = describe(handler(job), job)
     except BaseException as error:  # whatever it was, the service must hear of it
         outcome = failure(assignment.attempt, error, log)
     if sender is not None:
         sender.close()
-    outcome.write(assignment.directory)
+    if not rank:
+        outcome.write(assignment.directory)
+    elif not outcome.ok:
+        place = rank_directory(assignment.directory, rank)
+        place.mkdir(parents=True, exist_ok=True)
+        outcome.write(place)
     if outcome.ok:
         return 0
     return EXIT_TRY_AGAIN if outcome.preempted else EXIT_FAILED

@@ -47,6 +47,7 @@ def alone(spec: training_pb2.TrainSpec, plan: Plan, lora: Lora) -> Iterator[Fiel
     yield from _warmup(plan)
     yield from _names(spec)
     yield from _method(spec)
+    yield from _processes(spec)
     yield from _lora(lora)
 
 
@@ -247,6 +248,30 @@ def _method(spec: training_pb2.TrainSpec) -> Iterator[FieldViolation]:
             yield FieldViolation(
                 f"lora.{name}", "with method full, which trains every weight; leave it out"
             )
+
+
+def _processes(spec: training_pb2.TrainSpec) -> Iterator[FieldViolation]:
+    if spec.nodes < 1:
+        yield FieldViolation("nodes", f"{spec.nodes}; expected at least 1 machine")
+    if spec.nproc_per_node < 0:
+        yield FieldViolation(
+            "nproc_per_node", f"{spec.nproc_per_node}; expected processes, or 0 for one per GPU"
+        )
+    world = max(1, spec.nodes) * max(1, spec.nproc_per_node)
+    if 1 <= spec.batch_size < world:
+        yield FieldViolation(
+            "batch_size", f"{spec.batch_size} rows for {world} processes; expected a row for each"
+        )
+    if not spec.fsdp:
+        return
+    if spec.method == "full":
+        yield FieldViolation(
+            "fsdp", "with method full; it spreads weights that are not trained: use method lora"
+        )
+    if spec.load_in_4bit or spec.load_in_8bit:
+        yield FieldViolation(
+            "fsdp", "with a quantized base, which cannot be spread; expected one of the two"
+        )
 
 
 def _lora(lora: Lora) -> Iterator[FieldViolation]:

@@ -58,6 +58,12 @@ class Forward(nn.Module):  # type: ignore[misc]
         self._chooses_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
         self._plain_head = _has_plain_head(base, numerics)
 
+    def layers(self) -> list[nn.Module]:
+        """The blocks that transformers says stay in one piece when a model is spread."""
+        base = core(self.model)
+        names = set(getattr(base, "_no_split_modules", None) or ())
+        return [module for module in base.modules() if type(module).__name__ in names]
+
     def forward(self, micro: MicroBatch) -> torch.Tensor:
         """Sum of -log p over the trained tokens, float32, nats."""
         device = self._numerics.device

@@ -18,9 +18,10 @@ from arriero.operations.handoff import to_json
 from arriero.operations.job import Job, Output, main
 from arriero.operations.memory import available_bytes
 from arriero.prompts import FILE_NAME as TEMPLATE_FILE
-from arriero.training import allocator, proof
+from arriero.training import allocator, launch, proof
 from arriero.training.memory import fit, gigabytes
 from arriero.training.plan import Plan
+from arriero.training.ranks import Ranks
 from arriero.training.rows import Rows, check_ids, read_facts
 from arriero.training.spec import (
     demand_of,
@@ -62,14 +63,15 @@ def train(job: Job) -> Sequence[Output]:
     from arriero.training import adapter, finite, numerics, whole
     from arriero.training.optimizers import check_optimizer
 
-    torch.set_num_threads(threads())
+    ranks = Ranks.join()
+    torch.set_num_threads(max(1, threads() // ranks.local_world))
     base, full = job.input("model"), job.spec.method == "full"
     weights = Weights.open(base.path)
     rows, val_rows = _open_rows(job, weights)
     plan = plan_of(job.spec, len(rows))
     how = numerics.choose(plan.dtype)
     check_optimizer(plan.optimizer, how.device)
-    micro_batch = _fitting(job, weights, how, plan)
+    micro_batch = ranks.least(_fitting(job, weights, how, plan, ranks))
     job.check_preempted()
     model = _load(job, weights, how, plan)
     trained = sum(weight.numel() for weight in adapter.trained_weights(model).values())
@@ -85,10 +87,14 @@ def train(job: Job) -> Sequence[Output]:
         plan.total_steps,
         plan.batch_size,
     )
-    loop = _loop(job, model, (rows, val_rows), plan, how, weights.elements)
+    with ranks.together():
+        loop = _loop(job, model, (rows, val_rows), plan, how, weights.elements, ranks)
     if micro_batch < plan.micro_batch_size:
         loop.state.micro_batch_size = micro_batch
-    state, best = _run(job, loop)
+    with ranks.together():
+        state, best = _run(job, loop, ranks)
+    if not ranks.first:
+        return []
     name = "model" if full else "adapter"
     directory = job.output_dir(name)
     if full:
@@ -115,7 +121,9 @@ def train(job: Job) -> Sequence[Output]:
         return [output]
     output.golden = "output:golden"
     facts = {**metrics, "trained_on": _held_as(job, how)}
-    return [output, proof.golden(job, output, rows, how.device, state, facts)]
+    # One GPU does not hold a base that had to be spread over several.
+    device = "cpu" if plan.fsdp else how.device
+    return [output, proof.golden(job, output, rows, device, state, facts)]
 
 
 def _open_rows(job: Job, weights: Weights) -> tuple[Rows, Rows | None]:
@@ -130,7 +138,7 @@ def _open_rows(job: Job, weights: Weights) -> tuple[Rows, Rows | None]:
     return rows, val_rows
 
 
-def _fitting(job: Job, weights: Weights, how: Numerics, plan: Plan) -> int:
+def _fitting(job: Job, weights: Weights, how: Numerics, plan: Plan, ranks: Ranks) -> int:
     """The micro batch that memory holds by estimate.
 
     Raises:
@@ -148,9 +156,10 @@ def _fitting(job: Job, weights: Weights, how: Numerics, plan: Plan) -> int:
         plan.micro_batch_size,
         base_bytes=4 if how.dtype == torch.float32 else 2,
         host=how.device == "cpu",
+        spread=ranks.world if plan.fsdp else 1,
     )
     if how.device == "cpu":
-        free, where = available_bytes(), "this host"
+        free, where = available_bytes() // ranks.local_world, "this host"
     else:
         free, where = torch.cuda.mem_get_info()[0], torch.cuda.get_device_name()
     rows = fit(demand, free, where)
@@ -202,6 +211,7 @@ def _loop(
     plan: Plan,
     how: Numerics,
     parameters: int,
+    ranks: Ranks,
 ) -> Loop:
     from arriero.training.loop import Loop
 
@@ -213,16 +223,17 @@ def _loop(
         parameters=parameters,
         measures_base=job.gates.mode("train.improves") is not Mode.SKIP,
         leaves_out=job.gates.mode("train.finite") is not Mode.ENFORCE,
+        ranks=ranks,
     )
 
 
-def _run(job: Job, loop: Loop) -> tuple[State, int]:
+def _run(job: Job, loop: Loop, ranks: Ranks) -> tuple[State, int]:
     """Train from the newest checkpoint to the end; the state, and the step handed on."""
     from arriero.training.loop import Stopped
     from arriero.training.recovery import Recovery
 
     tidy = allocator.Tidy(loop.device)
-    recovery = Recovery(loop, job.checkpoints, job.store, job.gates)
+    recovery = Recovery(loop, job.checkpoints, job.store, job.gates, ranks)
     recovery.resume(out_of_memory=job.last_failure == "OUT_OF_MEMORY")
     total = loop.plan.total_steps
     # The step that it goes on from: what is left is told from this process' own speed.
@@ -319,4 +330,5 @@ def _held_as(job: Job, how: Numerics) -> str:
 
 
 if __name__ == "__main__":
+    launch.as_torchrun()
     main({"train": train})

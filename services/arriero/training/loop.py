@@ -11,7 +11,8 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,7 +28,8 @@ from arriero.training.forward import Forward
 from arriero.training.numerics import Numerics, peak_flops
 from arriero.training.optimizers import make_optimizer
 from arriero.training.plan import Plan
-from arriero.training.rows import Rows, batches, collate
+from arriero.training.ranks import ALONE, Ranks
+from arriero.training.rows import MicroBatch, Rows, batches, collate
 from arriero.training.state import Report, State
 
 # Steps that the speed is taken over.
@@ -59,6 +61,7 @@ class Loop:
         parameters: of the base, for the model FLOPs utilisation.
         measures_base: take the held-out loss before the first step too.
         leaves_out: go on without the steps whose loss is not finite, instead of ending.
+        ranks: the processes that train together; each batch is dealt among them.
         clock: seconds, for the speed and for when to save.
     """
 
@@ -73,6 +76,7 @@ class Loop:
         parameters: int = 0,
         measures_base: bool = False,
         leaves_out: bool = False,
+        ranks: Ranks = ALONE,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model = model
@@ -80,7 +84,7 @@ class Loop:
         self.state = State()
         self._rows, self._val_rows = rows, val_rows
         self._numerics, self._clock = numerics, clock
-        self._measures_base = measures_base
+        self._measures_base, self._ranks = measures_base, ranks
         self._finite = Finite(plan, numerics, leaves_out=leaves_out)
         self._weights = trained_weights(model)
         self._peak = peak_flops(numerics)
@@ -96,6 +100,9 @@ class Loop:
         )
         self._scaler = torch.amp.GradScaler(numerics.device, enabled=numerics.scaled)
         self._forward = Forward(model, numerics, plan.neftune_alpha)
+        self._shards = plan.fsdp and ranks.world > 1
+        if self._shards:
+            ranks.shard(self._forward, self._forward.layers(), numerics.device)
         self._rate = float(self._scheduler.get_last_lr()[0])
         self._order: tuple[int, list[npt.NDArray[np.int64]]] = (-1, [])
         self._speed: deque[tuple[float, int]] = deque(maxlen=_SPEED_STEPS)
@@ -111,8 +118,8 @@ class Loop:
 
         Args:
             report: called after each step.
-            save: writes a checkpoint from `tensors` and `state`; called after the
-                first step (a full disk shows early), then as the plan says, and
+            save: writes a checkpoint from `tensors` and `state`; called on every rank,
+                after the first step (a full disk shows early), then as the plan says, and
                 at each lowest held-out loss where the plan hands that on.
             should_stop: asked between micro batches.
 
@@ -130,7 +137,8 @@ class Loop:
                 saved_at, saved_step = self._clock(), state.step
             if state.step >= plan.total_steps or self._is_enough():
                 return state
-            if state.step != saved_step and self._save_is_due(self._clock() - saved_at):
+            due = state.step != saved_step and self._save_is_due(self._clock() - saved_at)
+            if self._ranks.any(due):
                 save()
                 saved_at, saved_step = self._clock(), state.step
             self._step(should_stop)
@@ -212,7 +220,7 @@ class Loop:
         row = self._batch(self.state.step)[:1]
         micro = collate(self._rows, row)
         if not len(micro.positions):
-            return None
+            return None  # on every rank
         self._seed()
         self._forward.train()
         with torch.no_grad():
@@ -231,7 +239,8 @@ class Loop:
             try:
                 return work()
             except Exception as error:
-                if not allocator.ran_out(error):
+                # Ranks shrink together or not at all: the next attempt does.
+                if self._ranks.world > 1 or not allocator.ran_out(error):
                     raise
             # Not inside `except`: the error holds on to the tensors of its frames.
             self.shrink("out of memory")
@@ -242,18 +251,35 @@ class Loop:
         self._seed()
         self._forward.train()
         total = torch.zeros((), device=self._numerics.device)
-        size = self.micro_batch_size
-        for start in range(0, len(chosen), size):
-            if should_stop():
+        for micro in self._micro_batches(self._rows, chosen):
+            if self._ranks.any(should_stop()):
                 self._optimizer.zero_grad(set_to_none=True)
                 raise Stopped
-            micro = collate(self._rows, chosen[start : start + size])
-            if len(micro.positions):
-                # Over the whole step's tokens: the micro batch's size changes nothing.
+            if micro is not None and trained:
+                # Over the whole step's tokens: neither the micro batch's size nor the
+                # number of ranks changes anything.
                 loss = self._forward(micro) / trained
                 self._scaler.scale(loss).backward()
                 total += loss.detach()
-        return float(total)
+        if trained:
+            self._ranks.add_gradients(self._weights.values())
+        return self._ranks.total([float(total)])[0]
+
+    def _micro_batches(
+        self, rows: Rows, chosen: npt.NDArray[np.int64]
+    ) -> Iterator[MicroBatch | None]:
+        """This rank's micro batches; as many on each rank, None where nothing is to do."""
+        own, size = self._ranks.share(chosen), self.micro_batch_size
+        for number in range(self._ranks.parts(len(chosen), size)):
+            part = own[number * size : (number + 1) * size]
+            # Sharded weights are gathered from all ranks, whether or not they have rows.
+            micro = collate(rows, part) if len(part) else self._idle(rows)
+            yield micro if len(micro.positions) or self._shards else None
+
+    def _idle(self, rows: Rows) -> MicroBatch:
+        """A row that trains nothing."""
+        micro = collate(rows, [0])
+        return replace(micro, positions=micro.positions[:0], labels=micro.labels[:0])
 
     def _finish_step(self, started: float, chosen: npt.NDArray[np.int64], value: float) -> None:
         trained = self._rows.trained(chosen)
@@ -345,28 +371,27 @@ class Loop:
         """Mean loss of held-out rows, nats per trained token."""
         order = np.argsort(-rows.lengths, kind="stable")
 
-        def total_loss() -> tuple[float, int]:
+        def total_loss() -> list[float]:
             self._forward.eval()
-            size = self.micro_batch_size
-            total, trained = 0.0, 0
-            for start in range(0, len(order), size):
-                if should_stop():
+            total, trained, done = 0.0, 0, 0
+            for micro in self._micro_batches(rows, order):
+                if self._ranks.any(should_stop()):
                     raise Stopped
-                chosen = order[start : start + size]
-                micro = collate(rows, chosen)
-                if len(micro.positions):
-                    with torch.inference_mode():
+                if micro is not None:
+                    with torch.no_grad():
                         total += float(self._forward(micro))
-                    trained += rows.trained(chosen)
-                report(self.report("validating", start + len(chosen), len(order)))
-            return total, trained
+                    trained += len(micro.labels)
+                done += self.micro_batch_size * self._ranks.world
+                report(self.report("validating", min(done, len(order)), len(order)))
+            return self._ranks.total([total, float(trained)])
 
         total, trained = self._with_memory(total_loss)
         return total / trained if trained else None
 
     def _seed(self) -> None:
-        """Make what the next step draws a function of seed and step, so that none is kept."""
-        words = np.random.SeedSequence([self.plan.seed & (2**64 - 1), self.state.step])
+        """Make what the next step draws follow from seed, step and rank: none of it is kept."""
+        seed = self.plan.seed & (2**64 - 1)
+        words = np.random.SeedSequence([seed, self.state.step, self._ranks.rank])
         torch.manual_seed(int(words.generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
     def _batch(self, step: int) -> npt.NDArray[np.int64]:

@@ -48,6 +48,7 @@ class Demand:
         length: tokens of the longest row.
         gradient_checkpointing: keeps one layer's activations instead of all.
         host: the libraries count too.
+        spread: processes that the base is spread over.
     """
 
     config: Mapping[str, Any]
@@ -63,6 +64,7 @@ class Demand:
     length: int
     gradient_checkpointing: bool
     host: bool
+    spread: int = 1
 
     def need(self) -> Need:
         """The estimate, roughly and rather too much than too little."""
@@ -97,7 +99,7 @@ class Demand:
             if self.quantization != "int8" and not self.double:
                 packed += _SINGLE_SCALES
             base = round(packed * self.linear + self.base_bytes * (self.parameters - self.linear))
-        return base + 4 * self.trained
+        return base // self.spread + 4 * self.trained
 
 
 @dataclass(frozen=True, slots=True)

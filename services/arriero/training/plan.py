@@ -65,6 +65,7 @@ class Plan:
     save_steps: int = 0
     save_total_limit: int = 2
     gradient_checkpointing: bool = False
+    fsdp: bool = False
     optimizer: str = "adamw_torch"
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8

@@ -18,6 +18,7 @@ from arriero.gates import Gates, Verdict
 from arriero.store import Store
 from arriero.training import stopping
 from arriero.training.checkpoints import Checkpoints, checkpoint_bytes
+from arriero.training.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from arriero.training.loop import Loop
@@ -40,12 +41,17 @@ class Recovery:
         directory: where checkpoints are; outlives attempts.
         store: whose quota they count in.
         gates: gets the verdict of `train.resume`.
+        ranks: all of which call the same methods; the first alone writes and judges.
     """
 
-    def __init__(self, loop: Loop, directory: Path, store: Store, gates: Gates) -> None:
+    def __init__(
+        self, loop: Loop, directory: Path, store: Store, gates: Gates, ranks: Ranks = ALONE
+    ) -> None:
         self._loop, self._store, self._gates = loop, store, gates
-        self._directory = directory
-        self._checkpoints = Checkpoints(directory, loop.plan.save_total_limit)
+        self._directory, self._ranks = directory, ranks
+        self._checkpoints = (
+            Checkpoints(directory, loop.plan.save_total_limit) if ranks.first else None
+        )
         trained = sum(weight.numel() for weight in loop.tensors()["weights"].values())
         self._needed = checkpoint_bytes(trained)
         self._step = 0
@@ -62,7 +68,8 @@ class Recovery:
             FailedPrecondition: the checkpoint gives another loss than it was saved
                 with, and the gate is enforced; memory does not hold one row.
         """
-        loop, newest = self._loop, self._checkpoints.newest()
+        loop, ranks = self._loop, self._ranks
+        newest: Path | None = ranks.told(self._checkpoints.newest() if self._checkpoints else None)
         if newest is not None:
             planned = loop.state.micro_batch_size
             tensors, state = _read(newest)
@@ -73,7 +80,7 @@ class Recovery:
             _log.info("resumed from step %d of %d", loop.state.step, loop.plan.total_steps)
             self._prove(newest)
         if out_of_memory:
-            used = _json(self._directory / _MICRO_BATCH).get("micro_batch_size")
+            used = ranks.told(_json(self._directory / _MICRO_BATCH).get("micro_batch_size"))
             if isinstance(used, int) and used > 0:
                 loop.state.micro_batch_size = used
             loop.shrink("the attempt before was ended because memory ran out")
@@ -86,10 +93,17 @@ class Recovery:
             DiskFull: there is no room for it.
         """
         loop = self._loop
+        probe = loop.probe()  # all ranks compute it, where weights are spread over them
+        if self._checkpoints is None:
+            self._step = loop.state.step
+            return
         found = stopping.best(loop.state.val_losses) if loop.plan.load_best else None
         self._store.preflight(self._needed)
         self._checkpoints.save(
-            loop.state.step, self._write, needed=self._needed, best=found[0] if found else None
+            loop.state.step,
+            lambda place: self._write(place, probe),
+            needed=self._needed,
+            best=found[0] if found else None,
         )
         self.time, self._step = time.time(), loop.state.step
         self._remember()
@@ -109,7 +123,7 @@ class Recovery:
         found = stopping.best(loop.state.val_losses)
         if found is None or found[0] == loop.state.step:
             return loop.state.step
-        path = self._checkpoints.whole(found[0])
+        path = self._ranks.told(self._checkpoints.whole(found[0]) if self._checkpoints else None)
         if path is None:
             raise DataLoss(
                 f"the checkpoint of step {found[0]}, whose held-out loss of {found[1]:.4f} nats "
@@ -122,19 +136,22 @@ class Recovery:
 
     def forget(self) -> None:
         """Leave nothing but checkpoints: the attempt ends, and not for want of memory."""
-        (self._directory / _MICRO_BATCH).unlink(missing_ok=True)
+        if self._ranks.first:
+            (self._directory / _MICRO_BATCH).unlink(missing_ok=True)
 
     def _remember(self) -> None:
+        if not self._ranks.first:
+            return
         path = self._directory / _MICRO_BATCH
         path.write_text(json.dumps({"micro_batch_size": self._loop.micro_batch_size}))
 
-    def _write(self, directory: Path) -> None:
+    def _write(self, directory: Path, probe: float | None) -> None:
         import torch
 
         with _Sink(directory / _TENSORS) as sink:
             sink.fill(lambda: torch.save(self._loop.tensors(), sink))
         (directory / _STATE).write_text(json.dumps(self._loop.state.to_dict()), encoding="utf-8")
-        (directory / _PROBE).write_text(json.dumps({"loss": self._loop.probe()}), encoding="utf-8")
+        (directory / _PROBE).write_text(json.dumps({"loss": probe}), encoding="utf-8")
 
     def _prove(self, checkpoint: Path) -> None:
         """Judge `train.resume`: the first row of the next batch, as it was when saved."""
@@ -144,6 +161,8 @@ class Recovery:
         saved = _json(checkpoint / _PROBE).get("loss")
         with gates.timed():
             now = loop.probe()
+        if not self._ranks.first:
+            return
         if saved is None or now is None:
             gates.skip("train.resume", "the next batch's first row trains no token")
             return

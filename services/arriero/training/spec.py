@@ -33,6 +33,17 @@ _MICRO_BATCH = 4
 # As many as make no warm-up too long, while the dataset is not known.
 _MANY_ROWS = 1 << 40
 
+# What changes where and how the work is done, and not what comes of it.
+_UNKEYED = (
+    "resources",
+    "save_steps",
+    "save_total_limit",
+    "report_to",
+    "nodes",
+    "nproc_per_node",
+    "fsdp",
+)
+
 
 def resolve(spec: training_pb2.TrainSpec, context: ResolveContext) -> Resolved:
     """Fill in `TrainSpec`, and refuse what could not end well.
@@ -68,7 +79,7 @@ def resolve(spec: training_pb2.TrainSpec, context: ResolveContext) -> Resolved:
         spec=resolved,
         disk_bytes=kept * checkpoint_bytes(demand.trained) + output + golden,
         memory_bytes=demand.need().total,
-        unkeyed=("resources", "save_steps", "save_total_limit", "report_to"),
+        unkeyed=_UNKEYED,
     )
 
 
@@ -98,6 +109,7 @@ def plan_of(spec: training_pb2.TrainSpec, rows: int) -> Plan:
         save_steps=spec.save_steps,
         save_total_limit=spec.save_total_limit,
         gradient_checkpointing=spec.gradient_checkpointing,
+        fsdp=spec.fsdp,
         optimizer=spec.optim,
         betas=(spec.adam_beta1, spec.adam_beta2),
         epsilon=spec.adam_epsilon,
@@ -141,6 +153,7 @@ def demand_of(
     *,
     base_bytes: int = 0,
     host: bool = True,
+    spread: int = 1,
 ) -> Demand:
     """What memory a resolved spec's training depends on, from headers alone.
 
@@ -153,6 +166,7 @@ def demand_of(
         base_bytes: per parameter, once the device is known; 0 takes what `dtype` says,
             and for `auto` float32's, a CPU without fast bfloat16.
         host: whether it trains in the host's memory.
+        spread: processes that the base is spread over.
     """
     modules, lora, full = linear_modules(base), lora_of(spec), spec.method == "full"
     if full:
@@ -175,6 +189,7 @@ def demand_of(
         length=longest,
         gradient_checkpointing=spec.gradient_checkpointing,
         host=host,
+        spread=spread,
     )
 
 
