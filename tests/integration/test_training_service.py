@@ -217,3 +217,21 @@ def test_a_job_that_the_kernel_kills_for_memory_goes_on_with_half_of_it(
     assert metadata.progress.training_step >= 100
     service.operations.CancelOperation(operations_pb2.CancelOperationRequest(name=operation.name))
     service.until(lambda: service.metadata(operation.name).HasField("end_time"))
+
+
+def test_a_killed_rank_costs_an_attempt_and_not_the_training(service: Service):
+    operation = service.start("ranks", max_steps=300, save_steps=20, nproc_per_node=2)
+    service.until(lambda: service.metadata(operation.name).progress.step >= 30)
+    (rank,) = [
+        child
+        for child in psutil.Process(service.process.pid).children(recursive=True)
+        if child.environ().get("RANK") == "1"
+    ]
+    rank.kill()
+    service.until(lambda: service.metadata(operation.name).attempt == 2, seconds=30)
+    result = service.finish(operation)
+    report = json.loads(service.store.get(result.outputs[1].digest).file("report.json").read_text())
+    assert len(report["losses"]) == 300
+    first, second = service.metadata(operation.name).jobs
+    assert "SIGKILL" in first.status.message
+    assert not second.status.message

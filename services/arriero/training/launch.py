@@ -75,7 +75,7 @@ def _gpus() -> int:
         return 1
     import torch
 
-    return max(1, torch.cuda.device_count())
+    return max(1, int(torch.cuda.device_count()))
 
 
 def _run(assignment: Assignment, spec: Any, arguments: list[str]) -> int:
