@@ -45,8 +45,9 @@ class Forward(nn.Module):  # type: ignore[misc]
         self.model = model
         self._numerics, self._noise = numerics, noise
         base = core(model)
-        self._packs = _takes_samples(base)
-        if self._packs:
+        # Whether one call takes all samples.
+        self.packs = _takes_samples(base)
+        if self.packs:
             base.set_attn_implementation(attention.register())
         else:
             _log.warning(
@@ -69,7 +70,7 @@ class Forward(nn.Module):  # type: ignore[misc]
         device = self._numerics.device
         ids, places = micro.input_ids.to(device), micro.position_ids.to(device)
         wanted, labels = micro.positions.to(device), micro.labels.to(device)
-        if self._packs:
+        if self.packs:
             return self._loss(ids, places, wanted, labels, micro.lengths)
         parts, begin = [], 0
         for length in micro.lengths:
@@ -90,7 +91,7 @@ class Forward(nn.Module):  # type: ignore[misc]
     ) -> torch.Tensor:
         base = core(self.model)
         given: dict[str, Any] = {"input_ids": ids, "position_ids": places, "use_cache": False}
-        if self._packs:
+        if self.packs:
             given["sample_lengths"] = lengths
         if self._noise and self.training:
             embedded = base.get_input_embeddings()(given.pop("input_ids"))
@@ -131,7 +132,9 @@ def _has_plain_head(base: Any, numerics: Numerics) -> bool:
     )
     training = base.training
     base.train()  # bitsandbytes packs weights for good when it is asked without
-    with torch.no_grad(), numerics.autocast():
+    # A model that is going to be spread is not on its device yet.
+    here = Numerics(head.weight.device.type, numerics.dtype)
+    with torch.no_grad(), here.autocast():
         expected = base(input_ids=ids, use_cache=False).logits.float()
         found = functional.linear(states[0], head.weight).float()
     base.train(training)

@@ -73,7 +73,7 @@ def train(job: Job) -> Sequence[Output]:
     check_optimizer(plan.optimizer, how.device)
     micro_batch = ranks.least(_fitting(job, weights, how, plan, ranks))
     job.check_preempted()
-    model = _load(job, weights, how, plan)
+    model = _load(job, weights, how, plan, ranks)
     trained = sum(weight.numel() for weight in adapter.trained_weights(model).values())
     allocator.release(how.device)  # what loading left
     job.log.info(
@@ -156,7 +156,8 @@ def _fitting(job: Job, weights: Weights, how: Numerics, plan: Plan, ranks: Ranks
         plan.micro_batch_size,
         base_bytes=4 if how.dtype == torch.float32 else 2,
         host=how.device == "cpu",
-        spread=ranks.world if plan.fsdp else 1,
+        # In the host's memory every rank holds the whole base while it loads.
+        spread=ranks.world if plan.fsdp and how.device != "cpu" else 1,
     )
     if how.device == "cpu":
         free, where = available_bytes() // ranks.local_world, "this host"
@@ -183,7 +184,7 @@ def _fitting(job: Job, weights: Weights, how: Numerics, plan: Plan, ranks: Ranks
     return rows
 
 
-def _load(job: Job, weights: Weights, how: Numerics, plan: Plan) -> Any:
+def _load(job: Job, weights: Weights, how: Numerics, plan: Plan, ranks: Ranks) -> Any:
     """The model, with what is to be trained of it."""
     import torch
 
@@ -195,8 +196,10 @@ def _load(job: Job, weights: Weights, how: Numerics, plan: Plan) -> Any:
         model = whole.unfreeze(model, weights)
     else:
         lora = lora_of(spec)
+        # What is going to be spread may not fit on one device.
+        device = "cpu" if plan.fsdp and ranks.world > 1 else how.device
         model = adapter.load_base(
-            base.path, how.dtype, how.device, quantization_of(spec), lora.modules_to_save
+            base.path, how.dtype, device, quantization_of(spec), lora.modules_to_save
         )
         model = adapter.attach(model, lora, base=base.digest, seed=plan.seed)
     if plan.gradient_checkpointing:

@@ -102,7 +102,9 @@ class Loop:
         self._forward = Forward(model, numerics, plan.neftune_alpha)
         self._shards = plan.fsdp and ranks.world > 1
         if self._shards:
-            ranks.shard(self._forward, self._forward.layers(), numerics.device)
+            # Where samples run one by one, ranks would gather weights at different times.
+            layers = self._forward.layers() if self._forward.packs else []
+            ranks.shard(self._forward, layers, numerics.device)
         self._rate = float(self._scheduler.get_last_lr()[0])
         self._order: tuple[int, list[npt.NDArray[np.int64]]] = (-1, [])
         self._speed: deque[tuple[float, int]] = deque(maxlen=_SPEED_STEPS)

@@ -151,7 +151,7 @@ class Ranks:
             device: `cpu` or `cuda`.
 
         Raises:
-            FailedPrecondition: it has no layers to shard.
+            FailedPrecondition: there are no layers.
         """
         if self.world == 1:
             return
@@ -161,12 +161,13 @@ class Ranks:
         mesh = init_device_mesh(device, (self.world,))
         trained = {weight for weight in module.parameters() if weight.requires_grad}
         layers = list(layers)
+        for weight in trained:
+            weight.data = weight.data.to(device)  # the rest is taken there piece by piece
         for layer in layers:
             fully_shard(layer, mesh=mesh, ignored_params=trained)
         if not layers:
             raise FailedPrecondition(
-                "fsdp: transformers does not say which layers of this model may be sharded; "
-                "train without fsdp"
+                "fsdp: transformers cannot spread this kind of model in pieces; train without it"
             )
         fully_shard(module, mesh=mesh, ignored_params=trained)
 
