@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 ROWS, HELD_OUT, CUTOFF, BATCH, MICRO, RATE = 128, 32, 256, 16, 4, 3e-4
 STEPS = ROWS // BATCH
@@ -231,12 +232,14 @@ def said(seconds: float) -> None:
     print(f"STEP {seconds}", flush=True)
 
 
-def race(work: Path, model: Path) -> tuple[list[float], list[float]]:
-    """Real tokens per second of each step, of the peer and of Arriero."""
+def race(work: Path, model: Path) -> tuple[list[float], list[float], float]:
+    """Real tokens per second of each step, of the peer and of Arriero; CPUs used by others."""
     rows = json.loads((work / "rows.json").read_text())
     tokens = [sum(len(rows[int(i)]) for i in step) for step in order()]
     children = {name: child(name, work, model) for name in ("peer", "arriero")}
     speeds: dict[str, list[float]] = {name: [] for name in children}
+    began, busy = time.monotonic(), busy_seconds()
+    own = -sum(cpu_seconds(process) for process in children.values())
     for step in range(STEPS):
         for name, process in children.items():
             assert process.stdin is not None
@@ -247,9 +250,22 @@ def race(work: Path, model: Path) -> tuple[list[float], list[float]]:
             if not line:
                 sys.exit(f"{name} ended early: see above")
             speeds[name].append(tokens[step] / float(line.split()[1]))
+    own += sum(cpu_seconds(process) for process in children.values())
+    others = (busy_seconds() - busy - own) / (time.monotonic() - began)
     for process in children.values():
         process.communicate(timeout=120)
-    return speeds["peer"], speeds["arriero"]
+    return speeds["peer"], speeds["arriero"], max(0.0, others)
+
+
+def busy_seconds() -> float:
+    """CPU seconds that all processes of this machine have used."""
+    times = psutil.cpu_times()
+    return sum(times) - times.idle - getattr(times, "iowait", 0.0)
+
+
+def cpu_seconds(process: subprocess.Popen[str]) -> float:
+    times = psutil.Process(process.pid).cpu_times()
+    return times.user + times.system
 
 
 def child(name: str, work: Path, model: Path) -> subprocess.Popen[str]:
@@ -306,7 +322,7 @@ def profile(work: Path, model: Path) -> None:
     print(recorder.key_averages().table(sort_by="self_cpu_time_total", row_limit=25))
 
 
-def show(theirs: list[float], ours: list[float], loss: dict[str, float]) -> None:
+def show(theirs: list[float], ours: list[float], others: float, loss: dict[str, float]) -> None:
     """The table and the JSON line."""
     from rich.console import Console
     from rich.table import Table
@@ -323,13 +339,14 @@ def show(theirs: list[float], ours: list[float], loss: dict[str, float]) -> None
         f"{loss['arriero']:.4f}",
     )
     table.add_row("ratio", "1", f"{ratio:.2f} (steps: {min(pairs):.2f} to {max(pairs):.2f})")
+    table.add_row("CPUs used by other processes meanwhile", f"{others:.2f}", "")
     Console().print(table)
     print(
         json.dumps(
             {
                 "bench": "training",
                 "ratios": {"train_cpu_vs_alpaca_lora": ratio},
-                "figures": {"tokens_per_s": speeds, "loss": loss, "pairs": pairs},
+                "figures": {"tokens_per_s": speeds, "loss": loss, "pairs": pairs, "others": others},
                 "machine": f"{platform.machine()}, {os.cpu_count()} cores, {sys.platform}",
             }
         )
