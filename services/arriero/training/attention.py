@@ -61,6 +61,8 @@ def _attend(
 ) -> torch.Tensor:
     if sliding_window is not None and sliding_window >= max(lengths):
         sliding_window = None
+    # Weights in float32 under autocast: rotating by float32 angles widens these two.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     if query.device.type == "cpu" and sliding_window is None and not dropout:
         out: torch.Tensor = _CpuAttention.apply(query, key, value, lengths, scale)
         return out

@@ -35,6 +35,8 @@ METHODS = {
     "dora": {"lora": replace(LORA, dora=True)},
     "modules_to_save": {"lora": WHOLE},
     "full": {"lora": None},
+    "full in bfloat16": {"lora": None, "how": Numerics("cpu", torch.bfloat16)},
+    "modules_to_save in bfloat16": {"lora": WHOLE, "how": Numerics("cpu", torch.bfloat16)},
     "nf4": {"quantization": Quantization(4)},
     "int8": {"quantization": Quantization(8)},
     "nf4 and dora": {"lora": replace(LORA, dora=True), "quantization": Quantization(4)},
@@ -90,7 +92,7 @@ def test_a_resumed_training_is_the_same_training_and_learns(model, dataset, tmp_
     torch.save(first.tensors(), tmp_path / "tensors")
     # A checkpoint holds what is trained and never the base.
     names = set(first.tensors()["weights"])
-    if method != "full":
+    if "full" not in method:
         assert not [name for name in names if "base_layer" in name]
     second = make(model, dataset, **METHODS[method])
     second.restore(
@@ -314,7 +316,9 @@ def test_full_fine_tuning_gives_a_model_in_the_bases_types(kit, room, dtype, tie
     model = kit.model(dtype=dtype, tweak=tie if tied else None)
     dataset = kit.dataset(kit.draw_rows(12), model.digest)
     seen = []
-    made, golden = room({"model": model, "dataset": dataset}, seen.append, method="full")
+    made, golden = room(
+        {"model": model, "dataset": dataset}, seen.append, method="full", dtype=dtype
+    )
 
     assert (made.name, made.kind, made.golden) == ("model", "model", "output:golden")
     base, whole_model = Weights.open(model.path), Weights.open(made.path)
