@@ -312,13 +312,13 @@ CASES = {
         {"rows": rows(sources=["dataset/../../etc"])},
         "stages[1].dataset.sources[0]",
         "- dataset/../../etc",
-        "expected /path/to/rows.jsonl, a directory of such files, or dataset/name:tag",
+        "expected /path/to/rows.jsonl, a directory of such files, dataset/name:tag",
     ),
     "a template that climbs out": Case(
         {"rows": rows(template="../template.json")},
         "stages[1].dataset.template",
         "template: ../template.json",
-        "'../template.json' is a path; expected alpaca",
+        "/../template.json' climbs with '..'",
     ),
     "an endpoint that climbs out": Case(
         {"live": deploy(endpoint="../live")},

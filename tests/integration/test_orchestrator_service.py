@@ -201,7 +201,9 @@ def push(
             yield pb.PushArtifactRequest(path="" if start else path, chunk=chunk)
 
 
-MODEL = [("config.json", b"{}"), ("model.safetensors", b"w" * 1_500_000), ("empty.txt", b"")]
+_HEADER = b'{"w": {"dtype": "U8", "shape": [1500000], "data_offsets": [0, 1500000]}}'
+_WEIGHTS = len(_HEADER).to_bytes(8, "little") + _HEADER + b"w" * 1_500_000
+MODEL = [("config.json", b"{}"), ("model.safetensors", _WEIGHTS), ("empty.txt", b"")]
 
 
 def header(files: list[tuple[str, bytes]], **more: Any) -> pb.PushHeader:

@@ -122,10 +122,11 @@ async def patiently(
     while not cancelled.is_set():
         try:
             outcome = await once()
-        except Cancelled:
-            break
         except ArrieroError as error:
-            if not (error.retryable or isinstance(error, DeadlineExceeded)):
+            if cancelled.is_set():
+                break
+            # CANCELLED without our wish: a service that leaves cuts its calls off so.
+            if not (error.retryable or isinstance(error, (Cancelled, DeadlineExceeded))):
                 return failed(error)
             report(News(waits_for=to_status(error)))
             await pause_or(cancelled, pause)

@@ -11,6 +11,7 @@ from google.longrunning import operations_pb2
 
 from arriero.errors import (
     ArrieroError,
+    Cancelled,
     DeadlineExceeded,
     DiskFull,
     GateFailed,
@@ -92,7 +93,13 @@ async def test_work_is_started_once_and_waited_for():
 
 
 @pytest.mark.parametrize(
-    "error", [Unavailable("away"), DeadlineExceeded("late"), ResourceExhausted("queue is full")]
+    "error",
+    [
+        Unavailable("away"),
+        DeadlineExceeded("late"),
+        ResourceExhausted("queue is full"),
+        Cancelled("the service cut its calls off"),
+    ],
 )
 async def test_what_passes_is_waited_out_and_shown(error):
     news: list[News] = []

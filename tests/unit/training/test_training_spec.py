@@ -147,6 +147,9 @@ def test_what_changes_no_result_is_not_part_of_the_key(context: ResolveContext):
         "save_steps",
         "save_total_limit",
         "report_to",
+        "nodes",
+        "nproc_per_node",
+        "fsdp",
     }
 
 
