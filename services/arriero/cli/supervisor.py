@@ -13,18 +13,18 @@ import json
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from arriero import settings
-from arriero.cli.replicas import Replicas
+from arriero.cli.ports import free_port, is_free
+from arriero.cli.replicas import Process, Replicas
 from arriero.errors import FailedPrecondition, Unavailable
 from arriero.rpc import parent
 from arriero.rpc.parent import process_start
@@ -38,6 +38,8 @@ BACKOFF = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0)
 # A process that lived this long starts over at the first delay.
 STEADY_SECONDS = 30.0
 STOP_SECONDS = 25.0
+# How often ports are chosen again that somebody else took first.
+START_TRIES = 4
 
 
 @dataclass
@@ -91,21 +93,6 @@ class Child:
         except OSError:
             return ""
         return "\n".join(text.splitlines()[-lines:])
-
-
-def free_port(preferred: int | None = None) -> int:
-    """A port that is free on loopback now, `preferred` if it is."""
-    for port in (preferred, 0):
-        if port is None:
-            continue
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return int(probe.getsockname()[1])
-    raise Unavailable("no free port on 127.0.0.1")
 
 
 @dataclass
@@ -203,7 +190,6 @@ class Supervisor:
             # The orchestrator's replicas belong to the supervisor that starts them.
             for stale in (self.home.platform / "actual").glob("*.json"):
                 stale.unlink()
-            ports = self._ports()
             replicas = Replicas(
                 directory=self.home.platform,
                 base_env=self._env(),
@@ -212,7 +198,7 @@ class Supervisor:
                 pick_port=free_port,
             )
             try:
-                self._start(ports)
+                ports = self._start()
                 state = self._publish_state(ports)
                 if on_ready is not None:
                     on_ready(state)
@@ -262,7 +248,26 @@ class Supervisor:
             env["ARRIERO_TOKEN_FILE"] = env.get("ARRIERO_SERVER_TOKEN_FILE", "")
         return env
 
-    def _start(self, ports: dict[str, int]) -> None:
+    def _start(self) -> dict[str, int]:
+        """Start every service; the ports that they listen on."""
+        for left in reversed(range(START_TRIES)):
+            ports = self._ports()
+            try:
+                self._start_at(ports)
+                return ports
+            except Unavailable:
+                # Somebody may have come first to a port that was free a moment ago.
+                dead = [name for name, child in self.children.items() if not child.alive]
+                taken = [port for name, port in ports.items() if name in dead]
+                taken += [ports["metrics"]] if "orchestrator" in dead else []
+                if not left or all(is_free(port) for port in taken):
+                    raise
+                logger.warning("somebody took a port first; choosing others")
+                self._end(self.children.values())
+                self.children.clear()
+        raise AssertionError
+
+    def _start_at(self, ports: dict[str, int]) -> None:
         for room in ROOMS:
             self._add(room, {"ARRIERO_LISTEN": f"127.0.0.1:{ports[room]}"})
         addresses = {
@@ -361,7 +366,11 @@ class Supervisor:
     def _stop(self, replicas: Replicas) -> None:
         # The orchestrator first: it must not see its rooms leave as failures.
         order = sorted(self.children.values(), key=lambda child: child.name != "orchestrator")
-        everyone = [*order, *replicas.processes()]
+        self._end([*order, *replicas.processes()])
+        replicas.forget()
+
+    @staticmethod
+    def _end(everyone: Collection[Process]) -> None:
         for child in everyone:
             child.terminate()
         deadline = time.monotonic() + STOP_SECONDS
@@ -369,7 +378,6 @@ class Supervisor:
             time.sleep(0.05)
         for child in everyone:
             child.kill()
-        replicas.forget()
 
 
 def _default_paths() -> str:
