@@ -5,81 +5,21 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
 import numpy as np
-import psutil
 import pytest
 
 from arriero.gates.golden import Golden, log_softmax, probe_sequences
-from arriero.rpc import connect_sync, from_rpc_error
+from arriero.rpc import from_rpc_error
 from arriero.rpc.channel import check_health
 from arriero.store import ManifestDraft, Store
+from arriero.testing.serving import CONTEXT, Running, publish, start, wait_until
 from arriero.v1 import inference_pb2 as pb
-from arriero.v1.inference_pb2_grpc import InferenceServiceStub
-
-CONTEXT = 256
-
-
-@dataclass
-class Running:
-    process: subprocess.Popen[bytes]
-    address: str
-    store: Store
-    digest: str
-    stub: InferenceServiceStub
-
-    def engine(self) -> psutil.Process:
-        return next(
-            child
-            for child in psutil.Process(self.process.pid).children()
-            if "arriero.inference.engine" in child.cmdline()
-        )
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 40) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.02)
-
-
-def publish(store: Store, gguf: Path) -> str:
-    place = store.staging("test", "gguf") / "out"
-    place.mkdir(parents=True)
-    (place / "tiny.F16.gguf").write_bytes(gguf.read_bytes())
-    draft = ManifestDraft(kind="gguf", name="tiny", labels={"quant_type": "F16"})
-    return store.publish(place, draft).digest
-
-
-def start(home: Path, gguf: Path, **env: str) -> Running:
-    store = Store.open(home / "store")
-    digest = publish(store, gguf)
-    address_file = home / "address"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "arriero.inference"],
-        env={
-            **os.environ,
-            "ARRIERO_STORE": str(home / "store"),
-            "ARRIERO_MODEL": digest,
-            "ARRIERO_MODEL_NAME": "tiny",
-            "ARRIERO_CONTEXT": str(CONTEXT),
-            "ARRIERO_THREADS": "1",
-            "ARRIERO_LISTEN": "127.0.0.1:0",
-            "ARRIERO_ADDRESS_FILE": str(address_file),
-            **env,
-        },
-    )
-    wait_until(lambda: address_file.exists() or process.poll() is not None)
-    assert process.poll() is None
-    address = address_file.read_text().strip()
-    wait_until(lambda: check_health(address))
-    return Running(process, address, store, digest, InferenceServiceStub(connect_sync(address)))
 
 
 @pytest.fixture(scope="module")
@@ -396,3 +336,43 @@ def test_a_token_can_end_the_text(replica: Running) -> None:
     )
     assert last.finish_reason == pb.FINISH_REASON_STOP
     assert last.usage.completion_tokens == told.index(told[2])
+
+
+def metrics(replica: Running) -> dict[str, float]:
+    """Its Prometheus page: series without their one common label."""
+    with urllib.request.urlopen(f"http://{replica.metrics_address}/metrics", timeout=10) as page:
+        lines = page.read().decode().splitlines()
+    series = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    return {
+        name.replace('model_name="tiny"', "").replace("{}", "").replace(",}", "}"): float(value)
+        for name, value in series
+    }
+
+
+def test_what_a_replica_does_is_on_its_own_prometheus_page(replica: Running) -> None:
+    before = metrics(replica)
+    stream = replica.stub.Generate(pb.GenerateRequest(prompt="count", sampling=greedy(200)))
+    next(stream)
+    during = metrics(replica)
+    assert during["arriero_num_requests_running"] == 1
+    assert 0 < during["arriero_kv_cache_usage_perc"] <= 1
+    stream.cancel()
+    wait_until(lambda: metrics(replica)["arriero_num_requests_running"] == 0)
+    text_of(replica, "count", greedy(7, ignore_eos=True))
+    with pytest.raises(grpc.RpcError):
+        text_of(replica, "count", greedy(7, top_p=float("nan")))
+    after = metrics(replica)
+
+    def more(name: str) -> float:
+        return after[f"arriero_{name}"] - before.get(f"arriero_{name}", 0)
+
+    assert more("generation_tokens_total") >= 8  # those of the caller that left, too
+    assert more("prefix_cache_hits_total") > 0
+    assert more("prompt_tokens_total") == more("prefix_cache_queries_total")
+    assert more("time_to_first_token_seconds_count") == 2
+    assert more("inter_token_latency_seconds_count") >= 3
+    assert more("e2e_request_latency_seconds_count") == 1
+    assert more('request_success_total{finished_reason="length"}') == 1
+    assert more('request_failure_total{code="cancelled"}') == 1
+    assert more('request_failure_total{code="invalid_argument"}') == 1
+    assert after["arriero_num_requests_waiting"] == 0

@@ -268,3 +268,17 @@ async def test_gc_keeps_what_an_endpoint_serves(home):
     home.endpoints.delete("zh")
     removed = [r.path for r in home.store.gc(dry_run=False, grace=0)]
     assert len(removed) >= 2
+
+
+async def test_replicas_that_become_ready_later_are_measured_too(home):
+    model = home.gguf("a")
+    await home.deploy(model)
+    assert len(home.supervisor.scored) == 1
+    home.endpoints.scale("zh", 3)
+    measured = await home.until(
+        "zh", lambda e: [r.HasField("kl_divergence") for r in e.replicas] == [True] * 3
+    )
+    assert measured.replicas[2].top1_agreement == pytest.approx(0.9)
+    # Each of the new ones once, the first one not again.
+    assert len(home.supervisor.scored) == 3
+    assert [f.kl_divergence for f in home.endpoints.figures()] == [pytest.approx(0.05)]

@@ -108,13 +108,14 @@ def _details(item: pb.Endpoint, ancestors: list[pb.Artifact]) -> RenderableType:
     for gate in item.gates:
         if render.verdict(gate.verdict) == "WAIVED":
             facts.add_row(gate.gate, Text(gate.detail, "yellow"))
-    replicas = render.table("replica", "state", "address", "KL to trained", "top-1", "")
+    replicas = render.table("replica", "state", "address", "metrics", "KL to trained", "top-1", "")
     for replica in item.replicas:
         state = pb.ReplicaState.Name(replica.state).removeprefix("REPLICA_STATE_")
         replicas.add_row(
             replica.name,
             state,
             replica.address,
+            replica.metrics_address or "–",
             f"{replica.kl_divergence:.2g} nats" if replica.HasField("kl_divergence") else "–",
             f"{replica.top1_agreement:.1%}" if replica.HasField("top1_agreement") else "–",
             replica.detail,

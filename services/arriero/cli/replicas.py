@@ -59,6 +59,8 @@ class Replica:
     shape: tuple[Any, ...]
     digest: str
     child: Process
+    # Holds the address of its Prometheus page, once it listens.
+    metrics_file: Path
     state: str = "STARTING"
     detail: str = ""
     deaths: int = 0
@@ -69,6 +71,10 @@ class Replica:
     def to_dict(self) -> dict[str, Any]:
         """As the actual file has it."""
         pid = self.child.process.pid if self.child.process is not None else 0
+        metrics = ""
+        if self.state in ("READY", "DRAINING"):
+            with contextlib.suppress(OSError):
+                metrics = self.metrics_file.read_text().strip()
         return {
             "name": self.name,
             "address": self.address,
@@ -76,6 +82,7 @@ class Replica:
             "digest": self.digest,
             "pid": pid,
             "detail": self.detail,
+            "metrics": metrics,
         }
 
 
@@ -194,9 +201,14 @@ class Replicas:
         self._count += 1
         replica_name = f"{name}-{self._count}"
         address = f"127.0.0.1:{self.pick_port()}"
+        metrics_file = self.directory / "metrics" / replica_name
+        metrics_file.parent.mkdir(parents=True, exist_ok=True)
         env = {
             **self.base_env,
             "ARRIERO_LISTEN": address,
+            # Any free port: nobody needs to know it before it is bound.
+            "ARRIERO_METRICS_LISTEN": "127.0.0.1:0",
+            "ARRIERO_METRICS_ADDRESS_FILE": str(metrics_file),
             "ARRIERO_MODEL": want["digest"],
             "ARRIERO_MODEL_NAME": name,
             "ARRIERO_CONTEXT": str(want.get("context", 0)),
@@ -209,7 +221,7 @@ class Replicas:
             log=self.logs / f"{replica_name}.log",
         )
         child.start()
-        replica = Replica(replica_name, address, shape, want["digest"], child)
+        replica = Replica(replica_name, address, shape, want["digest"], child, metrics_file)
         group.append(replica)
         return replica
 

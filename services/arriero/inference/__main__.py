@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from arriero import rpc
+from prometheus_client import CollectorRegistry
+
+from arriero import metrics, rpc
 from arriero.errors import ArrieroError, InvalidArgument
 from arriero.inference.frontend import EngineOptions, Frontend
 from arriero.inference.service import InferenceServicer
@@ -43,6 +45,8 @@ class ReplicaSettings:
     """0 for what the machine grants, less one."""
     gpu_layers: int = 0
     """Layers to put on a GPU; -1 for all."""
+    queue: int = 64
+    """Requests that may wait for a slot; further ones are refused."""
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> ReplicaSettings:
@@ -69,6 +73,7 @@ class ReplicaSettings:
             slots=number("ARRIERO_SLOTS", 4),
             threads=number("ARRIERO_THREADS", 0),
             gpu_layers=number("ARRIERO_GPU_LAYERS", 0),
+            queue=number("ARRIERO_QUEUE", 64),
         )
 
 
@@ -88,15 +93,18 @@ async def serve() -> None:
         slots=settings.slots,
         threads=settings.threads,
         gpu_layers=settings.gpu_layers,
+        queue=settings.queue,
     )
     frontend = Frontend(options, on_ready=server.set_ready)
+    page = metrics.ReplicaMetrics(CollectorRegistry(), settings.name, lambda: frontend.load)
     server.add(
-        InferenceServicer(frontend, store, artifact, settings.name),
+        InferenceServicer(frontend, store, artifact, settings.name, page),
         inference_pb2_grpc.add_InferenceServiceServicer_to_server,
         "arriero.v1.InferenceService",
     )
+    shown, stop_metrics = metrics.serve(page.registry)
     address = await server.start()
-    logger.info("serving %s at %s", artifact.digest, address)
+    logger.info("serving %s at %s, metrics at http://%s/metrics", artifact.digest, address, shown)
     engine = asyncio.create_task(frontend.run())
     signal = asyncio.create_task(server.run_until_signal())
     try:
@@ -107,6 +115,7 @@ async def serve() -> None:
         frontend.close()
         server.stop_soon()
         await asyncio.gather(signal, engine, return_exceptions=True)
+        stop_metrics()
 
 
 def gguf_file(artifact: Artifact) -> Path:

@@ -35,8 +35,6 @@ from arriero.llama import Batch, Context, Model
 from arriero.llama.grammar import from_json_schema
 from arriero.llama.sampler import Sampler, Sampling
 
-# Requests that may wait for a slot.
-QUEUE = 64
 # Context per slot when the model's own is larger and none was asked for.
 DEFAULT_CONTEXT = 4096
 _BATCH = 512
@@ -82,10 +80,14 @@ class Engine:
         connection: the pipe.
         model: loaded.
         context: its sequences are the slots.
+        queue_size: requests that may wait for a slot.
     """
 
-    def __init__(self, connection: socket.socket, model: Model, context: Context) -> None:
+    def __init__(
+        self, connection: socket.socket, model: Model, context: Context, queue_size: int
+    ) -> None:
         self._connection = connection
+        self._queue_size = queue_size
         self._model = model
         self._context = context
         self._pieces = model.pieces(special=False)
@@ -96,6 +98,9 @@ class Engine:
         self._streams: list[Stream | None] = [None] * context.n_seq
         self._batch = Batch(context.n_batch)
         self._events: list[dict[str, Any]] = []
+        self._told_load: list[float] = []
+        # Tokens since the start: of prompts, of those found in the cache, made.
+        self._prompt_tokens = self._cached_tokens = self._made_tokens = 0
         self._open = True
 
     def run(self) -> None:
@@ -152,6 +157,13 @@ class Engine:
             self._scores.append(Score(frame["id"], Golden.read(Path(frame["golden"]))))
 
     def _enqueue(self, frame: frames.Frame) -> None:
+        # First of all: to refuse must cost nothing when everybody comes at once.
+        if len(self._waiting) >= self._queue_size + self._free_slots():
+            raise ResourceExhausted(
+                f"{self._queue_size} requests wait for a slot already; try again later, or scale "
+                "the endpoint",
+                reason="QUEUE_FULL",
+            )
         options = dict(frame["sampling"])
         limit = options.pop("max_tokens", None)
         stop = options.pop("stop", [])
@@ -173,10 +185,6 @@ class Engine:
                 f"has {len(prompt)} tokens, and the context of this replica holds {room} "
                 "with the answer; shorten the prompt or deploy with a larger context",
             )
-        if len(self._waiting) >= QUEUE:
-            raise ResourceExhausted(
-                f"{QUEUE} requests wait already; try again later or scale the endpoint"
-            )
         left = room - len(prompt)
         sampling = Sampling(**options)
         stream = Stream(
@@ -191,6 +199,10 @@ class Engine:
             self._finish(stream, "LENGTH")
         else:
             self._waiting.append(stream)
+
+    def _free_slots(self) -> int:
+        """Slots that requests which came since the last step will get."""
+        return len(self._slots) - self._slots.busy
 
     def _cancel(self, request: int) -> None:
         for waiting in self._waiting:
@@ -218,6 +230,8 @@ class Engine:
                 self._slots.forget(stream.slot)
                 stream.filled = 0
             stream.cached = stream.filled
+            self._prompt_tokens += len(stream.prompt)
+            self._cached_tokens += stream.cached
         while (move := self._slots.compact()) is not None:
             moved = self._streams[move.source]
             assert moved is not None
@@ -299,6 +313,7 @@ class Engine:
             self._finish(stream, "STOP")
             return
         stream.made += 1
+        self._made_tokens += 1
         told = self._told(stream, token)
         delta = stream.text.push(self._pieces[token])
         if stream.text.stopped:
@@ -353,18 +368,34 @@ class Engine:
             self._streams[stream.slot] = None
 
     def _refuse(self, request: int, error: ArrieroError) -> None:
-        event: dict[str, Any] = {"code": error.code, "message": error.message}
+        event: dict[str, Any] = {
+            "code": error.code,
+            "message": error.message,
+            "reason": error.reason,
+        }
         if isinstance(error, InvalidArgument):
             event["violations"] = [[v.field, v.description] for v in error.violations]
         self._events.append({"id": request, "done": True, "error": event})
 
+    def _load(self) -> list[float]:
+        """In the order of `arriero.metrics.EngineLoad`."""
+        return [
+            self._slots.busy,
+            len(self._waiting),
+            round(self._slots.usage, 4),
+            self._prompt_tokens,
+            self._cached_tokens,
+            self._made_tokens,
+        ]
+
     def _flush(self) -> None:
-        if self._events:
+        load = self._load()
+        if self._events or load != self._told_load:
             try:
-                frames.send(self._connection, {"events": self._events})
+                frames.send(self._connection, {"events": self._events, "load": load})
             except OSError:
                 self._open = False
-            self._events = []
+            self._events, self._told_load = [], load
 
 
 def describe(model: Model, context: Context) -> frames.Frame:
@@ -403,7 +434,7 @@ def main() -> None:
                 warm_up = [model.bos if model.bos is not None else 0]
                 context.sequence_logits(warm_up)
                 frames.send(connection, {"ready": describe(model, context)})
-                Engine(connection, model, context).run()
+                Engine(connection, model, context, options["queue"]).run()
     except ArrieroError as error:
         frames.send(connection, {"failed": {"code": error.code, "message": error.message}})
         sys.exit(3)

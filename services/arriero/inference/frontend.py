@@ -15,13 +15,15 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from arriero import errors
 from arriero.inference import frames
+from arriero.metrics import EngineLoad
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,7 @@ class EngineOptions:
         slots: streams that run at the same time.
         threads: 0 for what the machine grants.
         gpu_layers: layers to put on a GPU; -1 for all.
+        queue: requests that may wait for a slot.
     """
 
     path: Path
@@ -46,6 +49,7 @@ class EngineOptions:
     slots: int = 4
     threads: int = 0
     gpu_layers: int = 0
+    queue: int = 64
 
     def to_json(self) -> str:
         """As the engine process reads it."""
@@ -56,6 +60,7 @@ class EngineOptions:
                 "slots": self.slots,
                 "threads": self.threads,
                 "gpu_layers": self.gpu_layers,
+                "queue": self.queue,
             }
         )
 
@@ -72,6 +77,9 @@ class Frontend:
     options: EngineOptions
     on_ready: Callable[[bool], Awaitable[object]]
     model: frames.Frame = field(default_factory=dict)
+    _load: EngineLoad = field(default_factory=EngineLoad)
+    # Of engines that died: their totals.
+    _before: EngineLoad = field(default_factory=EngineLoad)
     _pending: dict[int, asyncio.Queue[dict[str, Any]]] = field(default_factory=dict)
     _ids: Any = field(default_factory=lambda: itertools.count(1))
     _writer: asyncio.StreamWriter | None = None
@@ -89,6 +97,8 @@ class Frontend:
             served = await self._serve_once()
             # Callers that are told to go elsewhere must not find this replica ready.
             await self.on_ready(False)
+            self._before = replace(self.load, running=0, waiting=0, kv_usage=0.0)
+            self._load = EngineLoad()
             self._fail_pending()
             if self._closing:
                 return
@@ -120,9 +130,13 @@ class Frontend:
                     served = True
                     self.model = frame["ready"]
                     await self.on_ready(True)
+                if "load" in frame:
+                    self._load = EngineLoad(*frame["load"])
+                now = time.monotonic()
                 for event in frame.get("events", ()):
                     waiting = self._pending.get(event["id"])
                     if waiting is not None:
+                        event["at"] = now
                         waiting.put_nowait(event)
         finally:
             self._writer.close()
@@ -142,10 +156,12 @@ class Frontend:
             },
         }
         for waiting in self._pending.values():
-            waiting.put_nowait(died)
+            waiting.put_nowait({**died, "at": time.monotonic()})
 
     async def request(self, **command: Any) -> AsyncIterator[dict[str, Any]]:
         """Send a command and yield its events; leaving early cancels it.
+
+        `at` of an event says when it came, which may be before it was asked for.
 
         Raises:
             Unavailable: no engine runs now.
@@ -181,9 +197,9 @@ class Frontend:
         raise errors.Internal("the engine gave no answer")
 
     @property
-    def busy(self) -> int:
-        """Requests on their way."""
-        return len(self._pending)
+    def load(self) -> EngineLoad:
+        """What the engine does, and what all engines of this replica did."""
+        return self._load + self._before
 
     @property
     def pid(self) -> int | None:
@@ -215,5 +231,5 @@ def _error(found: dict[str, Any]) -> errors.ArrieroError:
         errors.OutOfRange,
     ):
         if kind.code == found["code"]:
-            return kind(message)
+            return kind(message, reason=found.get("reason"))
     return errors.Internal(message)

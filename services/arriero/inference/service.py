@@ -7,6 +7,7 @@ template. Does not know how tokens are made.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
@@ -14,9 +15,10 @@ import grpc.aio
 from google.protobuf import struct_pb2
 
 from arriero import prompts
-from arriero.errors import FailedPrecondition, InvalidArgument
+from arriero.errors import ArrieroError, FailedPrecondition, InvalidArgument
 from arriero.inference.frontend import Frontend
 from arriero.llama.sampler import Sampling
+from arriero.metrics import ReplicaMetrics
 from arriero.store import Artifact, Store
 from arriero.v1 import inference_pb2 as pb
 from arriero.v1 import inference_pb2_grpc
@@ -38,9 +40,18 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         store: where golden logits are.
         artifact: what is served.
         name: the endpoint's.
+        page: counts what is asked and answered.
     """
 
-    def __init__(self, frontend: Frontend, store: Store, artifact: Artifact, name: str) -> None:
+    def __init__(
+        self,
+        frontend: Frontend,
+        store: Store,
+        artifact: Artifact,
+        name: str,
+        page: ReplicaMetrics,
+    ) -> None:
+        self._page = page
         self._frontend = frontend
         self._store = store
         self._artifact = artifact
@@ -113,14 +124,34 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def _stream(
         self, prompt: str, params: pb.SamplingParams, *, add_special: bool
     ) -> AsyncIterator[dict[str, Any]]:
-        sampling = _sampling(params)
-        requests = self._frontend.request(
-            op="generate", prompt=prompt, sampling=sampling, add_special=add_special
-        )
+        asked = last = time.monotonic()
+        outcome = "cancelled"
+        begun = False
+        try:
+            sampling = _sampling(params)
+            requests = self._frontend.request(
+                op="generate", prompt=prompt, sampling=sampling, add_special=add_special
+            )
+        except ArrieroError as error:
+            self._page.failed(error.code.lower())
+            raise
         try:
             async for event in requests:
+                # When it came, and not when a slow reader had room for it.
+                at = event["at"]
+                if event.get("delta") or event.get("logprobs"):
+                    (self._page.gap if begun else self._page.first)(at - last)
+                    begun, last = True, at
+                if event.get("done"):
+                    outcome = ""
+                    self._page.ended(at - asked, event["finish_reason"].lower())
                 yield event
+        except ArrieroError as error:
+            outcome = error.code.lower()
+            raise
         finally:
+            if outcome:
+                self._page.failed(outcome)
             # A caller that leaves cancels its stream in the engine, now and not at collection.
             await requests.aclose()  # type: ignore[attr-defined]
 

@@ -73,6 +73,12 @@ class Slots:
         """Slots in use."""
         return sum(self._busy)
 
+    @property
+    def usage(self) -> float:
+        """Share of the cache that slots in use fill, 0 to 1."""
+        used = sum(length for length, busy in zip(self._lengths, self._busy, strict=True) if busy)
+        return used / self._ids.size
+
     def tokens(self, slot: int) -> _Ids:
         """What lies in a slot's cache, a view."""
         view: _Ids = self._ids[slot, : self._lengths[slot]]

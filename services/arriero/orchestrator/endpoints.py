@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -33,7 +34,7 @@ from arriero.operations.views import gate_message
 from arriero.orchestrator import smoke
 from arriero.orchestrator.clients import Scorer
 from arriero.orchestrator.deployments import Deployments, check_replicas, check_spec
-from arriero.orchestrator.platform import Desired, Observed, Platform
+from arriero.orchestrator.platform import Desired, Observed, ObservedReplica, Platform
 from arriero.orchestrator.records import EndpointRecord, Records
 from arriero.orchestrator.replicas import endpoint_figures, endpoint_message, shortage
 from arriero.store import Store
@@ -42,6 +43,8 @@ from arriero.v1 import pipeline_pb2, types_pb2
 
 _SCORE_SECONDS = 300.0
 _SCORE_TRIES = 3
+# How often replicas that became ready since are looked for, to be compared.
+_MEASURE_SECONDS = 1.0
 # A supervisor may try a replica again; FAILED for this long means that it gave up.
 _FAILED_SECONDS = 2.0
 _log = logging.getLogger(__name__)
@@ -58,6 +61,9 @@ class Endpoints:
         self._deployments = Deployments(store)
         self._known: dict[str, EndpointRecord] = {}
         self._rollouts: dict[str, asyncio.Task[None]] = {}
+        # (endpoint, replica): asked for its score since it became ready.
+        self._asked: set[tuple[str, str]] = set()
+        self._measuring: asyncio.Task[None] | None = None
 
     def load(self) -> None:
         """Take up what an earlier process left: desires, and unsettled roll-outs."""
@@ -66,12 +72,14 @@ class Endpoints:
             self._want(record)
             if not record.settled:
                 self._roll(record)
+        self._measuring = asyncio.get_running_loop().create_task(self._measure())
 
     async def close(self) -> None:
         """Stop watching roll-outs; the next `load` goes on with them."""
-        for task in self._rollouts.values():
+        tasks = [*self._rollouts.values(), *([self._measuring] if self._measuring else [])]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._rollouts.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     # What callers see
 
@@ -99,7 +107,8 @@ class Endpoints:
             raise FailedPrecondition(
                 f"endpoint {name} has no golden logits to compare with; deploy it with `golden`"
             )
-        await self._score(record, self._platform.observe(name))
+        ready = self._platform.observe(name).ready(record.endpoint.spec.model)
+        await self._score(record, ready)
         return self._seen(record)
 
     def figures(self) -> list[EndpointFigures]:
@@ -381,10 +390,52 @@ class Endpoints:
         if reason:
             gates.skip(smoke.GATE, reason)
             return gates.results[0]
-        return smoke.judge(await self._score(record, observed), modes)
+        return smoke.judge(await self._score(record, observed.ready(spec.model)), modes)
 
-    async def _score(self, record: EndpointRecord, observed: Observed) -> list[smoke.Score]:
-        """Ask every ready replica, and remember what they said."""
+    # Scores
+
+    async def _measure(self) -> None:
+        """Compare replicas that become ready later: after a scale-up, or a restart."""
+        while True:
+            await asyncio.sleep(_MEASURE_SECONDS)
+            for record in [*self._known.values()]:
+                if not (record.settled and record.endpoint.spec.golden):
+                    continue
+                name, new = record.endpoint.name, list[ObservedReplica]()
+                try:
+                    if new := self._unmeasured(record):
+                        await self._score(record, new)
+                except Unavailable:
+                    continue  # it went away again; the next look tells
+                except ArrieroError as error:
+                    self._asked.update((name, replica.name) for replica in new)
+                    _log.warning("endpoint %s cannot be measured: %s", name, error.message)
+                except Exception:
+                    _log.exception("measuring endpoint %s failed", name)
+
+    def _unmeasured(self, record: EndpointRecord) -> list[ObservedReplica]:
+        name = record.endpoint.name
+        ready = self._platform.observe(name).ready(record.endpoint.spec.model)
+        names = {replica.name for replica in ready}
+        # Who comes back may be another process with the same name.
+        self._asked = {key for key in self._asked if key[0] != name or key[1] in names}
+        known = [r for r in record.endpoint.replicas if r.name in names]
+        if len(known) < len(record.endpoint.replicas):
+            self._remember(record, known)
+        done = {replica.name for replica in known} | {r for e, r in self._asked if e == name}
+        return [replica for replica in ready if replica.name not in done]
+
+    def _remember(self, record: EndpointRecord, scored: Iterable[pb.Replica]) -> None:
+        kept = list(scored)
+        del record.endpoint.replicas[:]
+        record.endpoint.replicas.extend(kept)
+        if self._known.get(record.endpoint.name) is record:
+            self._save(record)
+
+    async def _score(
+        self, record: EndpointRecord, ready: Sequence[ObservedReplica]
+    ) -> list[smoke.Score]:
+        """Ask these replicas, and remember what they said."""
         spec = record.endpoint.spec
 
         async def ask(replica: str, address: str) -> smoke.Score:
@@ -398,18 +449,19 @@ class Endpoints:
                 answer.seconds,
             )
 
-        ready = observed.ready(spec.model)
         scores = list(await asyncio.gather(*(ask(r.name, r.address) for r in ready)))
-        del record.endpoint.replicas[:]
-        for replica, score in zip(ready, scores, strict=True):
-            record.endpoint.replicas.add(
+        said = [
+            pb.Replica(
                 name=replica.name,
                 digest=replica.digest,
                 kl_divergence=score.kl_divergence,
                 top1_agreement=score.top1_agreement,
             )
-        if self._known.get(record.endpoint.name) is record:
-            self._save(record)
+            for replica, score in zip(ready, scores, strict=True)
+        ]
+        names = {replica.name for replica in said}
+        others = [r for r in record.endpoint.replicas if r.name not in names]
+        self._remember(record, [*others, *said])
         return scores
 
     # Bookkeeping

@@ -38,13 +38,17 @@ class Desired:
 
 @dataclass(frozen=True, slots=True)
 class ObservedReplica:
-    """One replica; `state` is STARTING, READY, DRAINING or FAILED."""
+    """One replica; `state` is STARTING, READY, DRAINING or FAILED.
+
+    `metrics` is the `host:port` of its Prometheus page, where it is known.
+    """
 
     name: str
     address: str
     state: str
     digest: str
     detail: str = ""
+    metrics: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,4 +162,5 @@ def _replica(item: dict[str, Any]) -> ObservedReplica:
         state=str(item["state"]),
         digest=str(item.get("digest") or ""),
         detail=str(item.get("detail") or ""),
+        metrics=str(item.get("metrics") or ""),
     )

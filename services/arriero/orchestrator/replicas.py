@@ -34,6 +34,7 @@ def endpoint_message(record: EndpointRecord, observed: Observed) -> pb.Endpoint:
             state=_STATES.get(replica.state, pb.REPLICA_STATE_UNSPECIFIED),
             digest=replica.digest,
             detail=replica.detail,
+            metrics_address=replica.metrics,
         )
         score = scores.get((replica.name, replica.digest))
         if score is not None and replica.state == "READY":

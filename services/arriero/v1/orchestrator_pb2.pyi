@@ -679,6 +679,7 @@ class Replica(_message.Message):
     DETAIL_FIELD_NUMBER: _builtins.int
     KL_DIVERGENCE_FIELD_NUMBER: _builtins.int
     TOP1_AGREEMENT_FIELD_NUMBER: _builtins.int
+    METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     address: _builtins.str
     """`host:port`"""
@@ -689,6 +690,8 @@ class Replica(_message.Message):
     kl_divergence: _builtins.float
     """To the golden logits of the trained model, when scored."""
     top1_agreement: _builtins.float
+    metrics_address: _builtins.str
+    """`host:port` of its Prometheus page, where it is known."""
     def __init__(
         self,
         *,
@@ -699,10 +702,11 @@ class Replica(_message.Message):
         detail: _builtins.str = ...,
         kl_divergence: _builtins.float | None = ...,
         top1_agreement: _builtins.float | None = ...,
+        metrics_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_kl_divergence", b"_kl_divergence", "_top1_agreement", b"_top1_agreement", "kl_divergence", b"kl_divergence", "top1_agreement", b"top1_agreement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kl_divergence", b"_kl_divergence", "_top1_agreement", b"_top1_agreement", "address", b"address", "detail", b"detail", "digest", b"digest", "kl_divergence", b"kl_divergence", "name", b"name", "state", b"state", "top1_agreement", b"top1_agreement"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kl_divergence", b"_kl_divergence", "_top1_agreement", b"_top1_agreement", "address", b"address", "detail", b"detail", "digest", b"digest", "kl_divergence", b"kl_divergence", "metrics_address", b"metrics_address", "name", b"name", "state", b"state", "top1_agreement", b"top1_agreement"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__kl_divergence: _TypeAlias = _typing.Literal["kl_divergence"]  # noqa: Y015
     _WhichOneofArgType__kl_divergence: _TypeAlias = _typing.Literal["_kl_divergence", b"_kl_divergence"]  # noqa: Y015

@@ -9,7 +9,15 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from arriero import metrics
 from arriero.errors import InvalidArgument
-from arriero.metrics import EndpointFigures, GpuFigures, Metrics, StageFigures
+from arriero.metrics import (
+    EndpointFigures,
+    EngineLoad,
+    GpuFigures,
+    Metrics,
+    ReplicaMetrics,
+    StageFigures,
+    orchestrator,
+)
 
 
 class Clock:
@@ -80,10 +88,10 @@ def test_a_runs_series_go_fifteen_minutes_after_its_end(registry, clock):
 def test_the_number_of_runs_is_capped_and_ended_ones_go_first(registry, clock):
     made = Metrics(registry, clock=clock)
     made.run_state("active", "RUNNING", ended=False)
-    for i in range(metrics.MAX_RUNS + 10):
+    for i in range(orchestrator.MAX_RUNS + 10):
         made.run_state(f"r-{i}", "FAILED", ended=True)
     text = page(registry)
-    assert text.count("arriero_run_state{") == metrics.MAX_RUNS
+    assert text.count("arriero_run_state{") == orchestrator.MAX_RUNS
     assert 'run="active"' in text
     assert 'run="r-0"' not in text
 
@@ -155,3 +163,28 @@ def test_the_page_is_served_and_its_address_is_written(registry, clock, tmp_path
 def test_a_listen_address_that_is_none_is_refused(registry, listen):
     with pytest.raises(InvalidArgument, match="ARRIERO_METRICS_LISTEN"):
         metrics.serve(registry, listen=listen)
+
+
+def test_a_replica_shows_what_vllm_shows(registry):
+    before = EngineLoad(prompt_tokens=100, cached_tokens=10, generation_tokens=5)
+    made = ReplicaMetrics(registry, "faq", lambda: EngineLoad(2, 3, 0.25, 7, 4, 9) + before)
+    made.first(0.2)
+    made.gap(0.03)
+    made.ended(1.5, "stop")
+    made.failed("resource_exhausted")
+    text = page(registry)
+    label = '{model_name="faq"}'
+    for line in (
+        f"arriero_num_requests_running{label} 2.0",
+        f"arriero_num_requests_waiting{label} 3.0",
+        f"arriero_kv_cache_usage_perc{label} 0.25",
+        f"arriero_prompt_tokens_total{label} 107.0",
+        f"arriero_generation_tokens_total{label} 14.0",
+        f"arriero_prefix_cache_hits_total{label} 14.0",
+        f"arriero_time_to_first_token_seconds_sum{label} 0.2",
+        f"arriero_inter_token_latency_seconds_count{label} 1.0",
+        f"arriero_e2e_request_latency_seconds_sum{label} 1.5",
+        'arriero_request_success_total{finished_reason="stop",model_name="faq"} 1.0',
+        'arriero_request_failure_total{code="resource_exhausted",model_name="faq"} 1.0',
+    ):
+        assert line in text

@@ -1,9 +1,9 @@
-"""Every Prometheus metric of the orchestrator and the gateway, and the HTTP port that shows them.
+"""What the orchestrator shows of runs, endpoints, store and host.
 
 Responsibility: names, labels, and how long a run's series stay. Does not know
 where figures come from: plain numbers are handed in.
 
-All names start with `arriero_`. Series of a run come from a collector that
+Series of a run come from a collector that
 drops them 15 minutes after the run's end and holds a bounded number of runs, so
 that neither a long-lived process nor many short runs make the page grow.
 """
@@ -11,26 +11,20 @@ that neither a long-lived process nor many short runs make the page grow.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from arriero.errors import InvalidArgument
-
-__all__ = ["EndpointFigures", "GatewayMetrics", "GpuFigures", "Metrics", "StageFigures", "serve"]
+__all__ = ["EndpointFigures", "GpuFigures", "Metrics", "StageFigures"]
 
 RETENTION_SECONDS = 15 * 60
 MAX_RUNS = 200
-# From a first word to a long answer.
-_ANSWERS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 # From a cached stage to a training of days.
 _DURATIONS = (0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 24 * 3600)
 _log = logging.getLogger(__name__)
@@ -466,86 +460,3 @@ class Metrics:
         self._runs.state(run, state, ended=ended)
         if ended:
             self._runs_total.labels(state).inc()
-
-
-class GatewayMetrics:
-    """What the gateway is asked and answers.
-
-    Attributes:
-        registry: to show.
-    """
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self.registry = registry
-        self._requests = Histogram(
-            "arriero_gateway_request_seconds",
-            "From a request to its answer, or to the first word of one that streams.",
-            ("route", "status"),
-            buckets=_ANSWERS,
-            registry=registry,
-        )
-        self._prompt_tokens = Counter(
-            "arriero_gateway_prompt_tokens_total",
-            "Tokens of prompts, by endpoint.",
-            ("model_name",),
-            registry=registry,
-        )
-        self._generation_tokens = Counter(
-            "arriero_gateway_generation_tokens_total",
-            "Tokens made, by endpoint.",
-            ("model_name",),
-            registry=registry,
-        )
-
-    def answered(self, route: str, status: int, seconds: float) -> None:
-        """A request got its answer, or the first part of it."""
-        self._requests.labels(route, str(status)).observe(seconds)
-
-    def tokens(self, model: str, prompt: int, made: int) -> None:
-        """An answer ended; names that nobody serves make no series."""
-        if prompt or made:
-            self._prompt_tokens.labels(model).inc(prompt)
-            self._generation_tokens.labels(model).inc(made)
-
-
-def serve(
-    registry: CollectorRegistry,
-    *,
-    listen: str | None = None,
-    address_file: Path | None = None,
-) -> tuple[str, Callable[[], None]]:
-    """Serve the registry over HTTP; returns the bound `host:port` and how to stop.
-
-    Args:
-        registry: what is shown.
-        listen: `host:port`; default `ARRIERO_METRICS_LISTEN`, else `127.0.0.1:0`.
-        address_file: gets the bound address; default `ARRIERO_METRICS_ADDRESS_FILE`.
-
-    Raises:
-        InvalidArgument: `listen` is no `host:port`, or cannot be bound.
-    """
-    text = listen or os.environ.get("ARRIERO_METRICS_LISTEN") or "127.0.0.1:0"
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdigit():
-        raise InvalidArgument.field("ARRIERO_METRICS_LISTEN", f"{text!r} is not host:port")
-    try:
-        server, thread = start_http_server(int(port), addr=host.strip("[]"), registry=registry)
-    except OSError as error:
-        raise InvalidArgument.field(
-            "ARRIERO_METRICS_LISTEN",
-            f"cannot listen on {text}: {error.strerror}; choose another port, or 0 for a free one",
-        ) from error
-    address = f"{host}:{server.server_address[1]}"
-    named = os.environ.get("ARRIERO_METRICS_ADDRESS_FILE")
-    path = address_file or (Path(named) if named else None)
-    if path is not None:
-        part = path.with_name(path.name + ".part")
-        part.write_text(address + "\n", encoding="utf-8")
-        part.replace(path)
-
-    def stop() -> None:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-    return address, stop
