@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Group, RenderableType
@@ -20,7 +20,7 @@ from rich.text import Text
 from arriero.cli import render
 from arriero.cli.session import Format, Output, as_json, client, command, show
 from arriero.client import Client, Sampling
-from arriero.errors import DeadlineExceeded, FailedPrecondition, NotFound
+from arriero.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound
 from arriero.v1 import orchestrator_pb2 as pb
 
 app = typer.Typer(no_args_is_help=True, help="Endpoints: list, look, create, scale, delete.")
@@ -138,14 +138,38 @@ def create(
     model: Annotated[str, typer.Argument(help="gguf artifact: gguf/name:tag or a digest.")],
     replicas: Annotated[int, typer.Option(min=0)] = 1,
     context: Annotated[int, typer.Option(help="Tokens; 0: the model's own.", min=0)] = 0,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A field of the deploy stage: slots=8, rope.type=ntk."),
+    ] = None,
     wait: Wait = 120,
     output: Output = Format.TABLE,
 ) -> None:
     """Serve a gguf artifact under a new name."""
+    settings = _settings({"context": context}, set_ or [])
     with client() as api:
-        api.endpoints.create(name, model, replicas=replicas, context=context)
+        api.endpoints.create(name, model, replicas=replicas, **settings)
         found = _settled(api, name, wait)
     show(found, lambda: f"{name}: {found.ready_replicas} of {found.desired_replicas} ready")
+
+
+def _settings(settings: dict[str, Any], given: Iterable[str]) -> dict[str, Any]:
+    """With `a.b=value` put in, values as JSON or else as text."""
+    for text in given:
+        path, equals, value = text.partition("=")
+        *parents, last = path.split(".")
+        if not equals or not last:
+            raise InvalidArgument.field("--set", f"{text!r} is not field=value")
+        place = settings
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise InvalidArgument.field("--set", f"{parent!r} in {text!r} is a value already")
+        try:
+            place[last] = json.loads(value)
+        except ValueError:
+            place[last] = value
+    return settings
 
 
 @app.command()

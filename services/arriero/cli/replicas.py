@@ -180,7 +180,7 @@ class Replicas:
             replica.child.start()
 
     def _converge(self, name: str, group: list[Replica], want: dict[str, Any]) -> None:
-        shape = (want["digest"], want.get("context", 0), want.get("threads", 0))
+        shape = (want["digest"], *sorted(want["environment"].items()))
         right = [r for r in group if r.shape == shape and r.state != "DRAINING"]
         wrong = [r for r in group if r.shape != shape and r.state != "DRAINING"]
         count = int(want["replicas"])
@@ -209,10 +209,7 @@ class Replicas:
             # Any free port: nobody needs to know it before it is bound.
             "ARRIERO_METRICS_LISTEN": "127.0.0.1:0",
             "ARRIERO_METRICS_ADDRESS_FILE": str(metrics_file),
-            "ARRIERO_MODEL": want["digest"],
-            "ARRIERO_MODEL_NAME": name,
-            "ARRIERO_CONTEXT": str(want.get("context", 0)),
-            "ARRIERO_THREADS": str(want.get("threads", 0)),
+            **want["environment"],
         }
         child = self.spawn(
             name=replica_name,

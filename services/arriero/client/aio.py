@@ -15,14 +15,14 @@ from contextlib import aclosing
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from arriero import rpc
 from arriero.client import transfer
 from arriero.client.connection import FOLLOW_SECONDS, TRANSFER_SECONDS, Connection
 from arriero.client.endpoint import AsyncEndpoint
 from arriero.client.pipeline import PipelineFile, load_pipeline
-from arriero.errors import ArrieroError, DeadlineExceeded, Unavailable
+from arriero.errors import ArrieroError, DeadlineExceeded, InvalidArgument, Unavailable
 from arriero.settings import ClientSettings
 from arriero.v1 import orchestrator_pb2 as pb
 from arriero.v1 import orchestrator_pb2_grpc as stubs
@@ -284,11 +284,12 @@ def _pipeline_file(pipeline: Pipelines) -> PipelineFile:
 
 
 def _deploy_spec(
-    name: str, model: str, replicas: int, context: int, threads: int
+    name: str, model: str, replicas: int, settings: Mapping[str, Any]
 ) -> pipeline_pb2.DeploySpec:
-    return pipeline_pb2.DeploySpec(
-        endpoint=name, model=model, replicas=replicas, context=context, threads=threads
-    )
+    try:
+        return pipeline_pb2.DeploySpec(endpoint=name, model=model, replicas=replicas, **settings)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument(f"no deployment can be set like that: {error}") from None
 
 
 class AsyncArtifacts:
@@ -440,7 +441,7 @@ class AsyncEndpoints:
         self._connection = connection
 
     async def create(
-        self, name: str, model: str, *, replicas: int = 1, context: int = 0, threads: int = 0
+        self, name: str, model: str, *, replicas: int = 1, **settings: Any
     ) -> pb.Endpoint:
         """Serve a gguf artifact under a new name.
 
@@ -448,23 +449,23 @@ class AsyncEndpoints:
             name: of the endpoint.
             model: digest or reference of the gguf artifact.
             replicas: processes to serve it with.
-            context: length in tokens; 0 is the model's own.
-            threads: of each replica; 0 lets the replica choose.
+            settings: further fields of a deploy stage: `context=8192`, `slots=8`,
+                `rope={"type": "ntk"}`, ...
 
         Raises:
             AlreadyExists: the name is in use; `update` replaces.
             FailedPrecondition: the artifact is quarantined.
         """
-        spec = _deploy_spec(name, model, replicas, context, threads)
+        spec = _deploy_spec(name, model, replicas, settings)
         with rpc.translated():
             answer = await self._stub.CreateEndpoint(pb.CreateEndpointRequest(spec=spec))
             return answer.endpoint
 
     async def update(
-        self, name: str, model: str, *, replicas: int = 1, context: int = 0, threads: int = 0
+        self, name: str, model: str, *, replicas: int = 1, **settings: Any
     ) -> pb.Endpoint:
         """Replace what an endpoint serves, one replica after the other; as `create`."""
-        spec = _deploy_spec(name, model, replicas, context, threads)
+        spec = _deploy_spec(name, model, replicas, settings)
         with rpc.translated():
             answer = await self._stub.UpdateEndpoint(pb.UpdateEndpointRequest(spec=spec))
             return answer.endpoint

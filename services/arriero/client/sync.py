@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from arriero.client.aio import AsyncArtifacts, AsyncClient, AsyncEndpoints, Pipelines
 from arriero.client.loop import LoopThread
@@ -357,33 +357,25 @@ class Endpoints:
         self._endpoints = endpoints
         self._thread = thread
 
-    def create(
-        self, name: str, model: str, *, replicas: int = 1, context: int = 0, threads: int = 0
-    ) -> pb.Endpoint:
+    def create(self, name: str, model: str, *, replicas: int = 1, **settings: Any) -> pb.Endpoint:
         """Serve a gguf artifact under a new name.
 
         Args:
             name: of the endpoint.
             model: digest or reference of the gguf artifact.
             replicas: processes to serve it with.
-            context: length in tokens; 0 is the model's own.
-            threads: of each replica; 0 lets the replica choose.
+            settings: further fields of a deploy stage: `context=8192`, `slots=8`,
+                `rope={"type": "ntk"}`, ...
 
         Raises:
             AlreadyExists: the name is in use; `update` replaces.
             FailedPrecondition: the artifact is quarantined.
         """
-        return self._thread.run(
-            self._endpoints.create(name, model, replicas=replicas, context=context, threads=threads)
-        )
+        return self._thread.run(self._endpoints.create(name, model, replicas=replicas, **settings))
 
-    def update(
-        self, name: str, model: str, *, replicas: int = 1, context: int = 0, threads: int = 0
-    ) -> pb.Endpoint:
+    def update(self, name: str, model: str, *, replicas: int = 1, **settings: Any) -> pb.Endpoint:
         """Replace what an endpoint serves, one replica after the other; as `create`."""
-        return self._thread.run(
-            self._endpoints.update(name, model, replicas=replicas, context=context, threads=threads)
-        )
+        return self._thread.run(self._endpoints.update(name, model, replicas=replicas, **settings))
 
     def get(self, name: str, *, score: bool = False) -> pb.Endpoint:
         """An endpoint; with `score` its live replicas are compared with the golden logits."""

@@ -19,6 +19,7 @@ from arriero import metrics, rpc
 from arriero.errors import ArrieroError, InvalidArgument
 from arriero.inference.frontend import EngineOptions, Frontend
 from arriero.inference.service import InferenceServicer
+from arriero.replica import ReplicaSettings
 from arriero.settings import ServerSettings, StoreSettings
 from arriero.store import Artifact, Store
 from arriero.v1 import inference_pb2_grpc
@@ -30,51 +31,25 @@ _STORE_WAIT_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class ReplicaSettings:
-    """What a replica serves, read from `ARRIERO_MODEL` and its neighbours."""
+class Served:
+    """What is served under which name, read from `ARRIERO_MODEL` and `ARRIERO_MODEL_NAME`."""
 
     model: str
     """Reference or digest of a gguf artifact."""
     name: str
     """The endpoint's name."""
-    context: int = 0
-    """Tokens per slot; 0 for the model's own."""
-    slots: int = 4
-    """Streams that run at the same time."""
-    threads: int = 0
-    """0 for what the machine grants, less one."""
-    gpu_layers: int = 0
-    """Layers to put on a GPU; -1 for all."""
-    queue: int = 64
-    """Requests that may wait for a slot; further ones are refused."""
 
     @classmethod
-    def from_env(cls, env: Mapping[str, str] | None = None) -> ReplicaSettings:
-        """Read the settings.
+    def from_env(cls, env: Mapping[str, str] | None = None) -> Served:
+        """Read it.
 
         Raises:
-            InvalidArgument: no model, or a figure that is none.
+            InvalidArgument: no model.
         """
         env = os.environ if env is None else env
         if not env.get("ARRIERO_MODEL"):
             raise InvalidArgument.field("ARRIERO_MODEL", "is not set; expected a gguf artifact")
-
-        def number(name: str, default: int) -> int:
-            text = env.get(name) or str(default)
-            try:
-                return int(text)
-            except ValueError:
-                raise InvalidArgument.field(name, f"{text!r} is not a whole number") from None
-
-        return cls(
-            model=env["ARRIERO_MODEL"],
-            name=env.get("ARRIERO_MODEL_NAME") or "model",
-            context=number("ARRIERO_CONTEXT", 0),
-            slots=number("ARRIERO_SLOTS", 4),
-            threads=number("ARRIERO_THREADS", 0),
-            gpu_layers=number("ARRIERO_GPU_LAYERS", 0),
-            queue=number("ARRIERO_QUEUE", 64),
-        )
+        return cls(env["ARRIERO_MODEL"], env.get("ARRIERO_MODEL_NAME") or "model")
 
 
 async def serve() -> None:
@@ -83,22 +58,15 @@ async def serve() -> None:
     Raises:
         ArrieroError: the settings, the artifact or the model are not usable.
     """
-    settings = ReplicaSettings.from_env()
+    served, settings = Served.from_env(), ReplicaSettings.from_env()
     store = Store.open(StoreSettings.from_env().url)
-    artifact = store.get(settings.model, wait=_STORE_WAIT_SECONDS)
-    server = rpc.Server(ServerSettings.from_env(), name=settings.name)
-    options = EngineOptions(
-        path=gguf_file(artifact),
-        context=settings.context,
-        slots=settings.slots,
-        threads=settings.threads,
-        gpu_layers=settings.gpu_layers,
-        queue=settings.queue,
-    )
+    artifact = store.get(served.model, wait=_STORE_WAIT_SECONDS)
+    server = rpc.Server(ServerSettings.from_env(), name=served.name)
+    options = EngineOptions(gguf_file(artifact), settings)
     frontend = Frontend(options, on_ready=server.set_ready)
-    page = metrics.ReplicaMetrics(CollectorRegistry(), settings.name, lambda: frontend.load)
+    page = metrics.ReplicaMetrics(CollectorRegistry(), served.name, lambda: frontend.load)
     server.add(
-        InferenceServicer(frontend, store, artifact, settings.name, page),
+        InferenceServicer(frontend, store, artifact, served.name, page),
         inference_pb2_grpc.add_InferenceServiceServicer_to_server,
         "arriero.v1.InferenceService",
     )

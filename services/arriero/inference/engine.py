@@ -29,11 +29,13 @@ import numpy.typing as npt
 from arriero.errors import ArrieroError, InvalidArgument, ResourceExhausted
 from arriero.gates.golden import Golden, compare
 from arriero.inference import frames
+from arriero.inference.rope import scaled
 from arriero.inference.slots import Slots
 from arriero.inference.text import TextStream
 from arriero.llama import Batch, Context, Model
 from arriero.llama.grammar import from_json_schema
 from arriero.llama.sampler import Sampler, Sampling
+from arriero.replica import ReplicaSettings
 
 # Context per slot when the model's own is larger and none was asked for.
 DEFAULT_CONTEXT = 4096
@@ -398,6 +400,25 @@ class Engine:
             self._events, self._told_load = [], load
 
 
+def open_context(model: Model, settings: ReplicaSettings) -> Context:
+    """The context that a replica's settings ask for.
+
+    Raises:
+        ArrieroError: impossible for this model, or no memory.
+    """
+    n_ctx = settings.context or min(model.n_ctx_train, DEFAULT_CONTEXT)
+    return Context(
+        model,
+        n_ctx=n_ctx,
+        n_seq=settings.slots,
+        n_batch=_BATCH,
+        n_threads=settings.threads,
+        rope=scaled(settings.rope, model, n_ctx),
+        cache_types=(settings.cache_type_k, settings.cache_type_v),
+        flash_attention={"on": True, "off": False}.get(settings.flash_attention),
+    )
+
+
 def describe(model: Model, context: Context) -> frames.Frame:
     """What the front end needs to know of the model."""
 
@@ -421,20 +442,21 @@ def main() -> None:
     connection = socket.socket(fileno=int(sys.argv[1]))
     options = json.loads(sys.argv[2])
     try:
-        with Model(Path(options["path"]), n_gpu_layers=options["gpu_layers"]) as model:
-            n_ctx = options["context"] or min(model.n_ctx_train, DEFAULT_CONTEXT)
-            with Context(
-                model,
-                n_ctx=n_ctx,
-                n_seq=options["slots"],
-                n_batch=_BATCH,
-                n_threads=options["threads"],
-            ) as context:
-                # Page the weights in before the first request pays for it.
-                warm_up = [model.bos if model.bos is not None else 0]
-                context.sequence_logits(warm_up)
-                frames.send(connection, {"ready": describe(model, context)})
-                Engine(connection, model, context, options["queue"]).run()
+        settings = ReplicaSettings.from_env(options["settings"])
+        with (
+            Model(
+                Path(options["path"]),
+                n_gpu_layers=settings.gpu_layers,
+                use_mmap=settings.mmap,
+                use_mlock=settings.mlock,
+            ) as model,
+            open_context(model, settings) as context,
+        ):
+            # Page the weights in before the first request pays for it.
+            warm_up = [model.bos if model.bos is not None else 0]
+            context.sequence_logits(warm_up)
+            frames.send(connection, {"ready": describe(model, context)})
+            Engine(connection, model, context, settings.queue).run()
     except ArrieroError as error:
         frames.send(connection, {"failed": {"code": error.code, "message": error.message}})
         sys.exit(3)

@@ -24,6 +24,7 @@ from typing import Any
 from arriero import errors
 from arriero.inference import frames
 from arriero.metrics import EngineLoad
+from arriero.replica import ReplicaSettings
 
 logger = logging.getLogger(__name__)
 
@@ -33,36 +34,14 @@ BACKOFF = (0.0, 1.0, 5.0, 15.0)
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What the engine is started with.
-
-    Attributes:
-        path: the GGUF file.
-        context: tokens per slot; 0 for the model's own.
-        slots: streams that run at the same time.
-        threads: 0 for what the machine grants.
-        gpu_layers: layers to put on a GPU; -1 for all.
-        queue: requests that may wait for a slot.
-    """
+    """What the engine is started with: the GGUF file, and how to serve it."""
 
     path: Path
-    context: int = 0
-    slots: int = 4
-    threads: int = 0
-    gpu_layers: int = 0
-    queue: int = 64
+    settings: ReplicaSettings = field(default_factory=ReplicaSettings)
 
     def to_json(self) -> str:
         """As the engine process reads it."""
-        return json.dumps(
-            {
-                "path": str(self.path),
-                "context": self.context,
-                "slots": self.slots,
-                "threads": self.threads,
-                "gpu_layers": self.gpu_layers,
-                "queue": self.queue,
-            }
-        )
+        return json.dumps({"path": str(self.path), "settings": self.settings.environment()})
 
 
 @dataclass

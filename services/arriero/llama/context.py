@@ -7,6 +7,7 @@ of the KV cache. Does not know sampling, requests or stop conditions.
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +17,23 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from arriero.errors import Cancelled, Internal, InvalidArgument, OutOfRange, ResourceExhausted
+from arriero.errors import (
+    Cancelled,
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    OutOfRange,
+    ResourceExhausted,
+)
 from arriero.gates.golden import Golden
 from arriero.llama import library
 from arriero.llama.cores import threads
+from arriero.llama.header import TYPE_NUMBERS
 from arriero.llama.model import Model
 
 # Tokens evaluated at once by `sequence_logits`: 128 rows of a vocabulary of 150k are 77 MB.
 _CHUNK = 128
+_MEMORY = re.compile("alloc|memory", re.IGNORECASE)
 
 
 class Batch:
@@ -129,12 +139,17 @@ class Rope:
         freq_base: base frequency (NTK-aware scaling raises it).
         freq_scale: 1 / factor of linear and YaRN scaling.
         original_context: tokens of the unscaled model, for YaRN.
+        ext_factor, attn_factor, beta_fast, beta_slow: llama.cpp's `yarn_*`.
     """
 
     scaling: str | None = None
     freq_base: float | None = None
     freq_scale: float | None = None
     original_context: int | None = None
+    ext_factor: float | None = None
+    attn_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
 
 
 _ROPE_SCALING = {None: -1, "none": 0, "linear": 1, "yarn": 2}  # llama_rope_scaling_type
@@ -154,11 +169,14 @@ class Context:
         n_ubatch: most tokens of one computation; default: n_batch, at most 512.
         n_threads: 0 for what the machine grants, less one CPU for everything else.
         rope: rope scaling.
+        cache_types: ggml types of the cached keys and values, such as `Q8_0`.
+        flash_attention: True, False, or None: where the device has it.
         poll: see `Threadpool`.
         on_eval: llama.cpp's `cb_eval`, a C callback; must outlive the context.
 
     Raises:
         InvalidArgument: impossible figures.
+        FailedPrecondition: settings that this model cannot have.
         ResourceExhausted: no memory for the caches.
     """
 
@@ -172,6 +190,8 @@ class Context:
         n_ubatch: int = 0,
         n_threads: int = 0,
         rope: Rope | None = None,
+        cache_types: tuple[str, str] = ("F16", "F16"),
+        flash_attention: bool | None = None,
         poll: int = 50,
         on_eval: Any = None,
     ) -> None:
@@ -204,13 +224,20 @@ class Context:
             params.rope_freq_base = rope.freq_base or 0.0
             params.rope_freq_scale = rope.freq_scale or 0.0
             params.yarn_orig_ctx = rope.original_context or 0
+            # -1 means "from the model"; 0 would switch the extrapolation off.
+            for name in ("ext_factor", "attn_factor", "beta_fast", "beta_slow"):
+                given = getattr(rope, name)
+                setattr(params, f"yarn_{name}", -1.0 if given is None else given)
+        params.type_k, params.type_v = (TYPE_NUMBERS[kind] for kind in cache_types)
+        params.flash_attn_type = {None: -1, False: 0, True: 1}[flash_attention]
         library.take_errors()
         self._context = self._c.llama_init_from_model(model.handle, params)
         if not self._context:
-            raise ResourceExhausted(
-                f"llama.cpp makes no context of {n_seq} x {n_ctx or model.n_ctx_train} tokens: "
-                f"{library.take_errors() or 'no reason given'}; ask for less context"
-            )
+            why = library.take_errors()
+            what = f"llama.cpp makes no context of {n_seq} x {n_ctx or model.n_ctx_train} tokens"
+            if why and not _MEMORY.search(why):
+                raise FailedPrecondition(f"{what} for {model.path.name}: {why}")
+            raise ResourceExhausted(f"{what}: {why or 'no reason given'}; ask for less context")
         self._pool = library.Threadpool(self.n_threads, poll=poll)
         self._pool.attach(self._context)
         self._memory = self._c.llama_get_memory(self._context)

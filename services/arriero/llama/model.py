@@ -28,6 +28,8 @@ class Model:
         n_gpu_layers: layers to offload; negative for all (builds without a GPU ignore it).
         vocab_only: load no weights: tokenizing and metadata only, in milliseconds.
         use_mmap: share the file's pages with other processes.
+        use_mlock: keep the weights from being swapped out; a warning where the
+            limit on locked memory is too low.
         use_extra_bufts: let the CPU backend repack weights into a faster private
             copy (Q4_0 and others); False keeps them shared.
 
@@ -44,6 +46,7 @@ class Model:
         n_gpu_layers: int = 0,
         vocab_only: bool = False,
         use_mmap: bool = True,
+        use_mlock: bool = False,
         use_extra_bufts: bool = True,
     ) -> None:
         self._model: Any = None
@@ -56,9 +59,9 @@ class Model:
         params.n_gpu_layers = n_gpu_layers
         params.vocab_only = vocab_only
         params.use_extra_bufts = use_extra_bufts
-        params.load_mode = (
-            self._c.LLAMA_LOAD_MODE_MMAP if use_mmap else self._c.LLAMA_LOAD_MODE_NONE
-        )
+        modes = ("NONE", "MMAP"), ("MLOCK", "MMAP_MLOCK")
+        mode = modes[use_mlock][use_mmap]
+        params.load_mode = getattr(self._c, f"LLAMA_LOAD_MODE_{mode}")
         library.take_errors()
         self._model = self._c.llama_model_load_from_file(str(self.path).encode(), params)
         if not self._model:
@@ -133,6 +136,26 @@ class Model:
     def rope_freq_base(self) -> float:
         """The rope base frequency of the file; 10,000 where it names none, as in llama.cpp."""
         return float(self._of_architecture("rope.freq_base", 10000.0))
+
+    @property
+    def rope_dimensions(self) -> int:
+        """Dimensions of each head that turn with the position."""
+        heads = max(int(self._of_architecture("attention.head_count", 1)), 1)
+        head = self._of_architecture(
+            "attention.key_length", int(self._of_architecture("embedding_length", 0)) // heads
+        )
+        return int(self._of_architecture("rope.dimension_count", head))
+
+    @property
+    def rope_scaling(self) -> tuple[str, float]:
+        """The scaling that the file names (`none`, `linear`, `yarn`, ...) and its factor."""
+        factor = float(
+            self._of_architecture("rope.scaling.factor", 0)
+            or self._of_architecture("rope.scale_linear", 0)
+            or 1.0
+        )
+        plain = "none" if factor == 1.0 else "linear"
+        return str(self._of_architecture("rope.scaling.type", plain)), factor
 
     def _of_architecture(self, key: str, default: Any) -> Any:
         architecture = self.header.metadata.get("general.architecture", "")

@@ -10,6 +10,7 @@ from arriero import refs
 from arriero.errors import FailedPrecondition, InvalidArgument
 from arriero.gates import check_modes, remedy
 from arriero.operations.defaults import with_defaults
+from arriero.replica import ReplicaSettings
 from arriero.store import Artifact, Store
 from arriero.v1 import pipeline_pb2
 
@@ -29,9 +30,7 @@ def check_spec(spec: pipeline_pb2.DeploySpec) -> None:
             "'.', '_' and '-'",
         )
     check_replicas(spec.replicas)
-    for field in ("context", "threads"):
-        if getattr(spec, field) < 0:
-            raise InvalidArgument.field(field, f"{getattr(spec, field)} is below 0")
+    ReplicaSettings.of_spec(with_defaults(spec))
     if spec.HasField("timeout_seconds") and spec.timeout_seconds < 1:
         raise InvalidArgument.field("timeout_seconds", f"{spec.timeout_seconds} is below 1")
     check_modes(spec.gates)

@@ -29,6 +29,7 @@ from arriero.errors import (
 )
 from arriero.gates import GateResult, Gates, Mode, Verdict
 from arriero.metrics import EndpointFigures
+from arriero.operations.defaults import with_defaults
 from arriero.operations.job import gate_modes
 from arriero.operations.views import gate_message
 from arriero.orchestrator import smoke
@@ -37,6 +38,7 @@ from arriero.orchestrator.deployments import Deployments, check_replicas, check_
 from arriero.orchestrator.platform import Desired, Observed, ObservedReplica, Platform
 from arriero.orchestrator.records import EndpointRecord, Records
 from arriero.orchestrator.replicas import endpoint_figures, endpoint_message, shortage
+from arriero.replica import ReplicaSettings
 from arriero.store import Store
 from arriero.v1 import orchestrator_pb2 as pb
 from arriero.v1 import pipeline_pb2, types_pb2
@@ -491,9 +493,8 @@ class Endpoints:
                 record.endpoint.name,
                 spec.model,
                 record.endpoint.desired_replicas,
-                spec.context,
-                spec.threads,
                 record.generation,
+                ReplicaSettings.of_spec(with_defaults(spec)),
             )
         )
 

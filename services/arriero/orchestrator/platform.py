@@ -13,12 +13,13 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from arriero import refs
 from arriero.errors import DeadlineExceeded, InvalidArgument
+from arriero.replica import ReplicaSettings
 from arriero.store import write_atomic
 
 _POLL_SECONDS = 0.2
@@ -26,14 +27,32 @@ _POLL_SECONDS = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Desired:
-    """What an endpoint is to be. `context` and `threads` 0: the default."""
+    """What an endpoint is to be.
+
+    Attributes:
+        name: of the endpoint.
+        digest: of the artifact that it serves.
+        replicas: how many.
+        generation: counts what was ever desired of this endpoint.
+        settings: of each replica.
+    """
 
     name: str
     digest: str
     replicas: int
-    context: int
-    threads: int
     generation: int
+    settings: ReplicaSettings = field(default_factory=ReplicaSettings)
+
+    def environment(self) -> dict[str, str]:
+        """All that a replica is told about itself; where it listens is the platform's.
+
+        Replicas whose environment differs from this one are to be replaced.
+        """
+        return {
+            "ARRIERO_MODEL": self.digest,
+            "ARRIERO_MODEL_NAME": self.name,
+            **self.settings.environment(),
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +85,7 @@ class Observed:
     def complete(self, digest: str, count: int) -> bool:
         """Whether just `count` replicas are there, all serving this artifact.
 
-        Those that drain are gone already. Others must be: with another context
+        Those that drain are gone already. Others must be: with other settings
         the same artifact may be served by old replicas for a while.
         """
         staying = [r for r in self.replicas if r.state != "DRAINING"]
@@ -114,8 +133,15 @@ class LocalPlatform:
 
     def apply(self, desired: Desired) -> None:
         """See `Platform`."""
-        data = json.dumps(asdict(desired), indent=1, sort_keys=True).encode()
-        write_atomic(self._file(self._desired, desired.name), data)
+        data = {
+            "name": desired.name,
+            "digest": desired.digest,
+            "replicas": desired.replicas,
+            "generation": desired.generation,
+            "environment": desired.environment(),
+        }
+        body = json.dumps(data, indent=1, sort_keys=True).encode()
+        write_atomic(self._file(self._desired, desired.name), body)
 
     def remove(self, name: str) -> None:
         """See `Platform`."""

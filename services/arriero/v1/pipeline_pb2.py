@@ -29,7 +29,7 @@ from arriero.v1 import training_pb2 as arriero_dot_v1_dot_training__pb2
 from arriero.v1 import types_pb2 as arriero_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x61rriero/v1/pipeline.proto\x12\narriero.v1\x1a\x18\x61rriero/v1/dataset.proto\x1a\x18\x61rriero/v1/merging.proto\x1a\x1d\x61rriero/v1/quantization.proto\x1a\x19\x61rriero/v1/training.proto\x1a\x16\x61rriero/v1/types.proto\"\x85\x02\n\x08Pipeline\x12\x0c\n\x04name\x18\x01 \x01(\t\x12!\n\x06stages\x18\x02 \x03(\x0b\x32\x11.arriero.v1.Stage\x12,\n\x04tags\x18\x03 \x03(\x0b\x32\x1e.arriero.v1.Pipeline.TagsEntry\x12\x30\n\x06labels\x18\x04 \x03(\x0b\x32 .arriero.v1.Pipeline.LabelsEntry\x1a+\n\tTagsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01J\x04\x08\x05\x10\x06R\x06matrix\"\xef\x03\n\x05Stage\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x06import\x18\x02 \x01(\x0b\x32\x16.arriero.v1.ImportSpecH\x00\x12*\n\x07\x64\x61taset\x18\x03 \x01(\x0b\x32\x17.arriero.v1.DatasetSpecH\x00\x12&\n\x05train\x18\x04 \x01(\x0b\x32\x15.arriero.v1.TrainSpecH\x00\x12&\n\x05merge\x18\x05 \x01(\x0b\x32\x15.arriero.v1.MergeSpecH\x00\x12,\n\x08quantize\x18\x06 \x01(\x0b\x32\x18.arriero.v1.QuantizeSpecH\x00\x12,\n\x08\x65valuate\x18\x07 \x01(\x0b\x32\x18.arriero.v1.EvaluateSpecH\x00\x12(\n\x06\x64\x65ploy\x18\x08 \x01(\x0b\x32\x16.arriero.v1.DeploySpecH\x00\x12;\n\x10\x65xtend_tokenizer\x18\t \x01(\x0b\x32\x1f.arriero.v1.ExtendTokenizerSpecH\x00\x12.\n\ttransform\x18\n \x01(\x0b\x32\x19.arriero.v1.TransformSpecH\x00\x12(\n\x06\x65xport\x18\x0b \x01(\x0b\x32\x16.arriero.v1.ExportSpecH\x00\x12\r\n\x05\x66orce\x18\x14 \x01(\x08\x42\x06\n\x04work\"\x95\x03\n\nDeploySpec\x12\x19\n\x05model\x18\x01 \x01(\tB\n\xca\xe4\x1d\x06\n\x04gguf\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\x12\x1c\n\x08replicas\x18\x03 \x01(\x05\x42\x05\xd2\xe4\x1d\x01\x31H\x00\x88\x01\x01\x12\x1b\n\x07\x63ontext\x18\x04 \x01(\x05\x42\x05\xd2\xe4\x1d\x01\x30H\x01\x88\x01\x01\x12!\n\x06golden\x18\x05 \x01(\tB\x0c\xca\xe4\x1d\x08\n\x06reportH\x02\x88\x01\x01\x12\x1b\n\x07threads\x18\x06 \x01(\x05\x42\x05\xd2\xe4\x1d\x01\x30H\x03\x88\x01\x01\x12%\n\x0ftimeout_seconds\x18\x07 \x01(\x05\x42\x07\xd2\xe4\x1d\x03\x33\x30\x30H\x04\x88\x01\x01\x12\x30\n\x05gates\x18\x0f \x03(\x0b\x32!.arriero.v1.DeploySpec.GatesEntry\x1a\x42\n\nGatesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0e\x32\x14.arriero.v1.GateMode:\x02\x38\x01\x42\x0b\n\t_replicasB\n\n\x08_contextB\t\n\x07_goldenB\n\n\x08_threadsB\x12\n\x10_timeout_secondsb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x61rriero/v1/pipeline.proto\x12\narriero.v1\x1a\x18\x61rriero/v1/dataset.proto\x1a\x18\x61rriero/v1/merging.proto\x1a\x1d\x61rriero/v1/quantization.proto\x1a\x19\x61rriero/v1/training.proto\x1a\x16\x61rriero/v1/types.proto\"\x85\x02\n\x08Pipeline\x12\x0c\n\x04name\x18\x01 \x01(\t\x12!\n\x06stages\x18\x02 \x03(\x0b\x32\x11.arriero.v1.Stage\x12,\n\x04tags\x18\x03 \x03(\x0b\x32\x1e.arriero.v1.Pipeline.TagsEntry\x12\x30\n\x06labels\x18\x04 \x03(\x0b\x32 .arriero.v1.Pipeline.LabelsEntry\x1a+\n\tTagsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01J\x04\x08\x05\x10\x06R\x06matrix\"\xef\x03\n\x05Stage\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x06import\x18\x02 \x01(\x0b\x32\x16.arriero.v1.ImportSpecH\x00\x12*\n\x07\x64\x61taset\x18\x03 \x01(\x0b\x32\x17.arriero.v1.DatasetSpecH\x00\x12&\n\x05train\x18\x04 \x01(\x0b\x32\x15.arriero.v1.TrainSpecH\x00\x12&\n\x05merge\x18\x05 \x01(\x0b\x32\x15.arriero.v1.MergeSpecH\x00\x12,\n\x08quantize\x18\x06 \x01(\x0b\x32\x18.arriero.v1.QuantizeSpecH\x00\x12,\n\x08\x65valuate\x18\x07 \x01(\x0b\x32\x18.arriero.v1.EvaluateSpecH\x00\x12(\n\x06\x64\x65ploy\x18\x08 \x01(\x0b\x32\x16.arriero.v1.DeploySpecH\x00\x12;\n\x10\x65xtend_tokenizer\x18\t \x01(\x0b\x32\x1f.arriero.v1.ExtendTokenizerSpecH\x00\x12.\n\ttransform\x18\n \x01(\x0b\x32\x19.arriero.v1.TransformSpecH\x00\x12(\n\x06\x65xport\x18\x0b \x01(\x0b\x32\x16.arriero.v1.ExportSpecH\x00\x12\r\n\x05\x66orce\x18\x14 \x01(\x08\x42\x06\n\x04work\"\xa8\x06\n\nDeploySpec\x12\x19\n\x05model\x18\x01 \x01(\tB\n\xca\xe4\x1d\x06\n\x04gguf\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\x12\x1c\n\x08replicas\x18\x03 \x01(\x05\x42\x05\xd2\xe4\x1d\x01\x31H\x00\x88\x01\x01\x12\x1b\n\x07\x63ontext\x18\x04 \x01(\x05\x42\x05\xd2\xe4\x1d\x01\x30H\x01\x88\x01\x01\x12!\n\x06golden\x18\x05 \x01(\tB\x0c\xca\xe4\x1d\x08\n\x06reportH\x02\x88\x01\x01\x12\x1b\n\x07threads\x18\x06 \x01(\x05\x42\x05\xd2\xe4\x1d\x01\x30H\x03\x88\x01\x01\x12%\n\x0ftimeout_seconds\x18\x07 \x01(\x05\x42\x07\xd2\xe4\x1d\x03\x33\x30\x30H\x04\x88\x01\x01\x12\x19\n\x05slots\x18\x08 \x01(\x05\x42\x05\xd2\xe4\x1d\x01\x34H\x05\x88\x01\x01\x12\x1e\n\ngpu_layers\x18\t \x01(\x05\x42\x05\xd2\xe4\x1d\x01\x30H\x06\x88\x01\x01\x12\x1b\n\x04mmap\x18\n \x01(\x08\x42\x08\xd2\xe4\x1d\x04trueH\x07\x88\x01\x01\x12\x1d\n\x05mlock\x18\x0b \x01(\x08\x42\t\xd2\xe4\x1d\x05\x66\x61lseH\x08\x88\x01\x01\x12\"\n\x0c\x63\x61\x63he_type_k\x18\x0c \x01(\tB\x07\xd2\xe4\x1d\x03\x46\x31\x36H\t\x88\x01\x01\x12\"\n\x0c\x63\x61\x63he_type_v\x18\r \x01(\tB\x07\xd2\xe4\x1d\x03\x46\x31\x36H\n\x88\x01\x01\x12&\n\x0f\x66lash_attention\x18\x0e \x01(\tB\x08\xd2\xe4\x1d\x04\x61utoH\x0b\x88\x01\x01\x12\x30\n\x05gates\x18\x0f \x03(\x0b\x32!.arriero.v1.DeploySpec.GatesEntry\x12\"\n\x04rope\x18\x10 \x01(\x0b\x32\x14.arriero.v1.RopeSpec\x12\x1a\n\x05queue\x18\x11 \x01(\x05\x42\x06\xd2\xe4\x1d\x02\x36\x34H\x0c\x88\x01\x01\x1a\x42\n\nGatesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0e\x32\x14.arriero.v1.GateMode:\x02\x38\x01\x42\x0b\n\t_replicasB\n\n\x08_contextB\t\n\x07_goldenB\n\n\x08_threadsB\x12\n\x10_timeout_secondsB\x08\n\x06_slotsB\r\n\x0b_gpu_layersB\x07\n\x05_mmapB\x08\n\x06_mlockB\x0f\n\r_cache_type_kB\x0f\n\r_cache_type_vB\x12\n\x10_flash_attentionB\x08\n\x06_queue\"\x81\x03\n\x08RopeSpec\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\x13\n\x06\x66\x61\x63tor\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05\x61lpha\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12$\n\x0fyarn_ext_factor\x18\x04 \x01(\x01\x42\x06\xd2\xe4\x1d\x02-1H\x02\x88\x01\x01\x12%\n\x10yarn_attn_factor\x18\x05 \x01(\x01\x42\x06\xd2\xe4\x1d\x02-1H\x03\x88\x01\x01\x12#\n\x0eyarn_beta_fast\x18\x06 \x01(\x01\x42\x06\xd2\xe4\x1d\x02-1H\x04\x88\x01\x01\x12#\n\x0eyarn_beta_slow\x18\x07 \x01(\x01\x42\x06\xd2\xe4\x1d\x02-1H\x05\x88\x01\x01\x12)\n\x15yarn_original_context\x18\x08 \x01(\x05\x42\x05\xd2\xe4\x1d\x01\x30H\x06\x88\x01\x01\x42\t\n\x07_factorB\x08\n\x06_alphaB\x12\n\x10_yarn_ext_factorB\x13\n\x11_yarn_attn_factorB\x11\n\x0f_yarn_beta_fastB\x11\n\x0f_yarn_beta_slowB\x18\n\x16_yarn_original_contextb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -54,6 +54,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DEPLOYSPEC'].fields_by_name['threads']._serialized_options = b'\322\344\035\0010'
   _globals['_DEPLOYSPEC'].fields_by_name['timeout_seconds']._loaded_options = None
   _globals['_DEPLOYSPEC'].fields_by_name['timeout_seconds']._serialized_options = b'\322\344\035\003300'
+  _globals['_DEPLOYSPEC'].fields_by_name['slots']._loaded_options = None
+  _globals['_DEPLOYSPEC'].fields_by_name['slots']._serialized_options = b'\322\344\035\0014'
+  _globals['_DEPLOYSPEC'].fields_by_name['gpu_layers']._loaded_options = None
+  _globals['_DEPLOYSPEC'].fields_by_name['gpu_layers']._serialized_options = b'\322\344\035\0010'
+  _globals['_DEPLOYSPEC'].fields_by_name['mmap']._loaded_options = None
+  _globals['_DEPLOYSPEC'].fields_by_name['mmap']._serialized_options = b'\322\344\035\004true'
+  _globals['_DEPLOYSPEC'].fields_by_name['mlock']._loaded_options = None
+  _globals['_DEPLOYSPEC'].fields_by_name['mlock']._serialized_options = b'\322\344\035\005false'
+  _globals['_DEPLOYSPEC'].fields_by_name['cache_type_k']._loaded_options = None
+  _globals['_DEPLOYSPEC'].fields_by_name['cache_type_k']._serialized_options = b'\322\344\035\003F16'
+  _globals['_DEPLOYSPEC'].fields_by_name['cache_type_v']._loaded_options = None
+  _globals['_DEPLOYSPEC'].fields_by_name['cache_type_v']._serialized_options = b'\322\344\035\003F16'
+  _globals['_DEPLOYSPEC'].fields_by_name['flash_attention']._loaded_options = None
+  _globals['_DEPLOYSPEC'].fields_by_name['flash_attention']._serialized_options = b'\322\344\035\004auto'
+  _globals['_DEPLOYSPEC'].fields_by_name['queue']._loaded_options = None
+  _globals['_DEPLOYSPEC'].fields_by_name['queue']._serialized_options = b'\322\344\035\00264'
+  _globals['_ROPESPEC'].fields_by_name['yarn_ext_factor']._loaded_options = None
+  _globals['_ROPESPEC'].fields_by_name['yarn_ext_factor']._serialized_options = b'\322\344\035\002-1'
+  _globals['_ROPESPEC'].fields_by_name['yarn_attn_factor']._loaded_options = None
+  _globals['_ROPESPEC'].fields_by_name['yarn_attn_factor']._serialized_options = b'\322\344\035\002-1'
+  _globals['_ROPESPEC'].fields_by_name['yarn_beta_fast']._loaded_options = None
+  _globals['_ROPESPEC'].fields_by_name['yarn_beta_fast']._serialized_options = b'\322\344\035\002-1'
+  _globals['_ROPESPEC'].fields_by_name['yarn_beta_slow']._loaded_options = None
+  _globals['_ROPESPEC'].fields_by_name['yarn_beta_slow']._serialized_options = b'\322\344\035\002-1'
+  _globals['_ROPESPEC'].fields_by_name['yarn_original_context']._loaded_options = None
+  _globals['_ROPESPEC'].fields_by_name['yarn_original_context']._serialized_options = b'\322\344\035\0010'
   _globals['_PIPELINE']._serialized_start=176
   _globals['_PIPELINE']._serialized_end=437
   _globals['_PIPELINE_TAGSENTRY']._serialized_start=333
@@ -63,7 +89,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STAGE']._serialized_start=440
   _globals['_STAGE']._serialized_end=935
   _globals['_DEPLOYSPEC']._serialized_start=938
-  _globals['_DEPLOYSPEC']._serialized_end=1343
-  _globals['_DEPLOYSPEC_GATESENTRY']._serialized_start=1209
-  _globals['_DEPLOYSPEC_GATESENTRY']._serialized_end=1275
+  _globals['_DEPLOYSPEC']._serialized_end=1746
+  _globals['_DEPLOYSPEC_GATESENTRY']._serialized_start=1504
+  _globals['_DEPLOYSPEC_GATESENTRY']._serialized_end=1570
+  _globals['_ROPESPEC']._serialized_start=1749
+  _globals['_ROPESPEC']._serialized_end=2134
 # @@protoc_insertion_point(module_scope)

@@ -199,13 +199,22 @@ class DeploySpec(_message.Message):
     GOLDEN_FIELD_NUMBER: _builtins.int
     THREADS_FIELD_NUMBER: _builtins.int
     TIMEOUT_SECONDS_FIELD_NUMBER: _builtins.int
+    SLOTS_FIELD_NUMBER: _builtins.int
+    GPU_LAYERS_FIELD_NUMBER: _builtins.int
+    MMAP_FIELD_NUMBER: _builtins.int
+    MLOCK_FIELD_NUMBER: _builtins.int
+    CACHE_TYPE_K_FIELD_NUMBER: _builtins.int
+    CACHE_TYPE_V_FIELD_NUMBER: _builtins.int
+    FLASH_ATTENTION_FIELD_NUMBER: _builtins.int
     GATES_FIELD_NUMBER: _builtins.int
+    ROPE_FIELD_NUMBER: _builtins.int
+    QUEUE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     endpoint: _builtins.str
     """Endpoint name; made when it does not exist, updated when it does."""
     replicas: _builtins.int
     context: _builtins.int
-    """Context length in tokens; 0 means the model's own, at most 4096."""
+    """Tokens that each stream holds; 0 means the model's own, at most 4096."""
     golden: _builtins.str
     """Golden logits to compare the live replicas with; default: those that the
     file carries.
@@ -214,8 +223,31 @@ class DeploySpec(_message.Message):
     """Threads of each replica; 0 means the machine's CPUs less one."""
     timeout_seconds: _builtins.int
     """Seconds until every replica must be ready."""
+    slots: _builtins.int
+    """Streams that each replica runs at the same time; others wait."""
+    gpu_layers: _builtins.int
+    """Layers to put on a GPU; -1 for all."""
+    mmap: _builtins.bool
+    """Map the file instead of reading it, so that replicas on one machine share
+    its pages.
+    """
+    mlock: _builtins.bool
+    """Keep the weights in memory: they are never swapped out."""
+    cache_type_k: _builtins.str
+    """ggml types of the KV cache: `F16`, `BF16`, `F32`, `Q8_0`, `Q5_1`, `Q5_0`,
+    `Q4_1`, `Q4_0`, `IQ4_NL`. A quantized V needs flash attention.
+    """
+    cache_type_v: _builtins.str
+    flash_attention: _builtins.str
+    """`on`, `off`, or `auto`: where the device has it."""
+    queue: _builtins.int
+    """Requests that may wait for a slot; further ones are refused."""
     @_builtins.property
     def gates(self) -> _containers.ScalarMap[_builtins.str, _types_pb2.GateMode.ValueType]: ...
+    @_builtins.property
+    def rope(self) -> Global___RopeSpec:
+        """Positions beyond the trained context; unset means what the model says."""
+
     def __init__(
         self,
         *,
@@ -226,31 +258,152 @@ class DeploySpec(_message.Message):
         golden: _builtins.str | None = ...,
         threads: _builtins.int | None = ...,
         timeout_seconds: _builtins.int | None = ...,
+        slots: _builtins.int | None = ...,
+        gpu_layers: _builtins.int | None = ...,
+        mmap: _builtins.bool | None = ...,
+        mlock: _builtins.bool | None = ...,
+        cache_type_k: _builtins.str | None = ...,
+        cache_type_v: _builtins.str | None = ...,
+        flash_attention: _builtins.str | None = ...,
         gates: _abc.Mapping[_builtins.str, _types_pb2.GateMode.ValueType] | None = ...,
+        rope: Global___RopeSpec | None = ...,
+        queue: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_context", b"_context", "_golden", b"_golden", "_replicas", b"_replicas", "_threads", b"_threads", "_timeout_seconds", b"_timeout_seconds", "context", b"context", "golden", b"golden", "replicas", b"replicas", "threads", b"threads", "timeout_seconds", b"timeout_seconds"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cache_type_k", b"_cache_type_k", "_cache_type_v", b"_cache_type_v", "_context", b"_context", "_flash_attention", b"_flash_attention", "_golden", b"_golden", "_gpu_layers", b"_gpu_layers", "_mlock", b"_mlock", "_mmap", b"_mmap", "_queue", b"_queue", "_replicas", b"_replicas", "_slots", b"_slots", "_threads", b"_threads", "_timeout_seconds", b"_timeout_seconds", "cache_type_k", b"cache_type_k", "cache_type_v", b"cache_type_v", "context", b"context", "flash_attention", b"flash_attention", "golden", b"golden", "gpu_layers", b"gpu_layers", "mlock", b"mlock", "mmap", b"mmap", "queue", b"queue", "replicas", b"replicas", "rope", b"rope", "slots", b"slots", "threads", b"threads", "timeout_seconds", b"timeout_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_context", b"_context", "_golden", b"_golden", "_replicas", b"_replicas", "_threads", b"_threads", "_timeout_seconds", b"_timeout_seconds", "context", b"context", "endpoint", b"endpoint", "gates", b"gates", "golden", b"golden", "model", b"model", "replicas", b"replicas", "threads", b"threads", "timeout_seconds", b"timeout_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cache_type_k", b"_cache_type_k", "_cache_type_v", b"_cache_type_v", "_context", b"_context", "_flash_attention", b"_flash_attention", "_golden", b"_golden", "_gpu_layers", b"_gpu_layers", "_mlock", b"_mlock", "_mmap", b"_mmap", "_queue", b"_queue", "_replicas", b"_replicas", "_slots", b"_slots", "_threads", b"_threads", "_timeout_seconds", b"_timeout_seconds", "cache_type_k", b"cache_type_k", "cache_type_v", b"cache_type_v", "context", b"context", "endpoint", b"endpoint", "flash_attention", b"flash_attention", "gates", b"gates", "golden", b"golden", "gpu_layers", b"gpu_layers", "mlock", b"mlock", "mmap", b"mmap", "model", b"model", "queue", b"queue", "replicas", b"replicas", "rope", b"rope", "slots", b"slots", "threads", b"threads", "timeout_seconds", b"timeout_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__cache_type_k: _TypeAlias = _typing.Literal["cache_type_k"]  # noqa: Y015
+    _WhichOneofArgType__cache_type_k: _TypeAlias = _typing.Literal["_cache_type_k", b"_cache_type_k"]  # noqa: Y015
+    _WhichOneofReturnType__cache_type_v: _TypeAlias = _typing.Literal["cache_type_v"]  # noqa: Y015
+    _WhichOneofArgType__cache_type_v: _TypeAlias = _typing.Literal["_cache_type_v", b"_cache_type_v"]  # noqa: Y015
     _WhichOneofReturnType__context: _TypeAlias = _typing.Literal["context"]  # noqa: Y015
     _WhichOneofArgType__context: _TypeAlias = _typing.Literal["_context", b"_context"]  # noqa: Y015
+    _WhichOneofReturnType__flash_attention: _TypeAlias = _typing.Literal["flash_attention"]  # noqa: Y015
+    _WhichOneofArgType__flash_attention: _TypeAlias = _typing.Literal["_flash_attention", b"_flash_attention"]  # noqa: Y015
     _WhichOneofReturnType__golden: _TypeAlias = _typing.Literal["golden"]  # noqa: Y015
     _WhichOneofArgType__golden: _TypeAlias = _typing.Literal["_golden", b"_golden"]  # noqa: Y015
+    _WhichOneofReturnType__gpu_layers: _TypeAlias = _typing.Literal["gpu_layers"]  # noqa: Y015
+    _WhichOneofArgType__gpu_layers: _TypeAlias = _typing.Literal["_gpu_layers", b"_gpu_layers"]  # noqa: Y015
+    _WhichOneofReturnType__mlock: _TypeAlias = _typing.Literal["mlock"]  # noqa: Y015
+    _WhichOneofArgType__mlock: _TypeAlias = _typing.Literal["_mlock", b"_mlock"]  # noqa: Y015
+    _WhichOneofReturnType__mmap: _TypeAlias = _typing.Literal["mmap"]  # noqa: Y015
+    _WhichOneofArgType__mmap: _TypeAlias = _typing.Literal["_mmap", b"_mmap"]  # noqa: Y015
+    _WhichOneofReturnType__queue: _TypeAlias = _typing.Literal["queue"]  # noqa: Y015
+    _WhichOneofArgType__queue: _TypeAlias = _typing.Literal["_queue", b"_queue"]  # noqa: Y015
     _WhichOneofReturnType__replicas: _TypeAlias = _typing.Literal["replicas"]  # noqa: Y015
     _WhichOneofArgType__replicas: _TypeAlias = _typing.Literal["_replicas", b"_replicas"]  # noqa: Y015
+    _WhichOneofReturnType__slots: _TypeAlias = _typing.Literal["slots"]  # noqa: Y015
+    _WhichOneofArgType__slots: _TypeAlias = _typing.Literal["_slots", b"_slots"]  # noqa: Y015
     _WhichOneofReturnType__threads: _TypeAlias = _typing.Literal["threads"]  # noqa: Y015
     _WhichOneofArgType__threads: _TypeAlias = _typing.Literal["_threads", b"_threads"]  # noqa: Y015
     _WhichOneofReturnType__timeout_seconds: _TypeAlias = _typing.Literal["timeout_seconds"]  # noqa: Y015
     _WhichOneofArgType__timeout_seconds: _TypeAlias = _typing.Literal["_timeout_seconds", b"_timeout_seconds"]  # noqa: Y015
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cache_type_k) -> _WhichOneofReturnType__cache_type_k | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cache_type_v) -> _WhichOneofReturnType__cache_type_v | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__context) -> _WhichOneofReturnType__context | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__flash_attention) -> _WhichOneofReturnType__flash_attention | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__golden) -> _WhichOneofReturnType__golden | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__gpu_layers) -> _WhichOneofReturnType__gpu_layers | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mlock) -> _WhichOneofReturnType__mlock | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mmap) -> _WhichOneofReturnType__mmap | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__queue) -> _WhichOneofReturnType__queue | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__replicas) -> _WhichOneofReturnType__replicas | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__slots) -> _WhichOneofReturnType__slots | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__threads) -> _WhichOneofReturnType__threads | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__timeout_seconds) -> _WhichOneofReturnType__timeout_seconds | None: ...
 
 Global___DeploySpec: _TypeAlias = DeploySpec  # noqa: Y015
+
+@_typing.final
+class RopeSpec(_message.Message):
+    """How rotary positions are scaled, to serve more context than was trained."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TYPE_FIELD_NUMBER: _builtins.int
+    FACTOR_FIELD_NUMBER: _builtins.int
+    ALPHA_FIELD_NUMBER: _builtins.int
+    YARN_EXT_FACTOR_FIELD_NUMBER: _builtins.int
+    YARN_ATTN_FACTOR_FIELD_NUMBER: _builtins.int
+    YARN_BETA_FAST_FIELD_NUMBER: _builtins.int
+    YARN_BETA_SLOW_FIELD_NUMBER: _builtins.int
+    YARN_ORIGINAL_CONTEXT_FIELD_NUMBER: _builtins.int
+    type: _builtins.str
+    """`none`, `linear`, `yarn` or `ntk` (NTK-aware: a larger base frequency).
+    Empty: what the model says, `ntk` where it was trained with dynamic NTK.
+    """
+    factor: _builtins.float
+    """`linear`, `yarn`: how many times longer; default: context / trained context.
+    `ntk`: alpha = factor * context / trained - (factor - 1); default: what the
+    model was trained with, else 2.
+    """
+    alpha: _builtins.float
+    """`ntk`: takes the place of the alpha that is computed from the context."""
+    yarn_ext_factor: _builtins.float
+    """`yarn`: as llama.cpp has them; -1 means what the model says."""
+    yarn_attn_factor: _builtins.float
+    """Only beside a yarn_ext_factor of 0: llama.cpp computes it otherwise."""
+    yarn_beta_fast: _builtins.float
+    yarn_beta_slow: _builtins.float
+    yarn_original_context: _builtins.int
+    """`yarn`: tokens of the context before it was scaled; 0 means the trained ones."""
+    def __init__(
+        self,
+        *,
+        type: _builtins.str = ...,
+        factor: _builtins.float | None = ...,
+        alpha: _builtins.float | None = ...,
+        yarn_ext_factor: _builtins.float | None = ...,
+        yarn_attn_factor: _builtins.float | None = ...,
+        yarn_beta_fast: _builtins.float | None = ...,
+        yarn_beta_slow: _builtins.float | None = ...,
+        yarn_original_context: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_factor", b"_factor", "_yarn_attn_factor", b"_yarn_attn_factor", "_yarn_beta_fast", b"_yarn_beta_fast", "_yarn_beta_slow", b"_yarn_beta_slow", "_yarn_ext_factor", b"_yarn_ext_factor", "_yarn_original_context", b"_yarn_original_context", "alpha", b"alpha", "factor", b"factor", "yarn_attn_factor", b"yarn_attn_factor", "yarn_beta_fast", b"yarn_beta_fast", "yarn_beta_slow", b"yarn_beta_slow", "yarn_ext_factor", b"yarn_ext_factor", "yarn_original_context", b"yarn_original_context"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_factor", b"_factor", "_yarn_attn_factor", b"_yarn_attn_factor", "_yarn_beta_fast", b"_yarn_beta_fast", "_yarn_beta_slow", b"_yarn_beta_slow", "_yarn_ext_factor", b"_yarn_ext_factor", "_yarn_original_context", b"_yarn_original_context", "alpha", b"alpha", "factor", b"factor", "type", b"type", "yarn_attn_factor", b"yarn_attn_factor", "yarn_beta_fast", b"yarn_beta_fast", "yarn_beta_slow", b"yarn_beta_slow", "yarn_ext_factor", b"yarn_ext_factor", "yarn_original_context", b"yarn_original_context"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__alpha: _TypeAlias = _typing.Literal["alpha"]  # noqa: Y015
+    _WhichOneofArgType__alpha: _TypeAlias = _typing.Literal["_alpha", b"_alpha"]  # noqa: Y015
+    _WhichOneofReturnType__factor: _TypeAlias = _typing.Literal["factor"]  # noqa: Y015
+    _WhichOneofArgType__factor: _TypeAlias = _typing.Literal["_factor", b"_factor"]  # noqa: Y015
+    _WhichOneofReturnType__yarn_attn_factor: _TypeAlias = _typing.Literal["yarn_attn_factor"]  # noqa: Y015
+    _WhichOneofArgType__yarn_attn_factor: _TypeAlias = _typing.Literal["_yarn_attn_factor", b"_yarn_attn_factor"]  # noqa: Y015
+    _WhichOneofReturnType__yarn_beta_fast: _TypeAlias = _typing.Literal["yarn_beta_fast"]  # noqa: Y015
+    _WhichOneofArgType__yarn_beta_fast: _TypeAlias = _typing.Literal["_yarn_beta_fast", b"_yarn_beta_fast"]  # noqa: Y015
+    _WhichOneofReturnType__yarn_beta_slow: _TypeAlias = _typing.Literal["yarn_beta_slow"]  # noqa: Y015
+    _WhichOneofArgType__yarn_beta_slow: _TypeAlias = _typing.Literal["_yarn_beta_slow", b"_yarn_beta_slow"]  # noqa: Y015
+    _WhichOneofReturnType__yarn_ext_factor: _TypeAlias = _typing.Literal["yarn_ext_factor"]  # noqa: Y015
+    _WhichOneofArgType__yarn_ext_factor: _TypeAlias = _typing.Literal["_yarn_ext_factor", b"_yarn_ext_factor"]  # noqa: Y015
+    _WhichOneofReturnType__yarn_original_context: _TypeAlias = _typing.Literal["yarn_original_context"]  # noqa: Y015
+    _WhichOneofArgType__yarn_original_context: _TypeAlias = _typing.Literal["_yarn_original_context", b"_yarn_original_context"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__alpha) -> _WhichOneofReturnType__alpha | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__factor) -> _WhichOneofReturnType__factor | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__yarn_attn_factor) -> _WhichOneofReturnType__yarn_attn_factor | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__yarn_beta_fast) -> _WhichOneofReturnType__yarn_beta_fast | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__yarn_beta_slow) -> _WhichOneofReturnType__yarn_beta_slow | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__yarn_ext_factor) -> _WhichOneofReturnType__yarn_ext_factor | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__yarn_original_context) -> _WhichOneofReturnType__yarn_original_context | None: ...
+
+Global___RopeSpec: _TypeAlias = RopeSpec  # noqa: Y015

@@ -73,7 +73,9 @@ class World:
     def want(self, digest: str = "sha256:one", replicas: int = 1, **more: Any) -> None:
         place = self.directory / "desired"
         place.mkdir(exist_ok=True)
-        body = {"name": "live", "digest": digest, "replicas": replicas, "generation": 1, **more}
+        environment = {"ARRIERO_MODEL": digest, **more}
+        body = {"name": "live", "digest": digest, "replicas": replicas, "generation": 1}
+        body["environment"] = environment
         (place / "live.json").write_text(json.dumps(body))
 
     def step(self, seconds: float = 5.0, *, all_healthy: bool = True) -> list[dict[str, Any]]:
@@ -120,6 +122,19 @@ def test_a_new_model_serves_before_the_old_one_leaves(world: World) -> None:
     assert world.states(found) == [("sha256:two", "READY")] * 2
 
 
+def test_other_settings_are_another_replica(world: World) -> None:
+    world.want(ARRIERO_SLOTS="4")
+    world.step()
+    world.step()
+    world.want(ARRIERO_SLOTS="8")
+    world.step(all_healthy=False)
+    assert [child.env["ARRIERO_SLOTS"] for child in world.children] == ["4", "8"]
+    for _ in range(3):
+        found = world.step()
+    assert [r["name"] for r in found] == ["live-2"]
+    assert world.children[0].told == ["terminate"]
+
+
 def test_scaling_down_drains_before_it_ends(world: World) -> None:
     world.want(replicas=3)
     world.step()
@@ -154,15 +169,4 @@ def test_a_deleted_endpoint_leaves_nothing(world: World) -> None:
     for _ in range(3):
         world.step()
     assert not (world.directory / "actual" / "live.json").exists()
-    assert world.children[0].told == ["terminate"]
-
-
-def test_another_context_is_another_replica(world: World) -> None:
-    world.want(context=512)
-    world.step()
-    world.step()
-    world.want(context=1024)
-    for _ in range(4):
-        world.step()
-    assert [child.env["ARRIERO_CONTEXT"] for child in world.children] == ["512", "1024"]
     assert world.children[0].told == ["terminate"]

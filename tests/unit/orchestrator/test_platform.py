@@ -9,6 +9,7 @@ import pytest
 
 from arriero.errors import DeadlineExceeded, InvalidArgument
 from arriero.orchestrator.platform import Desired, LocalPlatform, Observed, ObservedReplica
+from arriero.replica import ReplicaSettings
 
 A, B = "sha256:" + "a" * 64, "sha256:" + "b" * 64
 
@@ -19,15 +20,13 @@ def replica(state: str, digest: str = A) -> ObservedReplica:
 
 def test_a_desire_is_written_and_taken_back(tmp_path):
     platform = LocalPlatform(tmp_path)
-    platform.apply(Desired("zh", A, 2, 512, 0, 7))
-    assert json.loads((tmp_path / "desired" / "zh.json").read_text()) == {
-        "name": "zh",
-        "digest": A,
-        "replicas": 2,
-        "context": 512,
-        "threads": 0,
-        "generation": 7,
-    }
+    platform.apply(Desired("zh", A, 2, 7, ReplicaSettings(context=512)))
+    written = json.loads((tmp_path / "desired" / "zh.json").read_text())
+    environment = written.pop("environment")
+    assert written == {"name": "zh", "digest": A, "replicas": 2, "generation": 7}
+    assert environment["ARRIERO_MODEL"] == A
+    assert environment["ARRIERO_MODEL_NAME"] == "zh"
+    assert ReplicaSettings.from_env(environment) == ReplicaSettings(context=512)
     platform.remove("zh")
     platform.remove("zh")
     assert list((tmp_path / "desired").iterdir()) == []
@@ -55,7 +54,7 @@ def test_a_file_that_is_missing_or_torn_means_nothing_is_there(tmp_path, text):
 def test_names_cannot_climb_out(tmp_path):
     platform = LocalPlatform(tmp_path)
     with pytest.raises(InvalidArgument):
-        platform.apply(Desired("../x", A, 1, 0, 0, 1))
+        platform.apply(Desired("../x", A, 1, 1))
     with pytest.raises(InvalidArgument):
         platform.remove("../desired/x")
 
