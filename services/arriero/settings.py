@@ -96,7 +96,7 @@ class ServerSettings:
     tls_client_ca: Path | None = None
     """PEM file of the CA that callers' certificates must come from (mTLS)."""
     token_file: Path | None = None
-    """File of accepted bearer tokens, a line each: `token subject`."""
+    """File of accepted bearer tokens, a line each: `token subject [role]`."""
     insecure: bool = False
     """Allow plain text beyond loopback."""
     drain_seconds: float = 20.0

@@ -236,6 +236,23 @@ async def test_a_token_names_the_caller(tokens):
         assert (await _get(stub, "r")).owner == "ana"
 
 
+async def test_a_role_that_is_too_low_may_read_and_no_more(tmp_path, caplog):
+    file = tmp_path / "tokens"
+    file.write_text("aaaa1111 vi viewer\nbbbb2222 ru runner\n")
+    async with serving(ServerSettings(token_file=file)) as server:
+        async with calling(server, ClientSettings(token="aaaa1111")) as stub:
+            assert (await _get(stub, "r1")).id == "r1"
+            caplog.set_level(logging.INFO, "arriero.audit")
+            refused = pytest.raises(errors.PermissionDenied, match="runner, vi is a viewer")
+            with refused, rpc.translated():
+                await stub.CancelRun(pb.CancelRunRequest(id="r1"))
+            assert server.runs.calls == 1  # the reading one
+        async with calling(server, ClientSettings(token="bbbb2222")) as stub:
+            await stub.CancelRun(pb.CancelRunRequest(id="r1"))
+    line = next(r for r in caplog.records if r.name == "arriero.audit")
+    assert (line.subject, line.code) == ("vi", "PERMISSION_DENIED")
+
+
 @pytest.mark.parametrize("token", [None, "wrong"])
 async def test_a_missing_or_wrong_token_is_unauthenticated(tokens, token):
     async with serving(tokens) as server, calling(server, ClientSettings(token=token)) as stub:

@@ -20,9 +20,11 @@ from arriero.orchestrator.verifying import verification
 from arriero.orchestrator.waiving import waived_gates
 from arriero.refs import KINDS
 from arriero.rpc import Server, caller
+from arriero.rpc.auth import require
+from arriero.rpc.roles import Role
 from arriero.store import Manifest, Store
 from arriero.v1 import orchestrator_pb2 as pb
-from arriero.v1 import orchestrator_pb2_grpc
+from arriero.v1 import orchestrator_pb2_grpc, pipeline_pb2
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 _DEFAULT_PAGE, _MAX_PAGE = 100, 1000
@@ -39,6 +41,7 @@ class RunServicer(orchestrator_pb2_grpc.RunServiceServicer):
 
     async def CreateRun(self, request: pb.CreateRunRequest, _: _Context) -> pb.CreateRunResponse:
         """Start a run, or plan it."""
+        _may_deploy(request.pipeline)
         if request.validate_only:
             return pb.CreateRunResponse(run=await self._runs.plan(request.pipeline, owner=caller()))
         run = await self._runs.create(
@@ -61,6 +64,9 @@ class RunServicer(orchestrator_pb2_grpc.RunServiceServicer):
 
     async def RetryRun(self, request: pb.RetryRunRequest, _: _Context) -> pb.RetryRunResponse:
         """Again from what did not succeed."""
+        if request.waivers:
+            require(Role.DEPLOYER, "waiving a gate")
+        _may_deploy(self._runs.get(request.id).pipeline)
         run = await self._runs.retry(
             request.id, request_id=request.request_id, waivers=request.waivers, who=caller()
         )
@@ -309,6 +315,11 @@ def register(server: Server, runs: Runs, endpoints: Endpoints, store: Store) -> 
         orchestrator_pb2_grpc.add_ArtifactServiceServicer_to_server,
         services["ArtifactService"].full_name,
     )
+
+
+def _may_deploy(pipeline: pipeline_pb2.Pipeline) -> None:
+    if any(stage.HasField("deploy") for stage in pipeline.stages):
+        require(Role.DEPLOYER, "a pipeline with a deploy stage")
 
 
 def _check_kind(kind: str) -> None:

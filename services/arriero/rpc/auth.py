@@ -1,7 +1,7 @@
 """Who calls: bearer tokens from a file, or the name in a client certificate.
 
-Responsibility: from a call's metadata and transport to a subject. Does not know
-what a subject may do.
+Responsibility: from a call's metadata and transport to a subject and its role.
+Does not know what a role may do.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ import os
 import time
 from collections.abc import Iterable
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from arriero.errors import InvalidArgument, Unauthenticated
-from arriero.rpc import logs
+from arriero.rpc import logs, roles
+from arriero.rpc.roles import Role
 
-__all__ = ["LOCAL", "TokenFile", "authenticate", "bearer_token", "caller"]
+__all__ = ["LOCAL", "Identity", "TokenFile", "authenticate", "bearer_token", "caller", "require"]
 
 LOCAL = "local"
 _log = logging.getLogger(__name__)
@@ -27,12 +29,32 @@ _log = logging.getLogger(__name__)
 _SCHEME = "bearer "
 _RECHECK_SECONDS = 1.0
 
-_caller: ContextVar[str] = ContextVar("arriero_caller", default=LOCAL)
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who somebody is, and as what."""
+
+    subject: str
+    role: Role = Role.ADMIN
+
+
+_NOBODY_ASKED = Identity(LOCAL)
+_caller: ContextVar[Identity] = ContextVar("arriero_caller", default=_NOBODY_ASKED)
 
 
 def caller() -> str:
     """Subject of the call that this task answers; `local` where nobody is asked."""
-    return _caller.get()
+    return _caller.get().subject
+
+
+def require(least: Role, what: str) -> None:
+    """Refuse a caller for what a request holds, beyond what its method needs.
+
+    Raises:
+        PermissionDenied: the caller's role is too low.
+    """
+    identity = _caller.get()
+    roles.check(identity.role, least, identity.subject, what)
 
 
 def bearer_token(metadata: Iterable[tuple[str, Any]] | None) -> str | None:
@@ -48,8 +70,9 @@ def bearer_token(metadata: Iterable[tuple[str, Any]] | None) -> str | None:
 class TokenFile:
     """Accepted tokens; the file is read again when it changes.
 
-    A line holds `token subject`; empty lines and lines that start with `#` are
-    left out. The subject goes to records and the audit log.
+    A line holds `token subject [role]`, without a role an admin's; empty lines
+    and lines that start with `#` are left out. The subject goes to records and
+    the audit log.
 
     Raises:
         InvalidArgument: the file cannot be read, holds no token, or a line is
@@ -59,10 +82,10 @@ class TokenFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._stamp = self._stat()
-        self._subjects = self._read()
+        self._known = self._read()
         self._checked = time.monotonic()
 
-    def subject(self, token: str) -> str | None:
+    def identity(self, token: str) -> Identity | None:
         """Whose token this is; None when it is nobody's.
 
         Digests of equal length are compared in constant time, all of them, so
@@ -71,9 +94,9 @@ class TokenFile:
         self._refresh()
         digest = _digest(token)
         found = None
-        for known, subject in self._subjects.items():
+        for known, identity in self._known.items():
             if hmac.compare_digest(known, digest):
-                found = subject
+                found = identity
         return found
 
     def _refresh(self) -> None:
@@ -84,7 +107,7 @@ class TokenFile:
         try:
             stamp = self._stat()
             if stamp != self._stamp:
-                self._subjects, self._stamp = self._read(), stamp
+                self._known, self._stamp = self._read(), stamp
         except InvalidArgument as error:
             # A half-written file must not lock everybody out: the old tokens hold.
             _log.warning("token file not read again: %s", error.message)
@@ -96,37 +119,49 @@ class TokenFile:
             raise InvalidArgument.field("token_file", f"cannot be read: {error}") from error
         return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
-    def _read(self) -> dict[bytes, str]:
+    def _read(self) -> dict[bytes, Identity]:
         try:
             text = self._path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidArgument.field("token_file", f"cannot be read: {error}") from error
-        subjects: dict[bytes, str] = {}
+        known: dict[bytes, Identity] = {}
         for number, line in enumerate(text.splitlines(), start=1):
             words = line.split()
             if not words or words[0].startswith("#"):
                 continue
-            if len(words) != 2:
-                raise InvalidArgument.field(
-                    "token_file",
-                    f"line {number} of {self._path} has {len(words)} words; "
-                    "expected 'token subject'",
-                )
+            known[_digest(words[0])] = self._line(number, words)
             logs.add_secret(words[0])
-            subjects[_digest(words[0])] = words[1]
-        if not subjects:
+        if not known:
             raise InvalidArgument.field(
-                "token_file", f"{self._path} holds no token; expected lines 'token subject'"
+                "token_file", f"{self._path} holds no token; expected lines 'token subject [role]'"
             )
-        return subjects
+        return known
+
+    def _line(self, number: int, words: list[str]) -> Identity:
+        expected = "expected 'token subject [role]'"
+        if not 2 <= len(words) <= 3:
+            raise InvalidArgument.field(
+                "token_file", f"line {number} of {self._path} has {len(words)} words; {expected}"
+            )
+        if len(words) == 2:
+            return Identity(words[1])
+        try:
+            return Identity(words[1], roles.parse(words[2]))
+        except InvalidArgument:  # which would show the word; it may be a token in the wrong place
+            names = ", ".join(role.word for role in Role)
+            raise InvalidArgument.field(
+                "token_file",
+                f"line {number} of {self._path} ends with no role; {expected} with a role "
+                f"of {names}",
+            ) from None
 
 
 def authenticate(
     metadata: Iterable[tuple[str, Any]] | None,
     peer_identities: Iterable[bytes] | None,
     tokens: TokenFile | None,
-) -> str:
-    """The subject of a call, which `caller()` gives from then on.
+) -> Identity:
+    """Who calls, which `caller()` gives from then on.
 
     Raises:
         Unauthenticated: tokens are asked for, and none or a wrong one came.
@@ -139,8 +174,8 @@ def authenticate(
                 "(clients: ARRIERO_TOKEN or ARRIERO_TOKEN_FILE)",
                 reason="TOKEN_MISSING",
             )
-        subject = tokens.subject(token)
-        if subject is None:
+        identity = tokens.identity(token)
+        if identity is None:
             raise Unauthenticated(
                 "the bearer token is not one that this server accepts; "
                 "check ARRIERO_TOKEN or ARRIERO_TOKEN_FILE",
@@ -148,9 +183,9 @@ def authenticate(
             )
     else:
         names = [name.decode("utf-8", errors="replace") for name in peer_identities or ()]
-        subject = names[0] if names else LOCAL
-    _caller.set(subject)
-    return subject
+        identity = Identity(names[0] if names else LOCAL)
+    _caller.set(identity)
+    return identity
 
 
 def _digest(token: str) -> bytes:

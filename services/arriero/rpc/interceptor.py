@@ -1,6 +1,6 @@
 """What happens around every call on the server's side.
 
-Responsibility: trace, authentication, error mapping, audit and access lines,
+Responsibility: trace, authentication, roles, error mapping, audit and access lines,
 and the early end of watches when the server drains. Does not know any service.
 """
 
@@ -20,7 +20,7 @@ from google.rpc import status_pb2
 from grpc_status import rpc_status
 
 from arriero.errors import Unavailable, Unimplemented
-from arriero.rpc import auth, logs, methods, trace
+from arriero.rpc import auth, logs, methods, roles, trace
 from arriero.rpc.status import grpc_code, to_status
 
 __all__ = ["Guard"]
@@ -94,7 +94,9 @@ class Guard(grpc.aio.ServerInterceptor):
             if method in methods.OPEN or method in methods.AUTHENTICATES_ITSELF:
                 subject = auth.LOCAL
             else:
-                subject = auth.authenticate(metadata, context.peer_identities(), self._tokens)
+                identity = auth.authenticate(metadata, context.peer_identities(), self._tokens)
+                subject = identity.subject
+                roles.check(identity.role, roles.needed(method), subject, method)
             return await self._watching(method, behaviour, request, context)
         except asyncio.CancelledError:
             code = "CANCELLED"

@@ -29,6 +29,8 @@ __all__ = [
     "audited",
     "default_timeout",
     "idempotent",
+    "known",
+    "read_only",
     "service_config",
 ]
 
@@ -100,12 +102,22 @@ def _levels() -> dict[str, int]:
     return levels
 
 
+def known() -> frozenset[str]:
+    """Every method that Arriero's services have."""
+    return frozenset(_levels())
+
+
 def idempotent(method: str) -> bool:
     """Whether the method may be sent again after UNAVAILABLE."""
     return _levels().get(method, MethodOptions.IDEMPOTENCY_UNKNOWN) in (
         MethodOptions.NO_SIDE_EFFECTS,
         MethodOptions.IDEMPOTENT,
     )
+
+
+def read_only(method: str) -> bool:
+    """Whether the proto says that the method changes nothing."""
+    return _levels().get(method) == MethodOptions.NO_SIDE_EFFECTS
 
 
 def audited(method: str) -> bool:

@@ -10,8 +10,14 @@ import time
 
 import pytest
 
-from arriero.errors import FailedPrecondition, InvalidArgument, Unauthenticated
-from arriero.rpc import auth, channel, listen, logs, methods, parent, trace
+from arriero.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    PermissionDenied,
+    Unauthenticated,
+)
+from arriero.rpc import auth, channel, listen, logs, methods, parent, roles, trace
+from arriero.rpc.roles import Role
 from arriero.settings import ClientSettings
 
 
@@ -88,16 +94,18 @@ def test_a_token_file_gives_subjects_and_is_read_again(tmp_path, monkeypatch):
     file = tmp_path / "tokens"
     file.write_text("# people\naaaa1111 ana\n\nbbbb2222 bo\n")
     tokens = auth.TokenFile(file)
-    assert tokens.subject("bbbb2222") == "bo"
-    assert tokens.subject("aaaa111") is None
+    assert tokens.identity("bbbb2222") == auth.Identity("bo", Role.ADMIN)
+    assert tokens.identity("aaaa111") is None
     file.write_text("cccc3333 cy\n")
-    assert tokens.subject("aaaa1111") is None
-    assert tokens.subject("cccc3333") == "cy"
+    assert tokens.identity("aaaa1111") is None
+    assert tokens.identity("cccc3333").subject == "cy"
     file.write_text("broken\n")
-    assert tokens.subject("cccc3333") == "cy"  # old tokens hold
+    assert tokens.identity("cccc3333").subject == "cy"  # old tokens hold
 
 
-@pytest.mark.parametrize("text", ["", "# nobody\n", "onlytoken\n", "tok sub extra\n"])
+@pytest.mark.parametrize(
+    "text", ["", "# nobody\n", "onlytoken\n", "tok sub onlytoken\n", "tok sub admin extra\n"]
+)
 def test_a_wrong_token_file_is_refused_without_showing_it(tmp_path, text):
     file = tmp_path / "tokens"
     file.write_text(text)
@@ -119,12 +127,53 @@ def test_missing_and_wrong_tokens_are_told_apart_by_reason(tmp_path):
         with pytest.raises(Unauthenticated) as caught:
             auth.authenticate(header, None, tokens)
         assert caught.value.reason == reason
-    assert auth.authenticate([("authorization", "bearer aaaa1111")], None, tokens) == "ana"
+    assert auth.authenticate([("authorization", "bearer aaaa1111")], None, tokens).subject == "ana"
 
 
 def test_without_a_token_file_the_certificate_names_the_caller():
-    assert auth.authenticate([], [b"trainer"], None) == "trainer"
-    assert auth.authenticate([], None, None) == auth.LOCAL
+    assert auth.authenticate([], [b"trainer"], None).subject == "trainer"
+    assert auth.authenticate([], None, None) == auth.Identity(auth.LOCAL, Role.ADMIN)
+
+
+# roles
+
+
+def test_a_token_file_names_roles_and_a_line_without_one_is_an_admins(tmp_path):
+    file = tmp_path / "tokens"
+    file.write_text("aaaa1111 ana\nbbbb2222 bo viewer\ncccc3333 cy deployer\n")
+    tokens = auth.TokenFile(file)
+    found = [tokens.identity(token) for token in ("aaaa1111", "bbbb2222", "cccc3333")]
+    assert found == [
+        auth.Identity("ana", Role.ADMIN),
+        auth.Identity("bo", Role.VIEWER),
+        auth.Identity("cy", Role.DEPLOYER),
+    ]
+
+
+def test_every_rpc_needs_a_role_that_fits_what_it_changes():
+    expected = {
+        "/arriero.v1.RunService/GetRun": Role.VIEWER,
+        "/arriero.v1.RunService/CreateRun": Role.RUNNER,
+        "/arriero.v1.TrainingService/Train": Role.RUNNER,
+        "/google.longrunning.Operations/WaitOperation": Role.VIEWER,
+        "/google.longrunning.Operations/CancelOperation": Role.RUNNER,
+        "/google.longrunning.Operations/DeleteOperation": Role.ADMIN,
+        "/arriero.v1.InferenceService/Chat": Role.VIEWER,
+        "/arriero.v1.ArtifactService/PushArtifact": Role.RUNNER,
+        "/arriero.v1.ArtifactService/CollectGarbage": Role.ADMIN,
+        "/arriero.v1.EndpointService/ScaleEndpoint": Role.DEPLOYER,
+        "/somebody.else.Service/Method": Role.ADMIN,
+    }
+    assert {method: roles.needed(method) for method in expected} == expected
+    for method in methods.known():
+        changes = methods.audited(method)
+        assert not changes or roles.needed(method) >= Role.RUNNER, method
+
+
+def test_a_role_that_is_too_low_is_refused_by_name():
+    roles.check(Role.DEPLOYER, Role.RUNNER, "bo", "it")
+    with pytest.raises(PermissionDenied, match="it needs the role runner, bo is a viewer"):
+        roles.check(Role.VIEWER, Role.RUNNER, "bo", "it")
 
 
 def test_a_token_is_not_sent_in_plain_text_beyond_loopback():
