@@ -21,6 +21,7 @@ import pytest
 
 from arriero.testing.replica import WORDS
 from arriero.testing.servicers import FakePlatform, running_platform
+from arriero.v1.inference_pb2 import ToolCall
 
 ANSWER = "".join(WORDS)
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
@@ -116,10 +117,68 @@ def test_mistakes_are_the_callers_with_the_field_named(client: openai.OpenAI) ->
     with pytest.raises(openai.NotFoundError, match="no endpoint 'other'"):
         client.chat.completions.create(model="other", messages=HELLO)
     with pytest.raises(openai.BadRequestError) as refused:
-        client.chat.completions.create(model="faq", messages=HELLO, n=3)
+        client.chat.completions.create(model="faq", messages=HELLO, n=300)
     assert refused.value.param == "n"
     with pytest.raises(openai.NotFoundError, match="not part of this API"):
         client.images.generate(prompt="a llama")
+
+
+def test_several_choices_of_one_prompt(client: openai.OpenAI, platform: FakePlatform) -> None:
+    whole = client.chat.completions.create(model="faq", messages=HELLO, n=3, seed=7)
+    assert [choice.message.content for choice in whole.choices] == [ANSWER] * 3
+    assert [choice.index for choice in whole.choices] == [0, 1, 2]
+    assert sorted(r.sampling.seed for r in platform.inference.requests) == [7, 8, 9]
+    assert whole.usage is not None
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (3, 3 * len(WORDS))
+    parts = list(client.chat.completions.create(model="faq", messages=HELLO, n=2, stream=True))
+    for index in (0, 1):
+        mine = [p.choices[0] for p in parts if p.choices[0].index == index]
+        assert mine[0].delta.role == "assistant"
+        assert "".join(choice.delta.content or "" for choice in mine) == ANSWER
+    four = client.completions.create(model="faq", prompt=["Once", "Twice"], n=2)
+    assert len(four.choices) == 4
+    assert four.usage is not None
+    assert four.usage.prompt_tokens == 2 * 3
+
+
+def test_tools_go_to_the_model_and_its_calls_come_back(
+    client: openai.OpenAI, platform: FakePlatform
+) -> None:
+    platform.inference.words = []
+    platform.inference.calls = [ToolCall(id="c1", name="weather", arguments='{"city": "Lima"}')]
+    tools: Any = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    whole = client.chat.completions.create(model="faq", messages=HELLO, tools=tools)
+    message = whole.choices[0].message
+    assert whole.choices[0].finish_reason == "tool_calls"
+    assert message.content is None
+    assert message.tool_calls is not None
+    assert json.loads(platform.inference.requests[-1].tools) == tools
+    # The conversation goes on with what the client made of that answer.
+    more: Any = [
+        *HELLO,
+        message.model_dump(exclude_none=True),
+        {"role": "tool", "content": "17 degrees", "tool_call_id": message.tool_calls[0].id},
+    ]
+    parts = list(
+        client.chat.completions.create(model="faq", messages=more, tools=tools, stream=True)
+    )
+    sent = platform.inference.requests[-1].messages
+    assert json.loads(sent[1].tool_calls)[0]["function"]["name"] == "weather"
+    assert (sent[2].role, sent[2].tool_call_id) == ("tool", "c1")
+    called = [p.choices[0].delta.tool_calls for p in parts if p.choices[0].delta.tool_calls]
+    assert called[0][0].function is not None
+    assert json.loads(called[0][0].function.arguments or "") == {"city": "Lima"}
+    assert parts[-1].choices[0].finish_reason == "tool_calls"
+
+
+def test_a_full_replica_is_said_with_when_to_come_again(
+    client: openai.OpenAI, platform: FakePlatform
+) -> None:
+    platform.inference.full = True
+    for stream in (False, True):
+        with pytest.raises(openai.RateLimitError, match="is full") as full:
+            client.chat.completions.create(model="faq", messages=HELLO, stream=stream)
+        assert int(full.value.response.headers["retry-after"]) >= 1
 
 
 def test_a_replica_that_is_away_is_said_before_and_in_the_middle_of_a_stream(

@@ -7,6 +7,7 @@ chosen, or what runs in them.
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypedDict, TypeVar, Unpack
 
@@ -22,7 +23,7 @@ __all__ = ["AsyncEndpoint", "AsyncStream", "Messages", "Sampling"]
 
 GENERATE_SECONDS = 600.0
 
-Messages = str | Sequence[Mapping[str, str] | inference_pb2.Message]
+Messages = str | Sequence[Mapping[str, Any] | inference_pb2.Message]
 _Answer = TypeVar("_Answer")
 _Delta = inference_pb2.GenerateResponse | inference_pb2.ChatResponse
 
@@ -67,7 +68,8 @@ class AsyncStream(AsyncIterator[str]):
     """Text as it is made: iterate over the deltas, or await `text()`.
 
     Attributes:
-        finish_reason: `stop` or `length` once the stream has ended.
+        finish_reason: `stop`, `length` or `tool_calls` once the stream has ended.
+        tool_calls: that the model asks for, once the stream has ended.
         logprobs: of the tokens so far, where they were asked for.
         usage: tokens and seconds once the stream has ended.
         replica: address of the replica that answers, once it does.
@@ -77,6 +79,7 @@ class AsyncStream(AsyncIterator[str]):
         self.finish_reason: str | None = None
         self.usage: inference_pb2.Usage | None = None
         self.logprobs: list[inference_pb2.TokenLogprob] = []
+        self.tool_calls: list[inference_pb2.ToolCall] = []
         self.replica: str | None = None
         self._deltas = start(self)
 
@@ -101,6 +104,8 @@ class AsyncStream(AsyncIterator[str]):
             self.finish_reason = name.removeprefix("FINISH_REASON_").lower()
         if message.HasField("usage"):
             self.usage = message.usage
+        if isinstance(message, inference_pb2.ChatResponse):
+            self.tool_calls.extend(message.tool_calls)
 
 
 class AsyncEndpoint:
@@ -142,6 +147,7 @@ class AsyncEndpoint:
         self,
         messages: Messages,
         *,
+        tools: Sequence[Mapping[str, Any]] = (),
         timeout: float = GENERATE_SECONDS,
         **sampling: Unpack[Sampling],
     ) -> AsyncStream:
@@ -149,6 +155,9 @@ class AsyncEndpoint:
 
         Args:
             messages: `{"role": …, "content": …}` each, or one user message as text.
+                With tools also `tool_calls` of the assistant, and `tool_call_id` of a
+                tool's answer, as OpenAI's API has them.
+            tools: that the model may call, as OpenAI's API has them.
             timeout: seconds for the whole answer.
             **sampling: see `Sampling`.
 
@@ -157,7 +166,9 @@ class AsyncEndpoint:
             Unavailable: as `generate`.
         """
         request = inference_pb2.ChatRequest(
-            messages=_messages(messages), sampling=_sampling(sampling)
+            messages=_messages(messages),
+            sampling=_sampling(sampling),
+            tools=json.dumps(list(tools)) if tools else None,
         )
 
         def call(replica: Replica) -> Any:
@@ -286,7 +297,16 @@ def _messages(messages: Messages) -> list[inference_pb2.Message]:
             result.append(message)
             continue
         try:
-            result.append(inference_pb2.Message(role=message["role"], content=message["content"]))
+            calls = message.get("tool_calls")
+            # An assistant that calls tools may say nothing else.
+            content = (message.get("content") or "") if calls else message["content"]
+            made = inference_pb2.Message(role=message["role"], content=content)
+            if calls:
+                made.tool_calls = json.dumps(calls)
+            for name in ("tool_call_id", "name"):
+                if message.get(name):
+                    setattr(made, name, message[name])
+            result.append(made)
         except (KeyError, TypeError) as error:
             raise InvalidArgument.field(
                 f"messages[{index}]", f"expected texts 'role' and 'content': {error}"

@@ -7,9 +7,9 @@ not know gRPC.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Unpack
+from typing import Any, Unpack
 
 from arriero.client.endpoint import (
     GENERATE_SECONDS,
@@ -76,6 +76,7 @@ class Endpoint:
         self,
         messages: Messages,
         *,
+        tools: Sequence[Mapping[str, Any]] = (),
         timeout: float = GENERATE_SECONDS,
         **sampling: Unpack[Sampling],
     ) -> Stream:
@@ -83,6 +84,9 @@ class Endpoint:
 
         Args:
             messages: `{"role": …, "content": …}` each, or one user message as text.
+                With tools also `tool_calls` of the assistant, and `tool_call_id` of a
+                tool's answer, as OpenAI's API has them.
+            tools: that the model may call, as OpenAI's API has them.
             timeout: seconds for the whole answer.
             **sampling: see `Sampling`.
 
@@ -90,7 +94,8 @@ class Endpoint:
             InvalidArgument: a message without role or content; otherwise as `generate`.
             Unavailable: as `generate`.
         """
-        return Stream(self._endpoint.chat(messages, timeout=timeout, **sampling), self._thread)
+        stream = self._endpoint.chat(messages, tools=tools, timeout=timeout, **sampling)
+        return Stream(stream, self._thread)
 
     def score(self, golden: str = "") -> inference_pb2.ScoreResponse:
         """How far one live replica is from golden logits.
@@ -155,8 +160,13 @@ class Stream(Iterator[str]):
 
     @property
     def finish_reason(self) -> str | None:
-        """`stop` or `length` once the stream has ended."""
+        """`stop`, `length` or `tool_calls` once the stream has ended."""
         return self._stream.finish_reason
+
+    @property
+    def tool_calls(self) -> list[inference_pb2.ToolCall]:
+        """That the model asks for, once the stream has ended."""
+        return self._stream.tool_calls
 
     @property
     def logprobs(self) -> list[inference_pb2.TokenLogprob]:

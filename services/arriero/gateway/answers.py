@@ -28,7 +28,7 @@ from arriero.errors import (
     Unavailable,
     Unimplemented,
 )
-from arriero.v1.inference_pb2 import TokenLogprob
+from arriero.v1.inference_pb2 import TokenLogprob, ToolCall
 
 __all__ = ["DONE", "Answer", "Choice", "error_body", "event", "http_status", "models"]
 
@@ -95,6 +95,7 @@ class Choice:
     completion_tokens: int = 0
     cached_tokens: int = 0
     logprobs: list[TokenLogprob] | None = None
+    tool_calls: list[ToolCall] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,26 +107,36 @@ class Answer:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def whole(self, choices: Iterable[Choice]) -> dict[str, Any]:
-        """The body of an answer that does not stream."""
+    def whole(self, choices: Iterable[Choice], n: int) -> dict[str, Any]:
+        """The body of an answer that does not stream; each prompt has `n` choices."""
         choices = list(choices)
         return {
             **self._head("chat.completion"),
             "choices": [
                 {
                     "index": choice.index,
-                    **(
-                        {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
-                        if self.chat
-                        else {"text": choice.text}
-                    ),
+                    **({"message": self._message(choice)} if self.chat else {"text": choice.text}),
                     "finish_reason": choice.finish_reason,
                     "logprobs": self._logprobs(choice.logprobs),
                 }
                 for choice in choices
             ],
-            "usage": _usage(choices),
+            "usage": _usage(choices, n),
         }
+
+    @staticmethod
+    def _message(choice: Choice) -> dict[str, Any]:
+        said: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+        if choice.tool_calls:
+            said["tool_calls"] = [_call(call) for call in choice.tool_calls]
+            said["content"] = choice.text or None
+        return said
+
+    def calls(self, choice: Choice) -> dict[str, Any]:
+        """The event with the tools that the model calls."""
+        calls = [{"index": i, **_call(call)} for i, call in enumerate(choice.tool_calls)]
+        delta = {"tool_calls": calls}
+        return self._chunk([{"index": choice.index, "delta": delta, "finish_reason": None}])
 
     def part(
         self,
@@ -155,9 +166,9 @@ class Answer:
             ]
         )
 
-    def used(self, choices: Iterable[Choice]) -> dict[str, Any]:
+    def used(self, choices: Iterable[Choice], n: int) -> dict[str, Any]:
         """The event with the tokens used, which has no choices."""
-        return {**self._chunk([]), "usage": _usage(list(choices))}
+        return {**self._chunk([]), "usage": _usage(list(choices), n)}
 
     def _logprobs(self, told: list[TokenLogprob] | None) -> dict[str, Any] | None:
         if told is None:
@@ -196,8 +207,14 @@ def _text(told: TokenLogprob) -> str:
     return told.piece.decode("utf-8", "replace")
 
 
-def _usage(choices: list[Choice]) -> dict[str, Any]:
-    prompt = sum(choice.prompt_tokens for choice in choices)
+def _call(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _usage(choices: list[Choice], n: int) -> dict[str, Any]:
+    # A prompt counts once, however many choices it has.
+    prompt = sum(choice.prompt_tokens for choice in choices[::n])
     completion = sum(choice.completion_tokens for choice in choices)
     return {
         "prompt_tokens": prompt,

@@ -138,8 +138,11 @@ class _Gateway:
         ask = read_chat(await self._read(request))
         endpoint = self._client.endpoint(ask.model)
         timeout = self._settings.timeout_seconds
-        stream = endpoint.chat(list(ask.messages), timeout=timeout, **ask.sampling)
-        return await self._answer(request, ask, Answer(ask.model, chat=True), [stream])
+        streams = [
+            endpoint.chat(list(ask.messages), tools=ask.tools, timeout=timeout, **sampling)
+            for sampling in ask.samplings()
+        ]
+        return await self._answer(request, ask, Answer(ask.model, chat=True), streams)
 
     async def completion(self, request: Request) -> Response:
         """`/v1/completions`."""
@@ -147,7 +150,9 @@ class _Gateway:
         endpoint = self._client.endpoint(ask.model)
         timeout = self._settings.timeout_seconds
         streams = [
-            endpoint.generate(prompt, timeout=timeout, **ask.sampling) for prompt in ask.prompts
+            endpoint.generate(prompt, timeout=timeout, **sampling)
+            for prompt in ask.prompts
+            for sampling in ask.samplings()
         ]
         return await self._answer(request, ask, Answer(ask.model, chat=False), streams)
 
@@ -181,7 +186,7 @@ class _Gateway:
         if not ask.stream:
             await _while_listening(request, _gather(streams, choices))
             self._count(ask.model, choices)
-            return JSONResponse(answer.whole(choices))
+            return JSONResponse(answer.whole(choices, ask.n))
         # Errors before the first word still have a status of their own.
         parts = _merged(streams, choices)
         try:
@@ -192,19 +197,20 @@ class _Gateway:
 
         async def events() -> AsyncIterator[bytes]:
             try:
-                if answer.chat:
-                    yield answers.event(answer.part(0, "", first=True))
+                for choice in choices if answer.chat else ():
+                    yield answers.event(answer.part(choice.index, "", first=True))
                 part = head
                 while part is not None:
                     index, text, told = part
-                    yield answers.event(
-                        answer.end(choices[index], told)
-                        if text is None
-                        else answer.part(index, text, logprobs=told)
-                    )
+                    if text is not None:
+                        yield answers.event(answer.part(index, text, logprobs=told))
+                    else:
+                        if choices[index].tool_calls:
+                            yield answers.event(answer.calls(choices[index]))
+                        yield answers.event(answer.end(choices[index], told))
                     part = await anext(parts, None)
                 if ask.usage:
-                    yield answers.event(answer.used(choices))
+                    yield answers.event(answer.used(choices, ask.n))
                 yield answers.DONE
             except ArrieroError as error:
                 # The status is sent already: the clients raise on this event.
@@ -238,6 +244,7 @@ async def _follow(stream: AsyncStream, choice: Choice) -> AsyncGenerator[str, No
         if choice.logprobs is not None:
             choice.logprobs = stream.logprobs
         choice.finish_reason = stream.finish_reason
+        choice.tool_calls = list(stream.tool_calls)
         if stream.usage is not None:
             choice.prompt_tokens = stream.usage.prompt_tokens
             choice.completion_tokens = stream.usage.completion_tokens

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 from arriero.client import Sampling
@@ -40,13 +40,10 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "function_call": ("none",),
     "functions": ([],),
     "modalities": (["text"],),
-    "n": (1,),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
 }
 _COMMON = frozenset(
-    {"model", "stream", "stream_options", "max_tokens", "stop", "logit_bias", "logprobs"}
+    {"model", "n", "stream", "stream_options", "max_tokens", "stop", "logit_bias", "logprobs"}
     | {"response_format", "ignore_eos", "stop_token_ids", "grammar"}
 )
 # Parameters that go on under llama.cpp's names: OpenAI's own, and those that
@@ -72,7 +69,9 @@ _NUMBERS: Mapping[str, type] = {
     "dry_penalty_last_n": int,
     "seed": int,
 }
+_CHAT = frozenset({"messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice"})
 _SEEDS = 2**32
+_MAX_CHOICES = 16
 _MAX_PROMPTS = 64
 
 
@@ -86,15 +85,26 @@ class Ask:
         usage: send a last event with the tokens used.
         sampling: what was given; the rest is the replica's default.
         messages: of a chat; empty for a text completion.
-        prompts: of a text completion, one choice each.
+        tools: that a chat may call.
+        prompts: of a text completion.
+        n: choices for the chat, or for each prompt.
     """
 
     model: str
     stream: bool
     usage: bool
     sampling: Sampling
-    messages: tuple[Mapping[str, str], ...] = ()
-    prompts: tuple[str, ...] = field(default=())
+    messages: tuple[Mapping[str, Any], ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
+    prompts: tuple[str, ...] = ()
+    n: int = 1
+
+    def samplings(self) -> list[Sampling]:
+        """One for each of the `n` choices; a seed makes them differ, and repeat."""
+        seed = self.sampling.get("seed")
+        if seed is None:
+            return [self.sampling] * self.n
+        return [{**self.sampling, "seed": (seed + i) % _SEEDS} for i in range(self.n)]
 
 
 def read_chat(data: bytes) -> Ask:
@@ -103,7 +113,7 @@ def read_chat(data: bytes) -> Ask:
     Raises:
         InvalidArgument: not JSON, a field that is missing, wrong or not obeyed here.
     """
-    body = _body(data, own=frozenset({"messages", "max_completion_tokens", "top_logprobs"}))
+    body = _body(data, own=_CHAT)
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise InvalidArgument.field("messages", "is missing or empty; expected a list of messages")
@@ -116,6 +126,7 @@ def read_chat(data: bytes) -> Ask:
         body,
         logprobs,
         messages=tuple(_message(m, f"messages[{i}]") for i, m in enumerate(messages)),
+        tools=_tools(body),
     )
 
 
@@ -150,8 +161,32 @@ def _ask(body: Body, logprobs: int | None, **what: Any) -> Ask:
         stream=_flag(body, "stream"),
         usage=_flag(options, "include_usage"),
         sampling=_sampling(body, logprobs),
+        n=_choices(body, len(what.get("prompts", ()))),
         **what,
     )
+
+
+def _choices(body: Body, prompts: int) -> int:
+    n = 1 if body.get("n") is None else _number("n", body["n"], int)
+    if not 1 <= n <= _MAX_CHOICES or n * prompts > _MAX_PROMPTS:
+        raise InvalidArgument.field(
+            "n",
+            f"{n} choices; expected 1 to {_MAX_CHOICES}, and at most {_MAX_PROMPTS} for all "
+            "prompts together",
+        )
+    return int(n)
+
+
+def _tools(body: Body) -> tuple[Mapping[str, Any], ...]:
+    """The tools that may be called; the replica checks what they are."""
+    tools, choice = body.get("tools") or [], body.get("tool_choice")
+    if not isinstance(tools, list):
+        raise InvalidArgument.field("tools", "expected a list")
+    if choice not in (None, "none", "auto"):
+        raise InvalidArgument.field(
+            "tool_choice", "only 'auto' and 'none' are supported: the model decides"
+        )
+    return () if choice == "none" else tuple(tools)
 
 
 def _body(data: bytes, *, own: frozenset[str]) -> Body:
@@ -171,17 +206,29 @@ def _body(data: bytes, *, own: frozenset[str]) -> Body:
     return body
 
 
-def _message(message: Any, path: str) -> dict[str, str]:
+def _message(message: Any, path: str) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise InvalidArgument.field(path, "expected an object with role and content")
     role = message.get("role")
     if role == "developer":  # OpenAI's newer word
         role = "system"
-    if role not in ("system", "user", "assistant"):
+    if role not in ("system", "user", "assistant", "tool"):
         raise InvalidArgument.field(
-            f"{path}.role", f"{role!r}; expected system, developer, user or assistant"
+            f"{path}.role", f"{role!r}; expected system, developer, user, assistant or tool"
         )
-    return {"role": role, "content": _content(message.get("content"), f"{path}.content")}
+    found: dict[str, Any] = {"role": role}
+    if calls := message.get("tool_calls"):
+        found["tool_calls"] = calls
+    for name in ("tool_call_id", "name"):
+        value = message.get(name)
+        if not isinstance(value, str | None):
+            raise InvalidArgument.field(f"{path}.{name}", "expected a text")
+        if value:
+            found[name] = value
+    content = message.get("content")
+    if not (calls and content is None):
+        found["content"] = _content(content, f"{path}.content")
+    return found
 
 
 def _content(content: Any, path: str) -> str:

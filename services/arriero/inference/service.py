@@ -6,9 +6,11 @@ template. Does not know how tokens are made.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import grpc.aio
@@ -19,6 +21,7 @@ from arriero.errors import ArrieroError, FailedPrecondition, InvalidArgument
 from arriero.inference.frontend import Frontend
 from arriero.llama.sampler import Sampling
 from arriero.metrics import ReplicaMetrics
+from arriero.prompts.tool_calls import ToolCallParser, names_of, read_calls, read_tools
 from arriero.store import Artifact, Store
 from arriero.v1 import inference_pb2 as pb
 from arriero.v1 import inference_pb2_grpc
@@ -28,7 +31,7 @@ logger = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
 # Of SamplingParams: what is no sampler's.
 _TEXT_FIELDS = frozenset({"max_tokens", "stop", "stop_token_ids", "json_schema"})
-_ROLES = ("system", "user", "assistant")
+_ROLES = ("system", "user", "assistant", "tool")
 _MAX_STOP = 16
 
 
@@ -56,39 +59,51 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._store = store
         self._artifact = artifact
         self._name = name
+        self._bound: tuple[Mapping[str, Any], prompts.Template] | None = None
 
     async def Generate(  # type: ignore[override]
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncIterator[pb.GenerateResponse]:
         """Continue a prompt."""
-        async for event in self._stream(request.prompt, request.sampling, add_special=True):
-            yield pb.GenerateResponse(**_response(event))
+        stream = self._stream(request.prompt, request.sampling, add_special=True)
+        # Closed with this call, not when it is collected: a caller that left frees its slot.
+        async with contextlib.aclosing(stream):
+            async for event in stream:
+                yield pb.GenerateResponse(**_response(event))
 
     async def Chat(  # type: ignore[override]
         self, request: pb.ChatRequest, context: Context
     ) -> AsyncIterator[pb.ChatResponse]:
         """Answer messages."""
-        template = self._template()
         messages = _messages(request)
+        tools = read_tools(request.tools) if request.HasField("tools") else []
+        template = await asyncio.to_thread(self._template)
         model = self._frontend.model
-        prompt = template.render(
+        # In a thread: a template is somebody else's program, and others' streams go on.
+        prompt = await asyncio.to_thread(
+            template.render,
             messages,
             bos_token=model.get("bos", ""),
             eos_token=model.get("eos", ""),
             add_generation_prompt=True,
+            tools=tools,
         )
-        stops = [*request.sampling.stop, *template.stop]
         sampling = pb.SamplingParams()
         sampling.CopyFrom(request.sampling)
-        del sampling.stop[:]
-        sampling.stop.extend(stops)
-        add_special = not template.writes_bos
-        async for event in self._stream(prompt, sampling, add_special=add_special):
-            yield pb.ChatResponse(**_response(event))
+        sampling.stop.extend(template.stop)
+        parser = ToolCallParser(names_of(tools)) if tools else None
+        stream = self._stream(prompt, sampling, add_special=not template.writes_bos)
+        async with contextlib.aclosing(stream):
+            async for event in stream:
+                fields = _response(event)
+                if parser is not None:
+                    _part_calls(parser, fields)
+                if fields["delta"] or fields["logprobs"] or "usage" in fields:
+                    yield pb.ChatResponse(**fields)
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:  # type: ignore[override]
         """Compare this replica with golden logits."""
-        golden = self._store.get(request.golden)
+        golden = await asyncio.to_thread(self._store.get, request.golden)
         event = await self._frontend.ask(op="score", golden=str(golden.path))
         return pb.ScoreResponse(**event["score"])
 
@@ -123,7 +138,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     async def _stream(
         self, prompt: str, params: pb.SamplingParams, *, add_special: bool
-    ) -> AsyncIterator[dict[str, Any]]:
+    ) -> AsyncGenerator[dict[str, Any], None]:
         asked = last = time.monotonic()
         outcome = "cancelled"
         begun = False
@@ -156,19 +171,24 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             await requests.aclose()  # type: ignore[attr-defined]
 
     def _template(self) -> prompts.Template:
-        metadata = self._frontend.model.get("metadata", {})
-        stored = metadata.get("arriero.template")
+        """The template of the loaded model, read once."""
+        model = self._frontend.model
+        if self._bound is None or self._bound[0] is not model:
+            self._bound = (model, self._read_template(model))
+        return self._bound[1]
+
+    def _read_template(self, model: Mapping[str, Any]) -> prompts.Template:
+        stored = model.get("metadata", {}).get("arriero.template")
         if stored:
             return prompts.Template.from_json(stored)
-        jinja = self._frontend.model.get("chat_template")
+        jinja = model.get("chat_template")
         if not jinja:
             raise FailedPrecondition(
                 f"{self._name} has no prompt template, so it cannot chat; use Generate, or "
                 "quantize a model that was trained with one"
             )
-        tokens = {name: self._frontend.model[name] for name in ("bos", "eos")}
         return prompts.load(prompts.MODEL, chat_template=jinja).bind(
-            bos_token=tokens["bos"], eos_token=tokens["eos"]
+            bos_token=model["bos"], eos_token=model["eos"]
         )
 
 
@@ -209,7 +229,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _messages(request: pb.ChatRequest) -> list[dict[str, str]]:
+def _messages(request: pb.ChatRequest) -> list[dict[str, Any]]:
     if not request.messages:
         raise InvalidArgument.field("messages", "is empty; expected at least one message")
     for index, message in enumerate(request.messages):
@@ -218,7 +238,34 @@ def _messages(request: pb.ChatRequest) -> list[dict[str, str]]:
                 f"messages[{index}].role",
                 f"{message.role!r} is unknown; expected {', '.join(_ROLES)}",
             )
-    return [{"role": m.role, "content": m.content} for m in request.messages]
+    return [_message(m, f"messages[{i}]") for i, m in enumerate(request.messages)]
+
+
+def _message(message: pb.Message, field: str) -> dict[str, Any]:
+    """As templates take it: what is not set is not there, since they ask for that."""
+    found: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.HasField("tool_calls"):
+        if message.role != "assistant":
+            raise InvalidArgument.field(f"{field}.tool_calls", "only the assistant calls tools")
+        found["tool_calls"] = read_calls(message.tool_calls, field=f"{field}.tool_calls")
+    for name in ("tool_call_id", "name"):
+        if value := getattr(message, name):
+            found[name] = value
+    return found
+
+
+def _part_calls(parser: ToolCallParser, fields: dict[str, Any]) -> None:
+    """Move what calls tools out of a response's text."""
+    fields["delta"] = parser.push(fields["delta"])
+    if "usage" not in fields:
+        return
+    rest, calls = parser.finish()
+    fields["delta"] += rest
+    fields["tool_calls"] = [
+        pb.ToolCall(id=call.id, name=call.name, arguments=call.arguments) for call in calls
+    ]
+    if calls:
+        fields["finish_reason"] = pb.FINISH_REASON_TOOL_CALLS
 
 
 def _response(event: dict[str, Any]) -> dict[str, Any]:

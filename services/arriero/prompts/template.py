@@ -67,14 +67,29 @@ class Template:
         bos_token: str | None,
         eos_token: str | None,
         add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
         """The text of a conversation, in the sandbox.
 
+        Args:
+            messages: with role and content each.
+            bos_token: as the tokenizer writes it.
+            eos_token: likewise.
+            add_generation_prompt: end with what begins an answer.
+            tools: definitions of functions, as OpenAI's API has them.
+
         Raises:
             InvalidArgument: messages that are no conversation, or a template
-                that fails on them or passes the sandbox's limits.
+                that fails on them, takes no tools although there are some, or
+                passes the sandbox's limits.
         """
         checked = _check_messages(messages)
+        if tools and "tools" not in sandbox.variables_of(self.chat_template):
+            raise InvalidArgument.field(
+                "tools",
+                f"the template {self.name!r} of this model does not take any; leave them out, or "
+                "serve a model that was trained to call tools",
+            )
         if not _READS_INPUT.search(self.chat_template):
             for message in checked:
                 if extra := message.pop("input", None):
@@ -88,6 +103,8 @@ class Template:
                 "bos_token": bos_token or "",
                 "eos_token": eos_token or "",
                 "add_generation_prompt": add_generation_prompt,
+                # As transformers has it: None where there are none.
+                "tools": list(tools) or None,
             },
         )
 

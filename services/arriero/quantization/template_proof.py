@@ -11,6 +11,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 
@@ -195,13 +196,20 @@ def _fail(gates: Gates, words: str) -> None:
     )
 
 
-def _special(file: Model) -> dict[str, str | None]:
+class _Special(TypedDict):
+    """What templates are told of special tokens."""
+
+    bos_token: str | None
+    eos_token: str | None
+
+
+def _special(file: Model) -> _Special:
     """BOS and EOS as a replica gives them to templates."""
-    pairs = (("bos_token", file.bos), ("eos_token", file.eos))
-    return {
-        name: None if token is None else file.token_to_piece(token).decode("utf-8", "replace")
-        for name, token in pairs
-    }
+
+    def text(token: int | None) -> str | None:
+        return None if token is None else file.token_to_piece(token).decode("utf-8", "replace")
+
+    return {"bos_token": text(file.bos), "eos_token": text(file.eos)}
 
 
 def _served(file: Model) -> Template | None:
@@ -278,7 +286,7 @@ def _messages(frames: Sequence[Frame], text: str) -> list[list[Message]]:
 
 
 def _prompt(
-    file: Model, served: Template, messages: Sequence[Message], special: dict[str, str | None]
+    file: Model, served: Template, messages: Sequence[Message], special: _Special
 ) -> list[int]:
     text = served.render(messages, **special, add_generation_prompt=True)
     return file.tokenize(text, add_special=not served.writes_bos, parse_special=True)

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from arriero.errors import Unavailable
+from arriero.errors import ResourceExhausted, Unavailable
 from arriero.v1 import inference_pb2, inference_pb2_grpc
 
 __all__ = ["WORDS", "FakeInference"]
@@ -24,7 +24,9 @@ class FakeInference(inference_pb2_grpc.InferenceServiceServicer):
     Attributes:
         words: the answer, a message each.
         requests: what was asked, oldest first.
+        calls: tools that every chat which has some calls at its end.
         away: answer UNAVAILABLE before the first message.
+        full: answer RESOURCE_EXHAUSTED before the first message.
         breaks_after: answer UNAVAILABLE after that many messages.
         hold: set it (to an unset event) to wait before the second message.
         cancelled: how many streams ended early.
@@ -33,7 +35,8 @@ class FakeInference(inference_pb2_grpc.InferenceServiceServicer):
     def __init__(self, words: Sequence[str] = WORDS) -> None:
         self.words = list(words)
         self.requests: list[Any] = []
-        self.away = False
+        self.calls: list[inference_pb2.ToolCall] = []
+        self.away = self.full = False
         self.breaks_after: int | None = None
         self.hold: asyncio.Event | None = None
         self.cancelled = 0
@@ -50,6 +53,9 @@ class FakeInference(inference_pb2_grpc.InferenceServiceServicer):
     ) -> AsyncIterator[inference_pb2.ChatResponse]:
         """The words."""
         async for fields in self._answer(request):
+            if "usage" in fields and request.tools and self.calls:
+                fields["finish_reason"] = inference_pb2.FINISH_REASON_TOOL_CALLS
+                fields["tool_calls"] = self.calls
             yield inference_pb2.ChatResponse(**fields)
 
     async def Score(
@@ -78,6 +84,8 @@ class FakeInference(inference_pb2_grpc.InferenceServiceServicer):
         self.requests.append(request)
         if self.away:
             raise Unavailable("the fake replica is away")
+        if self.full:
+            raise ResourceExhausted("the fake replica is full")
 
     async def _answer(
         self, request: inference_pb2.GenerateRequest | inference_pb2.ChatRequest

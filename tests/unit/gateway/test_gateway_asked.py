@@ -85,8 +85,12 @@ def test_what_changes_nothing_may_be_sent() -> None:
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"tools": [{"type": "function"}]}, "tools"),
-        ({"n": 2}, "n"),
+        ({"tools": {"type": "function"}}, "tools"),
+        ({"tools": [{}], "tool_choice": "required"}, "tool_choice"),
+        ({"messages": [{"role": "tool", "tool_call_id": 1}]}, "messages[0].tool_call_id"),
+        ({"n": 0}, "n"),
+        ({"n": 17}, "n"),
+        ({"best_of": 2}, "best_of"),
         ({"logprobs": "yes"}, "logprobs"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"logit_bias": {"five": 1}}, "logit_bias"),
@@ -132,3 +136,27 @@ def test_a_completion_takes_one_prompt_or_several() -> None:
     for prompt in ([1, 2, 3], [], None, ["x"] * 65):
         with pytest.raises(InvalidArgument):
             read_completion(json.dumps({"model": "faq", "prompt": prompt}).encode())
+    many = {"model": "faq", "prompt": ["x"] * 33, "n": 2}
+    with pytest.raises(InvalidArgument, match="for all prompts together"):
+        read_completion(json.dumps(many).encode())
+
+
+def test_choices_have_seeds_of_their_own_that_repeat() -> None:
+    assert read_chat(body(n=3)).samplings() == [{}, {}, {}]
+    ask = read_chat(body(n=2, seed=2**32 - 1, top_k=5))
+    assert ask.samplings() == [{"top_k": 5, "seed": 2**32 - 1}, {"top_k": 5, "seed": 0}]
+
+
+def test_tools_and_what_was_called_go_on() -> None:
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    messages = [
+        *CHAT["messages"],
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "17", "tool_call_id": "c1", "name": "weather"},
+    ]
+    ask = read_chat(body(tools=tools, messages=messages))
+    assert list(ask.tools) == tools
+    assert ask.messages[1] == {"role": "assistant", "tool_calls": [call]}
+    assert ask.messages[2] == messages[2]
+    assert read_chat(body(tools=tools, tool_choice="none")).tools == ()
