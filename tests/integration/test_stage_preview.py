@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import Any
 
 import pytest
 import yaml
+
+from arriero.client import AsyncClient
+from arriero.errors import InvalidArgument
 
 Write = Callable[..., Path]
 
@@ -60,6 +64,11 @@ def test_what_is_wrong_is_said_with_its_place(
     assert "cutoff_len" in wrong.stderr
 
 
+async def asked_with_asyncio(platform: Any, ref: str) -> Any:
+    async with AsyncClient(platform.home.running()["address"]) as client:
+        return await client.artifacts.dataset_report(ref)
+
+
 def test_reports_are_shown(shared: Any, tiny_llama_dir: Path, tmp_path: Path, write_rows) -> None:
     rows = write_rows(tmp_path / "rows.jsonl")
     corpus = tmp_path / "corpus.txt"
@@ -99,6 +108,15 @@ def test_reports_are_shown(shared: Any, tiny_llama_dir: Path, tmp_path: Path, wr
     assert json.loads(shared.cli("dataset", "report", digests["rows"], "--output", "json").stdout)[
         "rows"
     ]["train"]
+    with shared.client() as client:
+        report = client.artifacts.dataset_report(digests["rows"])
+        assert (report.rows.read, report.rows.train, report.spec.cutoff_len) == (24, 24, 512)
+        assert sum(bucket.rows for bucket in report.encoded.lengths) == report.encoded.rows == 24
+        assert "⟦llama 0 of the herd</s>⟧" in report.encoded.samples[0].text
+        assert report.sources[0].rows == 24
+        with pytest.raises(InvalidArgument, match="is a report of 'extend_tokenizer'; expected"):
+            client.artifacts.dataset_report(digests["vocab"])
+    assert asyncio.run(asked_with_asyncio(shared, digests["rows"])) == report
     model = next(s for s in run["stages"] if s["name"] == "base")["outputs"][0]["digest"]
     wrong = shared.cli("dataset", "report", model, check=False)
     assert wrong.returncode == 2

@@ -24,9 +24,9 @@ from arriero.client.endpoint import AsyncEndpoint
 from arriero.client.pipeline import PipelineFile, load_pipeline
 from arriero.errors import ArrieroError, DeadlineExceeded, InvalidArgument, Unavailable
 from arriero.settings import ClientSettings
+from arriero.v1 import dataset_pb2, pipeline_pb2
 from arriero.v1 import orchestrator_pb2 as pb
 from arriero.v1 import orchestrator_pb2_grpc as stubs
-from arriero.v1 import pipeline_pb2
 
 __all__ = ["ENDED", "AsyncArtifacts", "AsyncClient", "AsyncEndpoints", "Pipelines"]
 
@@ -320,6 +320,19 @@ class AsyncArtifacts:
             if not token:
                 break
         return found[:limit]
+
+    async def dataset_report(self, ref: str) -> dataset_pb2.DatasetReport:
+        """What a stage `dataset` did to its rows: counts, lengths, samples, what was left out.
+
+        Args:
+            ref: the stage's output `report`.
+
+        Raises:
+            InvalidArgument: an artifact of another kind, or another stage's report.
+        """
+        request = pb.GetDatasetReportRequest(ref=ref)
+        with rpc.translated():
+            return (await self._stub.GetDatasetReport(request)).report
 
     async def lineage(self, ref: str) -> _Artifacts:
         """The artifact itself, then all that it was made from, nearest first."""

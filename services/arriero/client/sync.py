@@ -16,6 +16,7 @@ from arriero.client.aio import AsyncArtifacts, AsyncClient, AsyncEndpoints, Pipe
 from arriero.client.loop import LoopThread
 from arriero.client.sync_endpoint import Endpoint
 from arriero.settings import ClientSettings
+from arriero.v1 import dataset_pb2
 from arriero.v1 import orchestrator_pb2 as pb
 
 __all__ = ["Artifacts", "Client", "Endpoints"]
@@ -245,6 +246,23 @@ class Artifacts:
     def list(self, kind: str = "", limit: int = 1000) -> _Artifacts:
         """The newest artifacts, of one kind or of all."""
         return self._thread.run(self._artifacts.list(kind, limit))
+
+    def dataset_report(self, ref: str) -> dataset_pb2.DatasetReport:
+        """What a stage `dataset` did to its rows: counts, lengths, samples, what was left out.
+
+        Args:
+            ref: the stage's output `report`.
+
+        Raises:
+            InvalidArgument: an artifact of another kind, or another stage's report.
+
+        Examples:
+            >>> with Client() as client:
+            ...     report = client.artifacts.dataset_report("report/rows:v1")
+            >>> report.rows.train, report.encoded.truncated_rows
+            (150, 2)
+        """
+        return self._thread.run(self._artifacts.dataset_report(ref))
 
     def lineage(self, ref: str) -> _Artifacts:
         """The artifact itself, then all that it was made from, nearest first."""

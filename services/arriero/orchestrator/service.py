@@ -15,6 +15,7 @@ import grpc.aio
 from arriero.errors import ArrieroError, InvalidArgument, NotFound
 from arriero.orchestrator.artifacts import Upload, chunks, describe, tags_by_digest
 from arriero.orchestrator.endpoints import Endpoints
+from arriero.orchestrator.reports import dataset_report
 from arriero.orchestrator.runs import Runs
 from arriero.orchestrator.verifying import verification
 from arriero.orchestrator.waiving import waived_gates
@@ -184,6 +185,13 @@ class ArtifactServicer(orchestrator_pb2_grpc.ArtifactServiceServicer):
         return pb.ListArtifactsResponse(
             artifacts=artifacts, next_page_token=str(start + size) if more else ""
         )
+
+    async def GetDatasetReport(
+        self, request: pb.GetDatasetReportRequest, _: _Context
+    ) -> pb.GetDatasetReportResponse:
+        """What a dataset stage did to its rows."""
+        report = await asyncio.to_thread(dataset_report, self._store, request.ref)
+        return pb.GetDatasetReportResponse(report=report)
 
     async def GetLineage(self, request: pb.GetLineageRequest, _: _Context) -> pb.GetLineageResponse:
         """An artifact and its ancestors."""

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+from google.protobuf import json_format
 
 from arriero import rpc
 from arriero.errors import (
@@ -26,7 +29,7 @@ from arriero.errors import (
 )
 from arriero.settings import ServerSettings
 from arriero.testing.replica import FakeInference
-from arriero.v1 import inference_pb2_grpc, pipeline_pb2
+from arriero.v1 import dataset_pb2, inference_pb2_grpc, pipeline_pb2
 from arriero.v1 import orchestrator_pb2 as pb
 from arriero.v1 import orchestrator_pb2_grpc as stubs
 
@@ -186,6 +189,15 @@ class FakeArtifacts(stubs.ArtifactServiceServicer):
         found = [a for a in self.artifacts.values() if request.kind in ("", a.kind)][::-1]
         items, token = _page(found, request.page_size, request.page_token)
         return pb.ListArtifactsResponse(artifacts=items, next_page_token=token)
+
+    async def GetDatasetReport(
+        self, request: pb.GetDatasetReportRequest, context: Any
+    ) -> pb.GetDatasetReportResponse:
+        """As its file has it."""
+        text = self.files[self._get(request.ref).digest]["report.json"]
+        return pb.GetDatasetReportResponse(
+            report=json_format.Parse(text, dataset_pb2.DatasetReport())
+        )
 
     async def GetLineage(
         self, request: pb.GetLineageRequest, context: Any
@@ -406,6 +418,9 @@ class FakePlatform:
         self._server = server
         if not self.artifacts.artifacts:
             golden = self.artifacts.put("report", "faq", {"report.json": b"{}"})
+            report = {"rows": {"train": 150}, "encoded": {"truncated_rows": 2}}
+            files = {"report.json": json.dumps(report).encode()}
+            self.artifacts.put("report", "rows", files, tag="report/rows:v1")
             model = self.artifacts.put(
                 "gguf", "faq", {"faq.Q8_0.gguf": b"GGUF"}, tag="gguf/faq:prod", golden=golden
             )

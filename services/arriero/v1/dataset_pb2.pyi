@@ -472,6 +472,349 @@ class LengthBucket(_message.Message):
 Global___LengthBucket: _TypeAlias = LengthBucket  # noqa: Y015
 
 @_typing.final
+class DatasetReport(_message.Message):
+    """What a stage `dataset` did to its rows; `report.json` of its output `report`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class UnusedFieldsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    FORMAT_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    ENCODED_FIELD_NUMBER: _builtins.int
+    DUPLICATES_FIELD_NUMBER: _builtins.int
+    BAD_ROWS_FIELD_NUMBER: _builtins.int
+    UNRENDERABLE_ROWS_FIELD_NUMBER: _builtins.int
+    LONG_ROWS_FIELD_NUMBER: _builtins.int
+    MASKED_ROWS_FIELD_NUMBER: _builtins.int
+    ROWS_WITH_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    UNUSED_FIELDS_FIELD_NUMBER: _builtins.int
+    SOURCES_FIELD_NUMBER: _builtins.int
+    TEMPLATE_FIELD_NUMBER: _builtins.int
+    TOKENIZER_FIELD_NUMBER: _builtins.int
+    SPEC_FIELD_NUMBER: _builtins.int
+    format: _builtins.int
+    """Version of the report."""
+    kind: _builtins.str
+    """`dataset`."""
+    template: _builtins.str
+    """Name of the template; empty where none was needed."""
+    tokenizer: _builtins.str
+    """Digest of the tokenizer's artifact."""
+    @_builtins.property
+    def rows(self) -> Global___DatasetRows: ...
+    @_builtins.property
+    def encoded(self) -> Global___EncodedRows: ...
+    @_builtins.property
+    def duplicates(self) -> Global___DuplicateRows: ...
+    @_builtins.property
+    def bad_rows(self) -> Global___RowFindings:
+        """Rows that cannot be used, and those that the template refuses."""
+
+    @_builtins.property
+    def unrenderable_rows(self) -> Global___RowFindings: ...
+    @_builtins.property
+    def long_rows(self) -> Global___RowFindings:
+        """Rows longer than `cutoff_len`."""
+
+    @_builtins.property
+    def masked_rows(self) -> Global___RowFindings:
+        """Rows of which nothing would be trained on."""
+
+    @_builtins.property
+    def rows_with_special_tokens(self) -> Global___RowFindings:
+        """Rows whose text is read as special tokens."""
+
+    @_builtins.property
+    def unused_fields(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Rows with something in a field that the format does not read, by the field."""
+
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReportedSource]: ...
+    @_builtins.property
+    def spec(self) -> Global___DatasetSpec:
+        """With its defaults."""
+
+    def __init__(
+        self,
+        *,
+        format: _builtins.int = ...,
+        kind: _builtins.str = ...,
+        rows: Global___DatasetRows | None = ...,
+        encoded: Global___EncodedRows | None = ...,
+        duplicates: Global___DuplicateRows | None = ...,
+        bad_rows: Global___RowFindings | None = ...,
+        unrenderable_rows: Global___RowFindings | None = ...,
+        long_rows: Global___RowFindings | None = ...,
+        masked_rows: Global___RowFindings | None = ...,
+        rows_with_special_tokens: Global___RowFindings | None = ...,
+        unused_fields: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        sources: _abc.Iterable[Global___ReportedSource] | None = ...,
+        template: _builtins.str = ...,
+        tokenizer: _builtins.str = ...,
+        spec: Global___DatasetSpec | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bad_rows", b"bad_rows", "duplicates", b"duplicates", "encoded", b"encoded", "long_rows", b"long_rows", "masked_rows", b"masked_rows", "rows", b"rows", "rows_with_special_tokens", b"rows_with_special_tokens", "spec", b"spec", "unrenderable_rows", b"unrenderable_rows"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bad_rows", b"bad_rows", "duplicates", b"duplicates", "encoded", b"encoded", "format", b"format", "kind", b"kind", "long_rows", b"long_rows", "masked_rows", b"masked_rows", "rows", b"rows", "rows_with_special_tokens", b"rows_with_special_tokens", "sources", b"sources", "spec", b"spec", "template", b"template", "tokenizer", b"tokenizer", "unrenderable_rows", b"unrenderable_rows", "unused_fields", b"unused_fields"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DatasetReport: _TypeAlias = DatasetReport  # noqa: Y015
+
+@_typing.final
+class DatasetRows(_message.Message):
+    """Rows on their way into the dataset."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    READ_FIELD_NUMBER: _builtins.int
+    USABLE_FIELD_NUMBER: _builtins.int
+    CHOSEN_FIELD_NUMBER: _builtins.int
+    TRAIN_FIELD_NUMBER: _builtins.int
+    VAL_FIELD_NUMBER: _builtins.int
+    read: _builtins.int
+    usable: _builtins.int
+    """Left after bad rows and duplicates."""
+    chosen: _builtins.int
+    """By `source_weights` and `max_rows`."""
+    train: _builtins.int
+    val: _builtins.int
+    def __init__(
+        self,
+        *,
+        read: _builtins.int = ...,
+        usable: _builtins.int = ...,
+        chosen: _builtins.int = ...,
+        train: _builtins.int = ...,
+        val: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chosen", b"chosen", "read", b"read", "train", b"train", "usable", b"usable", "val", b"val"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DatasetRows: _TypeAlias = DatasetRows  # noqa: Y015
+
+@_typing.final
+class EncodedRows(_message.Message):
+    """Samples as they are trained on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    TRAINED_TOKENS_FIELD_NUMBER: _builtins.int
+    MEAN_LENGTH_FIELD_NUMBER: _builtins.int
+    MAX_LENGTH_FIELD_NUMBER: _builtins.int
+    LENGTHS_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    TRUNCATED_ROWS_FIELD_NUMBER: _builtins.int
+    TRUNCATED_SHARE_FIELD_NUMBER: _builtins.int
+    DROPPED_ROWS_FIELD_NUMBER: _builtins.int
+    LONGEST_ROW_FIELD_NUMBER: _builtins.int
+    STRADDLING_ROWS_FIELD_NUMBER: _builtins.int
+    rows: _builtins.int
+    tokens: _builtins.int
+    trained_tokens: _builtins.int
+    mean_length: _builtins.float
+    max_length: _builtins.int
+    truncated_rows: _builtins.int
+    truncated_share: _builtins.float
+    """Of the rows that made samples."""
+    dropped_rows: _builtins.int
+    longest_row: _builtins.int
+    """Tokens of the longest row before it was cut."""
+    straddling_rows: _builtins.int
+    """Rows with a token that spans the end of a prompt."""
+    @_builtins.property
+    def lengths(self) -> _containers.RepeatedCompositeFieldContainer[Global___LengthBucket]: ...
+    @_builtins.property
+    def samples(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReportedSample]: ...
+    def __init__(
+        self,
+        *,
+        rows: _builtins.int = ...,
+        tokens: _builtins.int = ...,
+        trained_tokens: _builtins.int = ...,
+        mean_length: _builtins.float = ...,
+        max_length: _builtins.int = ...,
+        lengths: _abc.Iterable[Global___LengthBucket] | None = ...,
+        samples: _abc.Iterable[Global___ReportedSample] | None = ...,
+        truncated_rows: _builtins.int = ...,
+        truncated_share: _builtins.float = ...,
+        dropped_rows: _builtins.int = ...,
+        longest_row: _builtins.int = ...,
+        straddling_rows: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped_rows", b"dropped_rows", "lengths", b"lengths", "longest_row", b"longest_row", "max_length", b"max_length", "mean_length", b"mean_length", "rows", b"rows", "samples", b"samples", "straddling_rows", b"straddling_rows", "tokens", b"tokens", "trained_tokens", b"trained_tokens", "truncated_rows", b"truncated_rows", "truncated_share", b"truncated_share"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EncodedRows: _TypeAlias = EncodedRows  # noqa: Y015
+
+@_typing.final
+class ReportedSample(_message.Message):
+    """A row as it was rendered, ⟦ and ⟧ around what is trained on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILE_FIELD_NUMBER: _builtins.int
+    ROW_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    file: _builtins.str
+    row: _builtins.int
+    text: _builtins.str
+    def __init__(
+        self,
+        *,
+        file: _builtins.str = ...,
+        row: _builtins.int = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "row", b"row", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportedSample: _TypeAlias = ReportedSample  # noqa: Y015
+
+@_typing.final
+class DuplicateRows(_message.Message):
+    """Rows that were left out since others say the same."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EQUAL_FIELD_NUMBER: _builtins.int
+    NEAR_FIELD_NUMBER: _builtins.int
+    equal: _builtins.int
+    near: _builtins.int
+    def __init__(
+        self,
+        *,
+        equal: _builtins.int = ...,
+        near: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["equal", b"equal", "near", b"near"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DuplicateRows: _TypeAlias = DuplicateRows  # noqa: Y015
+
+@_typing.final
+class RowFindings(_message.Message):
+    """Rows with something wrong: all are counted, the first thousand named."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COUNT_FIELD_NUMBER: _builtins.int
+    NAMED_FIELD_NUMBER: _builtins.int
+    count: _builtins.int
+    @_builtins.property
+    def named(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowFinding]: ...
+    def __init__(
+        self,
+        *,
+        count: _builtins.int = ...,
+        named: _abc.Iterable[Global___RowFinding] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "named", b"named"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RowFindings: _TypeAlias = RowFindings  # noqa: Y015
+
+@_typing.final
+class RowFinding(_message.Message):
+    """One of them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILE_FIELD_NUMBER: _builtins.int
+    ROW_FIELD_NUMBER: _builtins.int
+    LINE_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    file: _builtins.str
+    row: _builtins.int
+    line: _builtins.int
+    problem: _builtins.str
+    def __init__(
+        self,
+        *,
+        file: _builtins.str = ...,
+        row: _builtins.int = ...,
+        line: _builtins.int = ...,
+        problem: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "line", b"line", "problem", b"problem", "row", b"row"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RowFinding: _TypeAlias = RowFinding  # noqa: Y015
+
+@_typing.final
+class ReportedSource(_message.Message):
+    """A source as it was read."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    source: _builtins.str
+    format: _builtins.str
+    sha256: _builtins.str
+    bytes: _builtins.int
+    rows: _builtins.int
+    def __init__(
+        self,
+        *,
+        source: _builtins.str = ...,
+        format: _builtins.str = ...,
+        sha256: _builtins.str = ...,
+        bytes: _builtins.int = ...,
+        rows: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "format", b"format", "rows", b"rows", "sha256", b"sha256", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportedSource: _TypeAlias = ReportedSource  # noqa: Y015
+
+@_typing.final
 class ExtendTokenizerRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -735,6 +735,11 @@ class ArtifactServiceStub:
                 request_serializer=arriero_dot_v1_dot_orchestrator__pb2.ListArtifactsRequest.SerializeToString,
                 response_deserializer=arriero_dot_v1_dot_orchestrator__pb2.ListArtifactsResponse.FromString,
                 _registered_method=True)
+        self.GetDatasetReport = channel.unary_unary(
+                '/arriero.v1.ArtifactService/GetDatasetReport',
+                request_serializer=arriero_dot_v1_dot_orchestrator__pb2.GetDatasetReportRequest.SerializeToString,
+                response_deserializer=arriero_dot_v1_dot_orchestrator__pb2.GetDatasetReportResponse.FromString,
+                _registered_method=True)
         self.GetLineage = channel.unary_unary(
                 '/arriero.v1.ArtifactService/GetLineage',
                 request_serializer=arriero_dot_v1_dot_orchestrator__pb2.GetLineageRequest.SerializeToString,
@@ -785,6 +790,14 @@ class ArtifactServiceServicer:
 
     def ListArtifacts(self, request, context):
         """Newest first. Read-only, safe to retry.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetDatasetReport(self, request, context):
+        """The report of a stage `dataset`. Read-only, safe to retry; INVALID_ARGUMENT
+        for artifacts of other kinds and other stages' reports.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -855,6 +868,11 @@ def add_ArtifactServiceServicer_to_server(servicer, server):
                     servicer.ListArtifacts,
                     request_deserializer=arriero_dot_v1_dot_orchestrator__pb2.ListArtifactsRequest.FromString,
                     response_serializer=arriero_dot_v1_dot_orchestrator__pb2.ListArtifactsResponse.SerializeToString,
+            ),
+            'GetDatasetReport': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetDatasetReport,
+                    request_deserializer=arriero_dot_v1_dot_orchestrator__pb2.GetDatasetReportRequest.FromString,
+                    response_serializer=arriero_dot_v1_dot_orchestrator__pb2.GetDatasetReportResponse.SerializeToString,
             ),
             'GetLineage': grpc.unary_unary_rpc_method_handler(
                     servicer.GetLineage,
@@ -947,6 +965,33 @@ class ArtifactService:
             '/arriero.v1.ArtifactService/ListArtifacts',
             arriero_dot_v1_dot_orchestrator__pb2.ListArtifactsRequest.SerializeToString,
             arriero_dot_v1_dot_orchestrator__pb2.ListArtifactsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetDatasetReport(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/arriero.v1.ArtifactService/GetDatasetReport',
+            arriero_dot_v1_dot_orchestrator__pb2.GetDatasetReportRequest.SerializeToString,
+            arriero_dot_v1_dot_orchestrator__pb2.GetDatasetReportResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -294,6 +294,10 @@ class ArtifactServiceStub:
     """By digest, unique digest prefix or `kind/name:tag`. Read-only, safe to retry."""
     ListArtifacts: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.ListArtifactsRequest, _orchestrator_pb2.ListArtifactsResponse]
     """Newest first. Read-only, safe to retry."""
+    GetDatasetReport: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.GetDatasetReportRequest, _orchestrator_pb2.GetDatasetReportResponse]
+    """The report of a stage `dataset`. Read-only, safe to retry; INVALID_ARGUMENT
+    for artifacts of other kinds and other stages' reports.
+    """
     GetLineage: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.GetLineageRequest, _orchestrator_pb2.GetLineageResponse]
     """An artifact and all that it was made from. Read-only, safe to retry."""
     TagArtifact: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.TagArtifactRequest, _orchestrator_pb2.TagArtifactResponse]
@@ -325,6 +329,10 @@ class ArtifactServiceAsyncStub(ArtifactServiceStub):
     """By digest, unique digest prefix or `kind/name:tag`. Read-only, safe to retry."""
     ListArtifacts: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.ListArtifactsRequest, _orchestrator_pb2.ListArtifactsResponse]  # type: ignore[assignment]
     """Newest first. Read-only, safe to retry."""
+    GetDatasetReport: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.GetDatasetReportRequest, _orchestrator_pb2.GetDatasetReportResponse]  # type: ignore[assignment]
+    """The report of a stage `dataset`. Read-only, safe to retry; INVALID_ARGUMENT
+    for artifacts of other kinds and other stages' reports.
+    """
     GetLineage: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.GetLineageRequest, _orchestrator_pb2.GetLineageResponse]  # type: ignore[assignment]
     """An artifact and all that it was made from. Read-only, safe to retry."""
     TagArtifact: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.TagArtifactRequest, _orchestrator_pb2.TagArtifactResponse]  # type: ignore[assignment]
@@ -365,6 +373,16 @@ class ArtifactServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_orchestrator_pb2.ListArtifactsResponse, _abc.Awaitable[_orchestrator_pb2.ListArtifactsResponse]]:
         """Newest first. Read-only, safe to retry."""
+
+    @_abc_1.abstractmethod
+    def GetDatasetReport(
+        self,
+        request: _orchestrator_pb2.GetDatasetReportRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_orchestrator_pb2.GetDatasetReportResponse, _abc.Awaitable[_orchestrator_pb2.GetDatasetReportResponse]]:
+        """The report of a stage `dataset`. Read-only, safe to retry; INVALID_ARGUMENT
+        for artifacts of other kinds and other stages' reports.
+        """
 
     @_abc_1.abstractmethod
     def GetLineage(
