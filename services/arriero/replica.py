@@ -9,15 +9,28 @@ A platform passes `environment()` on as it is and need not know what it means.
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, TypeVar
 
+from arriero import refs
 from arriero.errors import InvalidArgument
 
-__all__ = ["CACHE_TYPES", "ROPE_TYPES", "ReplicaSettings", "RopeSettings"]
+__all__ = [
+    "ADAPTERS_VARIABLE",
+    "CACHE_TYPES",
+    "ROPE_TYPES",
+    "AdapterSettings",
+    "ReplicaSettings",
+    "RopeSettings",
+]
+
+# A replica that runs is told of other adapters by RPC; this is what a new one starts
+# with. Another value of any other variable needs another replica.
+ADAPTERS_VARIABLE = "ARRIERO_ADAPTERS"
 
 # What llama.cpp takes for K and V.
 CACHE_TYPES = ("F16", "BF16", "F32", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL")
@@ -98,6 +111,33 @@ class RopeSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterSettings:
+    """A LoRA adapter beside the model."""
+
+    name: str
+    """That requests choose it by; empty before it is known: the artifact's own."""
+    adapter: str
+    """Digest of the artifact."""
+    scale: float = 1.0
+    """Its change of the model is multiplied by this."""
+
+    def check(self, path: str) -> None:
+        """Refuse a name that is none, and a scale that is no number.
+
+        Raises:
+            InvalidArgument: on fields under `path`.
+        """
+        if self.name and not refs.is_name(self.name):
+            raise InvalidArgument.field(
+                f"{path}.name",
+                f"{self.name!r} is not a name; expected lower case letters, digits, '.', '_' "
+                "and '-'",
+            )
+        if not math.isfinite(self.scale):
+            raise InvalidArgument.field(f"{path}.scale", f"{self.scale} is not a finite number")
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaSettings:
     """What a deployment says about each of its replicas."""
 
@@ -123,6 +163,8 @@ class ReplicaSettings:
     """`auto`, `on` or `off`."""
     rope: RopeSettings = field(default_factory=RopeSettings)
     """Positions beyond the trained context."""
+    adapters: tuple[AdapterSettings, ...] = ()
+    """Loaded before the replica is ready."""
 
     def check(self) -> None:
         """Refuse what is unknown, out of range, or contradicts itself.
@@ -155,6 +197,7 @@ class ReplicaSettings:
                 f"{self.cache_type_v} needs flash attention, which flash_attention turns off",
             )
         self.rope.check()
+        _check_adapters(self.adapters)
 
     @classmethod
     def of_spec(cls, spec: Any) -> ReplicaSettings:
@@ -167,6 +210,8 @@ class ReplicaSettings:
         for known in fields(cls):
             if known.name == "rope":
                 read["rope"] = _of_message(RopeSettings, spec.rope)
+            elif known.name == "adapters":
+                read["adapters"] = tuple(_of_message(AdapterSettings, a) for a in spec.adapters)
             else:
                 read[known.name] = getattr(spec, known.name)
         for name in ("cache_type_k", "cache_type_v"):
@@ -177,7 +222,12 @@ class ReplicaSettings:
 
     def environment(self) -> dict[str, str]:
         """All of it as variables: `ARRIERO_CONTEXT`, …, `ARRIERO_ROPE_TYPE`, …"""
-        return {**_written(self, "ARRIERO_"), **_written(self.rope, "ARRIERO_ROPE_")}
+        adapters = json.dumps([asdict(item) for item in self.adapters]) if self.adapters else ""
+        return {
+            **_written(self, "ARRIERO_"),
+            **_written(self.rope, "ARRIERO_ROPE_"),
+            ADAPTERS_VARIABLE: adapters,
+        }
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> ReplicaSettings:
@@ -188,14 +238,39 @@ class ReplicaSettings:
         """
         env = os.environ if env is None else env
         rope = RopeSettings(**_read(RopeSettings, "ARRIERO_ROPE_", env))
-        found = cls(**_read(cls, "ARRIERO_", env), rope=rope)
+        adapters = _read_adapters(env.get(ADAPTERS_VARIABLE, ""))
+        found = cls(**_read(cls, "ARRIERO_", env), rope=rope, adapters=adapters)
         found.check()
         return found
 
 
-def _of_message(kind: type[RopeSettings], message: Any) -> RopeSettings:
-    """Only what is set: the message's own defaults may not be filled in where it is unset."""
-    return kind(**{f.name: value for f, value in message.ListFields()})
+_S = TypeVar("_S", RopeSettings, AdapterSettings)
+
+
+def _of_message(kind: type[_S], message: Any) -> _S:
+    """Only what is set: an unset message's own defaults were not filled in."""
+    plain = {"name": ""} if kind is AdapterSettings else {}
+    return kind(**{**plain, **{f.name: value for f, value in message.ListFields()}})
+
+
+def _check_adapters(adapters: Sequence[AdapterSettings]) -> None:
+    seen: set[str] = set()
+    for index, item in enumerate(adapters):
+        item.check(f"adapters[{index}]")
+        if item.name and item.name in seen:
+            raise InvalidArgument.field(
+                f"adapters[{index}].name", f"{item.name!r} is there twice; requests choose by it"
+            )
+        seen.add(item.name)
+
+
+def _read_adapters(text: str) -> tuple[AdapterSettings, ...]:
+    try:
+        return tuple(AdapterSettings(**item) for item in json.loads(text or "[]"))
+    except (ValueError, TypeError) as error:
+        raise InvalidArgument.field(
+            ADAPTERS_VARIABLE, f"is no JSON list of adapters: {error}"
+        ) from None
 
 
 def _written(settings: Any, prefix: str) -> dict[str, str]:
@@ -219,7 +294,7 @@ def _read(kind: type, prefix: str, env: Mapping[str, str]) -> dict[str, Any]:
     for known in fields(kind):
         name = prefix + known.name.upper()
         text = env.get(name, "")
-        if text == "" or known.name == "rope":
+        if text == "" or known.name in ("rope", "adapters"):
             continue
         try:
             found[known.name] = _parsed(text, str(known.type))

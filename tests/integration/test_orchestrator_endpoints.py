@@ -22,11 +22,12 @@ from arriero.orchestrator.clients import Replicas
 from arriero.orchestrator.endpoints import Endpoints
 from arriero.orchestrator.platform import LocalPlatform
 from arriero.orchestrator.records import Records
+from arriero.replica import AdapterSettings, ReplicaSettings
 from arriero.settings import ClientSettings
 from arriero.store import ManifestDraft, Store
 from arriero.testing.replicas import WRONG_MODEL, FakeSupervisor
+from arriero.v1 import inference_pb2, pipeline_pb2, types_pb2
 from arriero.v1 import orchestrator_pb2 as pb
-from arriero.v1 import pipeline_pb2, types_pb2
 
 
 class Home:
@@ -283,3 +284,92 @@ async def test_replicas_that_become_ready_later_are_measured_too(home):
     # Each of the new ones once, the first one not again.
     assert len(home.supervisor.scored) == 3
     assert [f.kl_divergence for f in home.endpoints.figures()] == [pytest.approx(0.05)]
+
+
+def lora(home: Home, name: str, **spec: str) -> str:
+    directory = home.store.staging("test", name)
+    (directory / f"{name}.gguf").write_text(name)
+    draft = ManifestDraft(kind="adapter", name=name, spec=spec)
+    return home.store.publish(directory, draft).digest
+
+
+async def test_adapters_of_a_deployment_reach_replicas_and_what_starts_them(home):
+    poems, model = lora(home, "poems"), home.gguf("a")
+    wanted = inference_pb2.AdapterSpec(adapter=poems, name="rhymes", scale=0.5)
+    await home.deploy(model, adapters=[wanted])
+    assert dict(home.supervisor.adapters) == {"rhymes": wanted}
+    (settings,) = started_with(home)
+    assert (settings.name, settings.adapter, settings.scale) == ("rhymes", poems, 0.5)
+    (pin,) = home.store.pins()
+    assert poems in pin.digests
+    # The next deployment wants none; the same replicas may serve it.
+    await home.deploy(model, "second")
+    assert home.supervisor.adapters == {}
+
+
+def started_with(home: Home) -> tuple[AdapterSettings, ...]:
+    return ReplicaSettings.from_env(home.supervisor.desired("zh")["environment"]).adapters
+
+
+async def test_adapters_come_and_go_while_an_endpoint_serves(home):
+    await home.deploy(home.gguf("a"))
+    poems, laws = lora(home, "poems"), lora(home, "laws")
+    endpoint = await home.endpoints.add_adapter("zh", inference_pb2.AdapterSpec(adapter=poems))
+    assert [a.name for a in endpoint.spec.adapters] == ["poems"]
+    await home.endpoints.add_adapter("zh", inference_pb2.AdapterSpec(adapter=poems))
+    await home.endpoints.add_adapter("zh", inference_pb2.AdapterSpec(adapter=laws, scale=2))
+    scales = {name: adapter.scale for name, adapter in home.supervisor.adapters.items()}
+    assert scales == {"poems": 1, "laws": 2}
+    assert [item.name for item in started_with(home)] == ["poems", "laws"]
+    with pytest.raises(AlreadyExists, match="remove it first"):
+        await home.endpoints.add_adapter(
+            "zh", inference_pb2.AdapterSpec(adapter=laws, name="poems")
+        )
+    await home.endpoints.remove_adapter("zh", "poems")
+    assert list(home.supervisor.adapters) == ["laws"]
+    with pytest.raises(NotFound, match="adapters: laws"):
+        await home.endpoints.remove_adapter("zh", "poems")
+    await home.endpoints.remove_adapter("zh", "poems", allow_missing=True)
+    await home.close()
+    home.open()
+    assert [a.name for a in home.endpoints.get("zh").spec.adapters] == ["laws"]
+
+
+async def test_an_adapter_that_replicas_refuse_is_not_recorded(home):
+    await home.deploy(home.gguf("a"))
+    poems, odd = lora(home, "poems"), lora(home, "odd")
+    await home.endpoints.add_adapter("zh", inference_pb2.AdapterSpec(adapter=poems))
+    home.supervisor.refused.add(odd)
+    with pytest.raises(FailedPrecondition, match="does not fit"):
+        await home.endpoints.add_adapter("zh", inference_pb2.AdapterSpec(adapter=odd))
+    assert [a.name for a in home.endpoints.get("zh").spec.adapters] == ["poems"]
+    assert list(home.supervisor.adapters) == ["poems"]
+
+
+async def test_a_replica_that_lost_an_adapter_is_given_it_again(home):
+    model, poems = home.gguf("a"), lora(home, "poems")
+    await home.deploy(model, adapters=[inference_pb2.AdapterSpec(adapter=poems)])
+    home.supervisor.adapters.clear()
+    await home.close()
+    home.open()
+    async with asyncio.timeout(10):
+        while "poems" not in home.supervisor.adapters:
+            await asyncio.sleep(0.05)
+
+
+async def test_adapters_that_do_not_belong_are_refused_before_anything_starts(home):
+    model = home.artifact("gguf", "m", spec={"model": "sha256:aa", "adapters": ["sha256:cc"]})
+
+    async def refused(adapter: str, error: type[Exception], words: str) -> None:
+        with pytest.raises(error, match=words):
+            await home.deploy(model, adapters=[inference_pb2.AdapterSpec(adapter=adapter)])
+
+    await refused(lora(home, "odd", model="sha256:bb"), FailedPrecondition, "made from sha256:aa")
+    merged = home.store.staging("test", "merged")
+    (merged / "merged.gguf").write_text("merged")
+    spec = {"model": "sha256:aa", "adapters": ["sha256:cc"]}
+    twice = home.store.publish(merged, ManifestDraft(kind="adapter", name="m", spec=spec)).digest
+    await refused(twice, FailedPrecondition, "merged into the model already")
+    await refused(home.artifact("adapter", "peft"), FailedPrecondition, "adapter_only")
+    await refused(home.gguf("b"), InvalidArgument, "of kind gguf; expected adapter")
+    assert home.supervisor.desired("zh") is None

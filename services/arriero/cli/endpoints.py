@@ -101,6 +101,8 @@ def _details(item: pb.Endpoint, ancestors: list[pb.Artifact]) -> RenderableType:
     facts.add_row("endpoint", Text(item.name, "bold"))
     facts.add_row("ready", f"{item.ready_replicas} of {item.desired_replicas}")
     facts.add_row("model", item.spec.model)
+    for adapter in item.spec.adapters:
+        facts.add_row(f"adapter {adapter.name}", adapter.adapter)
     if item.run:
         facts.add_row("run", item.run)
     if item.gates:
@@ -189,6 +191,39 @@ def scale(
 
 @app.command()
 @command
+def load(
+    name: Name,
+    adapter: Annotated[str, typer.Argument(help="adapter artifact, by adapter_only.")],
+    called: Annotated[str, typer.Option("--as", help="Name that requests choose it by.")] = "",
+    scale: Annotated[float, typer.Option(help="Multiplies its change of the model.")] = 1.0,
+    output: Output = Format.TABLE,
+) -> None:
+    """Load a LoRA adapter into every replica, while it serves."""
+    with client() as api:
+        found = api.endpoints.add_adapter(name, adapter, called=called, scale=scale)
+    show(found, lambda: _adapters(found))
+
+
+@app.command()
+@command
+def unload(
+    name: Name,
+    called: Annotated[str, typer.Argument(help="The adapter's name.")],
+    output: Output = Format.TABLE,
+) -> None:
+    """Take a LoRA adapter away from every replica."""
+    with client() as api:
+        found = api.endpoints.remove_adapter(name, called)
+    show(found, lambda: _adapters(found))
+
+
+def _adapters(item: pb.Endpoint) -> str:
+    names = ", ".join(adapter.name for adapter in item.spec.adapters)
+    return f"{item.name}: adapters {names or 'none'}"
+
+
+@app.command()
+@command
 def delete(name: Name, output: Output = Format.TABLE) -> None:
     """Drain and remove an endpoint; its model stays in the store."""
     with client() as api:
@@ -197,6 +232,7 @@ def delete(name: Name, output: Output = Format.TABLE) -> None:
 
 
 MaxTokens = Annotated[int | None, typer.Option(help="At most so many tokens.", min=0)]
+Adapter = Annotated[str, typer.Option(help="Name of a LoRA adapter of the endpoint.")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", min=0)]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.", min=0)]
 
@@ -235,6 +271,7 @@ def chat(
     max_tokens: MaxTokens = 512,
     temperature: Temperature = None,
     seed: Seed = None,
+    adapter: Adapter = "",
     output: Output = Format.TABLE,
 ) -> None:
     """Talk to an endpoint, with the template that its model was trained with."""
@@ -244,7 +281,7 @@ def chat(
         served = api.endpoint(endpoint)
         if prompt is not None:
             messages.append({"role": "user", "content": prompt})
-            answer = _say(served.chat(messages, **sampling))
+            answer = _say(served.chat(messages, adapter=adapter, **sampling))
             if as_json():
                 render.print_json({"role": "assistant", "content": answer})
             return
@@ -257,7 +294,7 @@ def chat(
             if not said:
                 return
             messages.append({"role": "user", "content": said})
-            answer = _say(served.chat(messages, **sampling))
+            answer = _say(served.chat(messages, adapter=adapter, **sampling))
             messages.append({"role": "assistant", "content": answer})
 
 
@@ -268,13 +305,16 @@ def generate(
     max_tokens: MaxTokens = 128,
     temperature: Temperature = None,
     seed: Seed = None,
+    adapter: Adapter = "",
     output: Output = Format.TABLE,
 ) -> None:
     """Continue a text as it is, without a template."""
     text = sys.stdin.read() if prompt == "-" else prompt
     with client() as api:
         answer = _say(
-            api.endpoint(endpoint).generate(text, **_sampling(max_tokens, temperature, seed))
+            api.endpoint(endpoint).generate(
+                text, adapter=adapter, **_sampling(max_tokens, temperature, seed)
+            )
         )
     if as_json():
         render.print_json({"text": answer})

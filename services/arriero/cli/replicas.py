@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from arriero.replica import ADAPTERS_VARIABLE
 from arriero.rpc.channel import check_health
 from arriero.store import write_atomic
 
@@ -32,6 +33,7 @@ class Process(Protocol):
 
     process: Any
     started: float
+    env: dict[str, str]
 
     @property
     def alive(self) -> bool:
@@ -180,9 +182,14 @@ class Replicas:
             replica.child.start()
 
     def _converge(self, name: str, group: list[Replica], want: dict[str, Any]) -> None:
-        shape = (want["digest"], *sorted(want["environment"].items()))
+        environment = want["environment"]
+        told = {ADAPTERS_VARIABLE}  # while it runs, by whoever wants another set
+        shape = (want["digest"], *sorted((k, v) for k, v in environment.items() if k not in told))
         right = [r for r in group if r.shape == shape and r.state != "DRAINING"]
         wrong = [r for r in group if r.shape != shape and r.state != "DRAINING"]
+        for replica in right:
+            # Should it be started again, then with what is wanted now.
+            replica.child.env.update({name: environment.get(name, "") for name in told})
         count = int(want["replicas"])
         while len(right) < count:
             right.append(self._launch(name, group, want, shape))

@@ -24,7 +24,7 @@ from arriero.client.endpoint import AsyncEndpoint
 from arriero.client.pipeline import PipelineFile, load_pipeline
 from arriero.errors import ArrieroError, DeadlineExceeded, InvalidArgument, Unavailable
 from arriero.settings import ClientSettings
-from arriero.v1 import dataset_pb2, pipeline_pb2
+from arriero.v1 import dataset_pb2, inference_pb2, pipeline_pb2
 from arriero.v1 import orchestrator_pb2 as pb
 from arriero.v1 import orchestrator_pb2_grpc as stubs
 
@@ -499,6 +499,36 @@ class AsyncEndpoints:
         request = pb.ScaleEndpointRequest(name=name, replicas=replicas)
         with rpc.translated():
             return (await self._stub.ScaleEndpoint(request)).endpoint
+
+    async def add_adapter(
+        self, name: str, adapter: str, *, called: str = "", scale: float = 1.0
+    ) -> pb.Endpoint:
+        """Load a LoRA adapter into every replica, while it serves.
+
+        Args:
+            name: of the endpoint.
+            adapter: digest or reference of what `quantize` with `adapter_only` made.
+            called: name that requests choose it by; default: the artifact's own.
+            scale: its change of the model is multiplied by this.
+
+        Raises:
+            AlreadyExists: the name is another adapter's.
+            FailedPrecondition: it belongs to another model.
+        """
+        spec = inference_pb2.AdapterSpec(adapter=adapter, name=called, scale=scale)
+        request = pb.AddEndpointAdapterRequest(name=name, adapter=spec)
+        with rpc.translated():
+            return (await self._stub.AddEndpointAdapter(request)).endpoint
+
+    async def remove_adapter(
+        self, name: str, called: str, *, allow_missing: bool = False
+    ) -> pb.Endpoint:
+        """Take an adapter away from every replica; answers under way are finished."""
+        request = pb.RemoveEndpointAdapterRequest(
+            name=name, adapter=called, allow_missing=allow_missing
+        )
+        with rpc.translated():
+            return (await self._stub.RemoveEndpointAdapter(request)).endpoint
 
     async def delete(self, name: str, *, allow_missing: bool = False) -> None:
         """Drain and remove the replicas, and the name."""

@@ -120,6 +120,7 @@ class AsyncEndpoint:
         self,
         prompt: str,
         *,
+        adapter: str = "",
         timeout: float = GENERATE_SECONDS,
         **sampling: Unpack[Sampling],
     ) -> AsyncStream:
@@ -127,6 +128,7 @@ class AsyncEndpoint:
 
         Args:
             prompt: as the model sees it, special tokens written out.
+            adapter: name of a LoRA adapter of the endpoint; empty: the model alone.
             timeout: seconds for the whole answer.
             **sampling: see `Sampling`.
 
@@ -135,7 +137,9 @@ class AsyncEndpoint:
                 is out of range.
             Unavailable: while iterating: no replica answers, or one broke off.
         """
-        request = inference_pb2.GenerateRequest(prompt=prompt, sampling=_sampling(sampling))
+        request = inference_pb2.GenerateRequest(
+            prompt=prompt, sampling=_sampling(sampling), adapter=adapter
+        )
 
         def call(replica: Replica) -> Any:
             stub = inference_pb2_grpc.InferenceServiceStub(replica.channel)
@@ -148,6 +152,7 @@ class AsyncEndpoint:
         messages: Messages,
         *,
         tools: Sequence[Mapping[str, Any]] = (),
+        adapter: str = "",
         timeout: float = GENERATE_SECONDS,
         **sampling: Unpack[Sampling],
     ) -> AsyncStream:
@@ -158,6 +163,7 @@ class AsyncEndpoint:
                 With tools also `tool_calls` of the assistant, and `tool_call_id` of a
                 tool's answer, as OpenAI's API has them.
             tools: that the model may call, as OpenAI's API has them.
+            adapter: name of a LoRA adapter of the endpoint; empty: the model alone.
             timeout: seconds for the whole answer.
             **sampling: see `Sampling`.
 
@@ -169,6 +175,7 @@ class AsyncEndpoint:
             messages=_messages(messages),
             sampling=_sampling(sampling),
             tools=json.dumps(list(tools)) if tools else None,
+            adapter=adapter,
         )
 
         def call(replica: Replica) -> Any:

@@ -407,6 +407,31 @@ class Endpoints:
         """Set the number of replicas; `get` tells when ready equals desired."""
         return self._thread.run(self._endpoints.scale(name, replicas))
 
+    def add_adapter(
+        self, name: str, adapter: str, *, called: str = "", scale: float = 1.0
+    ) -> pb.Endpoint:
+        """Load a LoRA adapter into every replica, while it serves.
+
+        Args:
+            name: of the endpoint.
+            adapter: digest or reference of what `quantize` with `adapter_only` made.
+            called: name that requests choose it by; default: the artifact's own.
+            scale: its change of the model is multiplied by this.
+
+        Raises:
+            AlreadyExists: the name is another adapter's.
+            FailedPrecondition: it belongs to another model.
+        """
+        return self._thread.run(
+            self._endpoints.add_adapter(name, adapter, called=called, scale=scale)
+        )
+
+    def remove_adapter(self, name: str, called: str, *, allow_missing: bool = False) -> pb.Endpoint:
+        """Take an adapter away from every replica; answers under way are finished."""
+        return self._thread.run(
+            self._endpoints.remove_adapter(name, called, allow_missing=allow_missing)
+        )
+
     def delete(self, name: str, *, allow_missing: bool = False) -> None:
         """Drain and remove the replicas, and the name."""
         self._thread.run(self._endpoints.delete(name, allow_missing=allow_missing))

@@ -55,6 +55,7 @@ class Endpoint:
         self,
         prompt: str,
         *,
+        adapter: str = "",
         timeout: float = GENERATE_SECONDS,
         **sampling: Unpack[Sampling],
     ) -> Stream:
@@ -62,6 +63,7 @@ class Endpoint:
 
         Args:
             prompt: as the model sees it, special tokens written out.
+            adapter: name of a LoRA adapter of the endpoint; empty: the model alone.
             timeout: seconds for the whole answer.
             **sampling: see `Sampling`.
 
@@ -70,13 +72,17 @@ class Endpoint:
                 is out of range.
             Unavailable: while iterating: no replica answers, or one broke off.
         """
-        return Stream(self._endpoint.generate(prompt, timeout=timeout, **sampling), self._thread)
+        return Stream(
+            self._endpoint.generate(prompt, adapter=adapter, timeout=timeout, **sampling),
+            self._thread,
+        )
 
     def chat(
         self,
         messages: Messages,
         *,
         tools: Sequence[Mapping[str, Any]] = (),
+        adapter: str = "",
         timeout: float = GENERATE_SECONDS,
         **sampling: Unpack[Sampling],
     ) -> Stream:
@@ -87,6 +93,7 @@ class Endpoint:
                 With tools also `tool_calls` of the assistant, and `tool_call_id` of a
                 tool's answer, as OpenAI's API has them.
             tools: that the model may call, as OpenAI's API has them.
+            adapter: name of a LoRA adapter of the endpoint; empty: the model alone.
             timeout: seconds for the whole answer.
             **sampling: see `Sampling`.
 
@@ -94,7 +101,9 @@ class Endpoint:
             InvalidArgument: a message without role or content; otherwise as `generate`.
             Unavailable: as `generate`.
         """
-        stream = self._endpoint.chat(messages, tools=tools, timeout=timeout, **sampling)
+        stream = self._endpoint.chat(
+            messages, tools=tools, adapter=adapter, timeout=timeout, **sampling
+        )
         return Stream(stream, self._thread)
 
     def score(self, golden: str = "") -> inference_pb2.ScoreResponse:

@@ -11,17 +11,17 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
 from arriero import metrics, rpc
 from arriero.errors import ArrieroError, InvalidArgument
+from arriero.inference.files import adapter_file, gguf_file
 from arriero.inference.frontend import EngineOptions, Frontend
 from arriero.inference.service import InferenceServicer
 from arriero.replica import ReplicaSettings
 from arriero.settings import ServerSettings, StoreSettings
-from arriero.store import Artifact, Store
+from arriero.store import Store
 from arriero.v1 import inference_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,14 @@ async def serve() -> None:
     store = Store.open(StoreSettings.from_env().url)
     artifact = store.get(served.model, wait=_STORE_WAIT_SECONDS)
     server = rpc.Server(ServerSettings.from_env(), name=served.name)
-    options = EngineOptions(gguf_file(artifact), settings)
+    options = EngineOptions(
+        gguf_file(artifact),
+        settings,
+        tuple(
+            adapter_file(store, item.adapter, item.name, item.scale, wait=_STORE_WAIT_SECONDS)
+            for item in settings.adapters
+        ),
+    )
     frontend = Frontend(options, on_ready=server.set_ready)
     page = metrics.ReplicaMetrics(CollectorRegistry(), served.name, lambda: frontend.load)
     server.add(
@@ -84,22 +91,6 @@ async def serve() -> None:
         server.stop_soon()
         await asyncio.gather(signal, engine, return_exceptions=True)
         stop_metrics()
-
-
-def gguf_file(artifact: Artifact) -> Path:
-    """The GGUF file of an artifact.
-
-    Raises:
-        InvalidArgument: the artifact holds no such file.
-    """
-    files = [f.path for f in artifact.manifest.files if f.path.endswith(".gguf")]
-    if artifact.manifest.kind != "gguf" or len(files) != 1:
-        raise InvalidArgument.field(
-            "ARRIERO_MODEL",
-            f"{artifact.digest} is a {artifact.manifest.kind} with {len(files)} .gguf files; "
-            "expected a gguf artifact with one",
-        )
-    return artifact.file(files[0])
 
 
 def main() -> None:

@@ -17,12 +17,13 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from arriero import errors
 from arriero.inference import frames
+from arriero.inference.adapters import AdapterFile
 from arriero.metrics import EngineLoad
 from arriero.replica import ReplicaSettings
 
@@ -34,14 +35,11 @@ BACKOFF = (0.0, 1.0, 5.0, 15.0)
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What the engine is started with: the GGUF file, and how to serve it."""
+    """What the engine is started with: the GGUF file, how to serve it, its adapters."""
 
     path: Path
     settings: ReplicaSettings = field(default_factory=ReplicaSettings)
-
-    def to_json(self) -> str:
-        """As the engine process reads it."""
-        return json.dumps({"path": str(self.path), "settings": self.settings.environment()})
+    adapters: tuple[AdapterFile, ...] = ()
 
 
 @dataclass
@@ -51,11 +49,17 @@ class Frontend:
     Args:
         options: what to start it with.
         on_ready: told True when the engine serves and False when it died.
+
+    Attributes:
+        adapters: that the engine has, and that the next one will have, by name.
     """
 
     options: EngineOptions
     on_ready: Callable[[bool], Awaitable[object]]
     model: frames.Frame = field(default_factory=dict)
+    adapters: dict[str, AdapterFile] = field(default_factory=dict)
+    # Of each adapter: the template that it was trained with.
+    _templates: dict[str, str] = field(default_factory=dict)
     _load: EngineLoad = field(default_factory=EngineLoad)
     # Of engines that died: their totals.
     _before: EngineLoad = field(default_factory=EngineLoad)
@@ -64,6 +68,9 @@ class Frontend:
     _writer: asyncio.StreamWriter | None = None
     _process: asyncio.subprocess.Process | None = None
     _closing: bool = False
+
+    def __post_init__(self) -> None:
+        self.adapters = {file.name: file for file in self.options.adapters}
 
     async def run(self) -> None:
         """Start the engine, and again whenever it dies, until `close`.
@@ -95,7 +102,7 @@ class Frontend:
                 "-m",
                 "arriero.inference.engine",
                 str(theirs.fileno()),
-                self.options.to_json(),
+                self._start_with(),
                 pass_fds=[theirs.fileno()],
                 stdin=asyncio.subprocess.DEVNULL,
             )
@@ -108,6 +115,7 @@ class Frontend:
                 if "ready" in frame:
                     served = True
                     self.model = frame["ready"]
+                    self._templates = {a["name"]: a["template"] for a in self.model["adapters"]}
                     await self.on_ready(True)
                 if "load" in frame:
                     self._load = EngineLoad(*frame["load"])
@@ -124,6 +132,16 @@ class Frontend:
                 self._process.kill()
             await self._process.wait()
         return served
+
+    def _start_with(self) -> str:
+        """As the engine process reads it."""
+        return json.dumps(
+            {
+                "path": str(self.options.path),
+                "settings": self.options.settings.environment(),
+                "adapters": [asdict(file) for file in self.adapters.values()],
+            }
+        )
 
     def _fail_pending(self) -> None:
         died = {
@@ -175,6 +193,31 @@ class Frontend:
             return event
         raise errors.Internal("the engine gave no answer")
 
+    async def load_adapter(self, file: AdapterFile) -> None:
+        """Load an adapter, also into engines to come.
+
+        Raises:
+            AlreadyExists: the name is another adapter's.
+            FailedPrecondition: it is none of this model's.
+        """
+        answer = await self.ask(op="load_adapter", adapter=asdict(file))
+        self.adapters[file.name] = file
+        self._templates[file.name] = answer["adapter"]["template"]
+
+    async def unload_adapter(self, name: str) -> None:
+        """Take an adapter away; who is answered with it is answered to the end.
+
+        Raises:
+            NotFound: no such adapter.
+        """
+        await self.ask(op="unload_adapter", name=name)
+        self.adapters.pop(name, None)
+        self._templates.pop(name, None)
+
+    def template_of(self, adapter: str) -> str:
+        """What an adapter's rows were rendered with, as JSON; empty when nobody knows."""
+        return self._templates.get(adapter, "")
+
     @property
     def load(self) -> EngineLoad:
         """What the engine does, and what all engines of this replica did."""
@@ -202,6 +245,7 @@ def _error(found: dict[str, Any]) -> errors.ArrieroError:
             violations=[errors.FieldViolation(f, d) for f, d in found.get("violations", ())],
         )
     for kind in (
+        errors.AlreadyExists,
         errors.ResourceExhausted,
         errors.Unavailable,
         errors.DataLoss,

@@ -17,11 +17,14 @@ import grpc.aio
 from google.protobuf import struct_pb2
 
 from arriero import prompts
-from arriero.errors import ArrieroError, FailedPrecondition, InvalidArgument
+from arriero.errors import ArrieroError, FailedPrecondition, InvalidArgument, NotFound
+from arriero.inference.files import adapter_file
 from arriero.inference.frontend import Frontend
 from arriero.llama.sampler import Sampling
 from arriero.metrics import ReplicaMetrics
+from arriero.operations.defaults import with_defaults
 from arriero.prompts.tool_calls import ToolCallParser, names_of, read_calls, read_tools
+from arriero.replica import AdapterSettings
 from arriero.store import Artifact, Store
 from arriero.v1 import inference_pb2 as pb
 from arriero.v1 import inference_pb2_grpc
@@ -59,13 +62,16 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._store = store
         self._artifact = artifact
         self._name = name
-        self._bound: tuple[Mapping[str, Any], prompts.Template] | None = None
+        # By their source.
+        self._templates: dict[str, prompts.Template] = {}
 
     async def Generate(  # type: ignore[override]
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncIterator[pb.GenerateResponse]:
         """Continue a prompt."""
-        stream = self._stream(request.prompt, request.sampling, add_special=True)
+        stream = self._stream(
+            request.prompt, request.sampling, add_special=True, adapter=request.adapter
+        )
         # Closed with this call, not when it is collected: a caller that left frees its slot.
         async with contextlib.aclosing(stream):
             async for event in stream:
@@ -77,7 +83,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         """Answer messages."""
         messages = _messages(request)
         tools = read_tools(request.tools) if request.HasField("tools") else []
-        template = await asyncio.to_thread(self._template)
+        template = await asyncio.to_thread(self._template, request.adapter)
         model = self._frontend.model
         # In a thread: a template is somebody else's program, and others' streams go on.
         prompt = await asyncio.to_thread(
@@ -92,7 +98,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         sampling.CopyFrom(request.sampling)
         sampling.stop.extend(template.stop)
         parser = ToolCallParser(names_of(tools)) if tools else None
-        stream = self._stream(prompt, sampling, add_special=not template.writes_bos)
+        stream = self._stream(
+            prompt, sampling, add_special=not template.writes_bos, adapter=request.adapter
+        )
         async with contextlib.aclosing(stream):
             async for event in stream:
                 fields = _response(event)
@@ -104,7 +112,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:  # type: ignore[override]
         """Compare this replica with golden logits."""
         golden = await asyncio.to_thread(self._store.get, request.golden)
-        event = await self._frontend.ask(op="score", golden=str(golden.path))
+        event = await self._frontend.ask(
+            op="score", golden=str(golden.path), adapter=request.adapter
+        )
         return pb.ScoreResponse(**event["score"])
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:  # type: ignore[override]
@@ -116,6 +126,41 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             parse_special=request.parse_special,
         )
         return pb.TokenizeResponse(tokens=event["tokens"])
+
+    async def LoadAdapter(
+        self, request: pb.LoadAdapterRequest, context: Context
+    ) -> pb.LoadAdapterResponse:
+        """Load a LoRA adapter."""
+        spec = with_defaults(request.adapter)
+        AdapterSettings(spec.name, spec.adapter, spec.scale).check("adapter")
+        file = await asyncio.to_thread(
+            adapter_file, self._store, spec.adapter, spec.name, spec.scale
+        )
+        await self._frontend.load_adapter(file)
+        return pb.LoadAdapterResponse()
+
+    async def UnloadAdapter(
+        self, request: pb.UnloadAdapterRequest, context: Context
+    ) -> pb.UnloadAdapterResponse:
+        """Take an adapter away."""
+        try:
+            await self._frontend.unload_adapter(request.name)
+        except NotFound:
+            if not request.allow_missing:
+                raise
+        return pb.UnloadAdapterResponse()
+
+    async def ListAdapters(
+        self, request: pb.ListAdaptersRequest, context: Context
+    ) -> pb.ListAdaptersResponse:
+        """What is loaded."""
+        files = sorted(self._frontend.adapters.values(), key=lambda file: file.name)
+        return pb.ListAdaptersResponse(
+            adapters=[
+                pb.AdapterSpec(adapter=file.digest, name=file.name, scale=file.scale)
+                for file in files
+            ]
+        )
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:  # type: ignore[override]
         """What is served."""
@@ -137,7 +182,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         )
 
     async def _stream(
-        self, prompt: str, params: pb.SamplingParams, *, add_special: bool
+        self, prompt: str, params: pb.SamplingParams, *, add_special: bool, adapter: str
     ) -> AsyncGenerator[dict[str, Any], None]:
         asked = last = time.monotonic()
         outcome = "cancelled"
@@ -145,7 +190,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         try:
             sampling = _sampling(params)
             requests = self._frontend.request(
-                op="generate", prompt=prompt, sampling=sampling, add_special=add_special
+                op="generate",
+                prompt=prompt,
+                sampling=sampling,
+                add_special=add_special,
+                adapter=adapter,
             )
         except ArrieroError as error:
             self._page.failed(error.code.lower())
@@ -170,15 +219,17 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             # A caller that leaves cancels its stream in the engine, now and not at collection.
             await requests.aclose()  # type: ignore[attr-defined]
 
-    def _template(self) -> prompts.Template:
-        """The template of the loaded model, read once."""
+    def _template(self, adapter: str) -> prompts.Template:
+        """The template of an adapter, else of the model; each is read once."""
         model = self._frontend.model
-        if self._bound is None or self._bound[0] is not model:
-            self._bound = (model, self._read_template(model))
-        return self._bound[1]
+        stored = self._frontend.template_of(adapter)
+        stored = stored or model.get("metadata", {}).get("arriero.template", "")
+        key = stored or model.get("chat_template") or ""
+        if key not in self._templates:
+            self._templates[key] = self._read_template(model, stored)
+        return self._templates[key]
 
-    def _read_template(self, model: Mapping[str, Any]) -> prompts.Template:
-        stored = model.get("metadata", {}).get("arriero.template")
+    def _read_template(self, model: Mapping[str, Any], stored: str) -> prompts.Template:
         if stored:
             return prompts.Template.from_json(stored)
         jinja = model.get("chat_template")

@@ -1,7 +1,8 @@
 """Which slot a request runs in, and which tokens need not be evaluated again.
 
-Responsibility: what lies in each slot's KV cache, who uses it, and where a new
-prompt goes. Does not know llama.cpp, requests or sampling.
+Responsibility: what lies in each slot's KV cache, with which adapter it was
+computed, who uses it, and where a new prompt goes. Does not know llama.cpp, requests
+or sampling.
 
 A slot is a sequence of the context. What a finished request leaves behind stays
 until the slot is needed, so that a prompt with the same beginning starts there.
@@ -63,6 +64,7 @@ class Slots:
         self._lengths = [0] * count
         self._busy = [False] * count
         self._used = [0] * count
+        self._keys = [0] * count
         self._clock = 0
 
     def __len__(self) -> int:
@@ -84,16 +86,21 @@ class Slots:
         view: _Ids = self._ids[slot, : self._lengths[slot]]
         return view
 
-    def place(self, prompt: Sequence[int]) -> Placement | None:
+    def place(self, prompt: Sequence[int], key: int = 0) -> Placement | None:
         """A free slot for a prompt, taken from now on; None when all are in use.
 
-        The prompt's last token is always evaluated: its logits are needed.
+        Nothing is reused of what was computed with another adapter. The prompt's last
+        token is always evaluated: its logits are needed.
+
+        Args:
+            prompt: token ids.
+            key: of its adapter.
         """
         candidates = self._candidates()
         if not candidates:
             return None
         wanted = np.asarray(prompt[:-1], np.int32)
-        own = {slot: self._shared(slot, wanted) for slot in candidates}
+        own = {slot: self._shared(slot, wanted, key) for slot in candidates}
         # The one that helps most; of equals the one that was not used for longest.
         slot = max(candidates, key=lambda i: (own[i], -self._used[i]))
         if own[slot] < MIN_COPY:
@@ -101,12 +108,15 @@ class Slots:
             slot = min(candidates, key=lambda i: self._used[i])
         source, reused = slot, own[slot]
         for other in range(len(self)):
-            if other not in own and (found := self._shared(other, wanted)) >= reused + MIN_COPY:
+            if other in own:
+                continue
+            if (found := self._shared(other, wanted, key)) >= reused + MIN_COPY:
                 source, reused = other, found
         if source != slot:
             self._ids[slot, :reused] = self._ids[source, :reused]
         self._lengths[slot] = reused
         self._busy[slot] = True
+        self._keys[slot] = key
         self._touch(slot)
         return Placement(slot, source, reused)
 
@@ -142,6 +152,7 @@ class Slots:
         self._lengths[target] = length
         self._busy[target], self._busy[source] = True, False
         self._used[target] = self._used[source]
+        self._keys[target] = self._keys[source]
         return Move(source, target)
 
     def _candidates(self) -> list[int]:
@@ -152,7 +163,9 @@ class Slots:
         inside = [i for i in range(used[0], used[-1]) if not self._busy[i]]
         return inside or [i for i in (used[0] - 1, used[-1] + 1) if 0 <= i < len(self)]
 
-    def _shared(self, slot: int, wanted: _Ids) -> int:
+    def _shared(self, slot: int, wanted: _Ids, key: int) -> int:
+        if self._keys[slot] != key:
+            return 0
         count = min(self._lengths[slot], len(wanted))
         differs = np.flatnonzero(self._ids[slot, :count] != wanted[:count])
         return int(differs[0]) if len(differs) else count

@@ -7,7 +7,7 @@ that raise `ArrieroError`. Does not know runs.
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -219,13 +219,19 @@ class Rooms:
         self._channels.clear()
 
 
-class Scorer(Protocol):
-    """Compares a live replica with golden logits; raises `ArrieroError`."""
+class Caller(Protocol):
+    """Asks live replicas; raises `ArrieroError`."""
 
     async def score(
         self, address: str, golden: str, *, timeout: float
     ) -> inference_pb2.ScoreResponse:
         """KL divergence and top-1 agreement of the replica at `address`."""
+        ...
+
+    async def equip(
+        self, address: str, adapters: Sequence[inference_pb2.AdapterSpec], *, timeout: float
+    ) -> None:
+        """Let the replica at `address` have these adapters, by digest, and no others."""
         ...
 
 
@@ -238,7 +244,7 @@ class Replicas:
     async def score(
         self, address: str, golden: str, *, timeout: float
     ) -> inference_pb2.ScoreResponse:
-        """See `Scorer`."""
+        """See `Caller`."""
         async with connect(address, self._settings) as channel:
             stub = inference_pb2_grpc.InferenceServiceStub(channel)
             with _asking("inference"):
@@ -246,3 +252,25 @@ class Replicas:
                     inference_pb2.ScoreRequest(golden=golden), timeout=timeout
                 )
         return answer
+
+    async def equip(
+        self, address: str, adapters: Sequence[inference_pb2.AdapterSpec], *, timeout: float
+    ) -> None:
+        """See `Caller`."""
+        wanted = {item.name: item for item in adapters}
+        async with connect(address, self._settings) as channel:
+            stub = inference_pb2_grpc.InferenceServiceStub(channel)
+            with _asking("inference"):
+                listed = await stub.ListAdapters(
+                    inference_pb2.ListAdaptersRequest(), timeout=timeout
+                )
+                there = {item.name: item for item in listed.adapters}
+                for name in [n for n, item in there.items() if wanted.get(n) != item]:
+                    await stub.UnloadAdapter(
+                        inference_pb2.UnloadAdapterRequest(name=name, allow_missing=True),
+                        timeout=timeout,
+                    )
+                for item in [i for n, i in wanted.items() if there.get(n) != i]:
+                    await stub.LoadAdapter(
+                        inference_pb2.LoadAdapterRequest(adapter=item), timeout=timeout
+                    )

@@ -6,13 +6,17 @@ there, of the right kind and not quarantined. Does not know endpoints.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from arriero import refs
 from arriero.errors import FailedPrecondition, InvalidArgument
 from arriero.gates import check_modes, remedy
+from arriero.llama.adapter_files import adapter_path
 from arriero.operations.defaults import with_defaults
-from arriero.replica import ReplicaSettings
+from arriero.replica import AdapterSettings, ReplicaSettings
 from arriero.store import Artifact, Store
-from arriero.v1 import pipeline_pb2
+from arriero.v1 import inference_pb2, pipeline_pb2
 
 MAX_REPLICAS = 256
 
@@ -46,6 +50,23 @@ def check_replicas(count: int) -> None:
         raise InvalidArgument.field("replicas", f"{count} is not between 0 and {MAX_REPLICAS}")
 
 
+def _check_base(name: str, adapter: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+    """What their specs say of where both come from; the replica looks into the files."""
+    theirs, ours = adapter.get("model"), model.get("model")
+    if theirs and ours and theirs != ours:
+        raise FailedPrecondition(
+            f"adapter {name} belongs to {theirs}, and the model was made from {ours}; serve it on "
+            "its own base, or merge it",
+            reason="OTHER_BASE",
+        )
+    if both := set(adapter.get("adapters", ())).intersection(model.get("adapters", ())):
+        raise FailedPrecondition(
+            f"adapter {name} ({', '.join(sorted(both))}) is merged into the model already; serve "
+            "a file that was made without it",
+            reason="MERGED_ALREADY",
+        )
+
+
 class Deployments:
     """Deployments of the artifacts of one store."""
 
@@ -67,7 +88,40 @@ class Deployments:
         resolved = with_defaults(spec)
         resolved.model = model.digest
         resolved.golden = golden
+        for index, spec_of in enumerate(resolved.adapters):
+            spec_of.CopyFrom(self.resolve_adapter(spec_of, model, f"adapters[{index}]"))
+        ReplicaSettings.of_spec(resolved)
         return resolved
+
+    def resolve_adapter(
+        self, spec: inference_pb2.AdapterSpec, model: Artifact, field: str
+    ) -> inference_pb2.AdapterSpec:
+        """An adapter by digest and name, if it may be served beside a model. Blocks.
+
+        Args:
+            spec: as asked for.
+            model: the gguf artifact.
+            field: of the adapter, for errors.
+
+        Raises:
+            InvalidArgument, NotFound: no such adapter.
+            FailedPrecondition: it is quarantined, no GGUF adapter, or another model's.
+        """
+        adapter = self._artifact(spec.adapter, "adapter", f"{field}.adapter")
+        resolved = with_defaults(spec)
+        resolved.adapter = adapter.digest
+        resolved.name = spec.name or adapter.manifest.name
+        AdapterSettings(resolved.name, resolved.adapter, resolved.scale).check(field)
+        try:
+            adapter_path(adapter.path, resolved.name)
+            _check_base(resolved.name, adapter.manifest.spec, model.manifest.spec)
+        except FailedPrecondition as error:
+            raise error.at(f"{field}.adapter") from None
+        return resolved
+
+    def model(self, digest: str) -> Artifact:
+        """The gguf artifact of a digest. Blocks."""
+        return self._artifact(digest, "gguf", "model")
 
     def _artifact(self, ref: str, kind: str, field: str) -> Artifact:
         if not ref:

@@ -9,6 +9,7 @@ their names.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 from collections.abc import Iterable, Sequence
@@ -33,15 +34,16 @@ from arriero.operations.defaults import with_defaults
 from arriero.operations.job import gate_modes
 from arriero.operations.views import gate_message
 from arriero.orchestrator import smoke
-from arriero.orchestrator.clients import Scorer
+from arriero.orchestrator.adapters import AdapterSets, with_adapter, without_adapter
+from arriero.orchestrator.clients import Caller
 from arriero.orchestrator.deployments import Deployments, check_replicas, check_spec
 from arriero.orchestrator.platform import Desired, Observed, ObservedReplica, Platform
 from arriero.orchestrator.records import EndpointRecord, Records
 from arriero.orchestrator.replicas import endpoint_figures, endpoint_message, shortage
 from arriero.replica import ReplicaSettings
 from arriero.store import Store
+from arriero.v1 import inference_pb2, pipeline_pb2, types_pb2
 from arriero.v1 import orchestrator_pb2 as pb
-from arriero.v1 import pipeline_pb2, types_pb2
 
 _SCORE_SECONDS = 300.0
 _SCORE_TRIES = 3
@@ -55,12 +57,13 @@ _log = logging.getLogger(__name__)
 class Endpoints:
     """The endpoints of one orchestrator; used from its event loop alone."""
 
-    def __init__(self, records: Records, store: Store, platform: Platform, scorer: Scorer) -> None:
+    def __init__(self, records: Records, store: Store, platform: Platform, caller: Caller) -> None:
         self._records = records
         self._store = store
         self._platform = platform
-        self._scorer = scorer
+        self._caller = caller
         self._deployments = Deployments(store)
+        self._sets = AdapterSets(platform, caller)
         self._known: dict[str, EndpointRecord] = {}
         self._rollouts: dict[str, asyncio.Task[None]] = {}
         # (endpoint, replica): asked for its score since it became ready.
@@ -209,6 +212,36 @@ class Endpoints:
         self._want(record)
         return self._seen(record)
 
+    async def add_adapter(self, name: str, adapter: inference_pb2.AdapterSpec) -> pb.Endpoint:
+        """Let every replica have one more adapter, while it serves.
+
+        Raises:
+            NotFound: no such endpoint or adapter.
+            AlreadyExists: the name is another adapter's.
+            InvalidArgument, FailedPrecondition: it cannot be served, or a roll-out is on.
+        """
+        record = self._settled(name)
+        spec = record.endpoint.spec
+        resolved = await asyncio.to_thread(
+            lambda: self._deployments.resolve_adapter(
+                adapter, self._deployments.model(spec.model), "adapter"
+            )
+        )
+        return await self._change_adapters(record, with_adapter(spec, resolved))
+
+    async def remove_adapter(
+        self, name: str, adapter: str, *, allow_missing: bool = False
+    ) -> pb.Endpoint:
+        """Take an adapter away from every replica.
+
+        Raises:
+            NotFound: no such endpoint, or (unless `allow_missing`) adapter.
+            FailedPrecondition: a roll-out is on.
+        """
+        record = self._settled(name)
+        kept = without_adapter(record.endpoint.spec, adapter, allow_missing=allow_missing)
+        return await self._change_adapters(record, kept)
+
     def delete(self, name: str, *, allow_missing: bool = False) -> None:
         """Drain and remove.
 
@@ -224,6 +257,39 @@ class Endpoints:
         self._records.delete_endpoint(name)
         del self._known[name]
         self._store.unpin("endpoints", name)
+
+    # Adapters
+
+    def _settled(self, name: str) -> EndpointRecord:
+        record = self._record(name)
+        if not record.settled:
+            raise FailedPrecondition(
+                f"endpoint {name} is being rolled out; change its adapters when that is done"
+            )
+        return record
+
+    async def _change_adapters(
+        self, record: EndpointRecord, adapters: Sequence[inference_pb2.AdapterSpec]
+    ) -> pb.Endpoint:
+        """Those that serve first: what one of them refuses is not recorded."""
+        endpoint = record.endpoint
+        try:
+            await self._sets.give(record, adapters)
+        except Unavailable:
+            pass  # whoever comes back is given them then
+        except ArrieroError:
+            with contextlib.suppress(ArrieroError):
+                await self._sets.give(record, endpoint.spec.adapters)
+            raise
+        if self._known.get(endpoint.name) is not record or not record.settled:
+            raise Aborted(f"endpoint {endpoint.name} was changed by somebody else meanwhile")
+        del endpoint.spec.adapters[:]
+        endpoint.spec.adapters.extend(adapters)
+        endpoint.update_time.GetCurrentTime()
+        self._sets.forget(endpoint.name)
+        self._save(record)
+        self._want(record)
+        return self._seen(record)
 
     # Roll-outs
 
@@ -324,14 +390,17 @@ class Endpoints:
 
     async def _judged(self, record: EndpointRecord) -> GateResult:
         """The gate's result; replicas that die while they are asked are waited for again."""
-        for _ in range(_SCORE_TRIES - 1):
+        for attempt in range(1, _SCORE_TRIES + 1):
             observed = await self._ready(record)
             try:
+                await self._sets.give(record, record.endpoint.spec.adapters)
                 return await self._prove(record, observed)
             except Unavailable as error:
+                if attempt == _SCORE_TRIES:
+                    raise
                 _log.warning("endpoint %s: %s", record.endpoint.name, error.message)
                 await asyncio.sleep(1)
-        return await self._prove(record, await self._ready(record))
+        raise AssertionError("unreachable")
 
     def _restore(
         self, record: EndpointRecord, error: str, gates: list[GateResult] | None = None
@@ -340,6 +409,7 @@ class Endpoints:
         record.endpoint.CopyFrom(record.previous)
         for gate in gates or ():
             record.endpoint.gates.append(gate_message(gate))
+        self._sets.forget(record.endpoint.name)
         record.settled = record.restored = True
         record.previous = None
         record.error = error
@@ -397,15 +467,20 @@ class Endpoints:
     # Scores
 
     async def _measure(self) -> None:
-        """Compare replicas that become ready later: after a scale-up, or a restart."""
+        """Look after replicas that become ready later: after a scale-up, or a restart.
+
+        They are compared with the golden logits, and get adapters that they were started
+        without.
+        """
         while True:
             await asyncio.sleep(_MEASURE_SECONDS)
             for record in [*self._known.values()]:
-                if not (record.settled and record.endpoint.spec.golden):
+                if not record.settled:
                     continue
                 name, new = record.endpoint.name, list[ObservedReplica]()
                 try:
-                    if new := self._unmeasured(record):
+                    await self._sets.give_new(record)
+                    if record.endpoint.spec.golden and (new := self._unmeasured(record)):
                         await self._score(record, new)
                 except Unavailable:
                     continue  # it went away again; the next look tells
@@ -441,7 +516,7 @@ class Endpoints:
         spec = record.endpoint.spec
 
         async def ask(replica: str, address: str) -> smoke.Score:
-            answer = await self._scorer.score(address, spec.golden, timeout=_SCORE_SECONDS)
+            answer = await self._caller.score(address, spec.golden, timeout=_SCORE_SECONDS)
             return smoke.Score(
                 replica,
                 answer.kl_divergence,
@@ -476,9 +551,10 @@ class Endpoints:
         return record
 
     def _save(self, record: EndpointRecord) -> None:
-        held = [record.endpoint.spec.model, record.endpoint.spec.golden]
-        if record.previous is not None:
-            held += [record.previous.spec.model, record.previous.spec.golden]
+        held: list[str] = []
+        for endpoint in filter(None, (record.endpoint, record.previous)):
+            spec = endpoint.spec
+            held += [spec.model, spec.golden, *(item.adapter for item in spec.adapters)]
         name = record.endpoint.name
         self._store.pin("endpoints", name, [d for d in dict.fromkeys(held) if d])
         self._records.save_endpoint(record)

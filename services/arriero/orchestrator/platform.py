@@ -46,7 +46,8 @@ class Desired:
     def environment(self) -> dict[str, str]:
         """All that a replica is told about itself; where it listens is the platform's.
 
-        Replicas whose environment differs from this one are to be replaced.
+        Replicas whose environment differs from this one are to be replaced, unless
+        `ADAPTERS_VARIABLE` alone differs: those are told while they run.
         """
         return {
             "ARRIERO_MODEL": self.digest,

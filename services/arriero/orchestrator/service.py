@@ -148,6 +148,22 @@ class EndpointServicer(orchestrator_pb2_grpc.EndpointServiceServicer):
             endpoint=self._endpoints.scale(request.name, request.replicas)
         )
 
+    async def AddEndpointAdapter(
+        self, request: pb.AddEndpointAdapterRequest, _: _Context
+    ) -> pb.AddEndpointAdapterResponse:
+        """One more adapter."""
+        endpoint = await self._endpoints.add_adapter(request.name, request.adapter)
+        return pb.AddEndpointAdapterResponse(endpoint=endpoint)
+
+    async def RemoveEndpointAdapter(
+        self, request: pb.RemoveEndpointAdapterRequest, _: _Context
+    ) -> pb.RemoveEndpointAdapterResponse:
+        """One adapter less."""
+        endpoint = await self._endpoints.remove_adapter(
+            request.name, request.adapter, allow_missing=request.allow_missing
+        )
+        return pb.RemoveEndpointAdapterResponse(endpoint=endpoint)
+
     async def DeleteEndpoint(
         self, request: pb.DeleteEndpointRequest, _: _Context
     ) -> pb.DeleteEndpointResponse:

@@ -17,7 +17,7 @@ WORK_KINDS = (
         name="quantize",
         job_module=_JOB_MODULE,
         spec_type=pb.QuantizeSpec,
-        semantics=2,
+        semantics=3,
         resolve=resolve_quantize,
         check=check_quantize,
     ),

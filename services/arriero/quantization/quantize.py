@@ -151,7 +151,10 @@ def _adapter_alone(job: Job) -> list[Output]:
             log=job.log,
             check=job.check_preempted,
         )
-        insert_metadata(path, {SOURCE_KEY: base.digest, ADAPTERS_KEY: source.digest})
+        metadata = {SOURCE_KEY: base.digest, ADAPTERS_KEY: source.digest}
+        if template := Template.read(source.path):
+            metadata[TEMPLATE_KEY] = template.to_json()
+        insert_metadata(path, metadata)
         outputs.append(
             Output(
                 name=kind,

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from arriero.errors import ResourceExhausted, Unavailable
+from arriero.errors import NotFound, ResourceExhausted, Unavailable
 from arriero.v1 import inference_pb2, inference_pb2_grpc
 
 __all__ = ["WORDS", "FakeInference"]
@@ -30,6 +30,7 @@ class FakeInference(inference_pb2_grpc.InferenceServiceServicer):
         breaks_after: answer UNAVAILABLE after that many messages.
         hold: set it (to an unset event) to wait before the second message.
         cancelled: how many streams ended early.
+        adapters: loaded, by name.
     """
 
     def __init__(self, words: Sequence[str] = WORDS) -> None:
@@ -40,6 +41,7 @@ class FakeInference(inference_pb2_grpc.InferenceServiceServicer):
         self.breaks_after: int | None = None
         self.hold: asyncio.Event | None = None
         self.cancelled = 0
+        self.adapters: dict[str, inference_pb2.AdapterSpec] = {}
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: Any
@@ -57,6 +59,30 @@ class FakeInference(inference_pb2_grpc.InferenceServiceServicer):
                 fields["finish_reason"] = inference_pb2.FINISH_REASON_TOOL_CALLS
                 fields["tool_calls"] = self.calls
             yield inference_pb2.ChatResponse(**fields)
+
+    async def LoadAdapter(
+        self, request: inference_pb2.LoadAdapterRequest, context: Any
+    ) -> inference_pb2.LoadAdapterResponse:
+        """Takes any."""
+        self._note(request)
+        self.adapters[request.adapter.name] = request.adapter
+        return inference_pb2.LoadAdapterResponse()
+
+    async def UnloadAdapter(
+        self, request: inference_pb2.UnloadAdapterRequest, context: Any
+    ) -> inference_pb2.UnloadAdapterResponse:
+        """By name."""
+        self._note(request)
+        if self.adapters.pop(request.name, None) is None and not request.allow_missing:
+            raise NotFound(f"no adapter named {request.name!r} is loaded")
+        return inference_pb2.UnloadAdapterResponse()
+
+    async def ListAdapters(
+        self, request: inference_pb2.ListAdaptersRequest, context: Any
+    ) -> inference_pb2.ListAdaptersResponse:
+        """Those that were loaded."""
+        self._note(request)
+        return inference_pb2.ListAdaptersResponse(adapters=self.adapters.values())
 
     async def Score(
         self, request: inference_pb2.ScoreRequest, context: Any

@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from arriero.errors import FailedPrecondition
 from arriero.rpc import Server
 from arriero.settings import ServerSettings
 from arriero.store import write_atomic
@@ -34,6 +35,8 @@ class FakeSupervisor:
         broken: digests whose replicas fail to start.
         stuck: digests whose replicas never become ready.
         scored: goldens that were asked for.
+        refused: adapters, by digest, that replicas refuse.
+        adapters: that the replicas have, by name.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -42,6 +45,8 @@ class FakeSupervisor:
         self.broken: set[str] = set()
         self.stuck: set[str] = set()
         self.scored: list[str] = []
+        self.refused: set[str] = set()
+        self.adapters: dict[str, inference_pb2.AdapterSpec] = {}
         self._server = Server(ServerSettings(), name="replica")
         self._server.add(
             _Replica(self),  # type: ignore[abstract]  # `Score` is all that is asked of it
@@ -116,3 +121,16 @@ class _Replica(inference_pb2_grpc.InferenceServiceServicer):
 
     async def Score(self, request: Any, _: Any) -> inference_pb2.ScoreResponse:
         return self._supervisor.answer(request.golden)
+
+    async def LoadAdapter(self, request: Any, _: Any) -> inference_pb2.LoadAdapterResponse:
+        if request.adapter.adapter in self._supervisor.refused:
+            raise FailedPrecondition(f"adapter {request.adapter.name} does not fit this model")
+        self._supervisor.adapters[request.adapter.name] = request.adapter
+        return inference_pb2.LoadAdapterResponse()
+
+    async def UnloadAdapter(self, request: Any, _: Any) -> inference_pb2.UnloadAdapterResponse:
+        self._supervisor.adapters.pop(request.name, None)
+        return inference_pb2.UnloadAdapterResponse()
+
+    async def ListAdapters(self, _request: Any, _: Any) -> inference_pb2.ListAdaptersResponse:
+        return inference_pb2.ListAdaptersResponse(adapters=self._supervisor.adapters.values())

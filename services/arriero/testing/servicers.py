@@ -336,6 +336,26 @@ class FakeEndpoints(stubs.EndpointServiceServicer):
         self._get(request.spec.endpoint)
         return pb.UpdateEndpointResponse(endpoint=self.serve(request.spec))
 
+    async def AddEndpointAdapter(
+        self, request: pb.AddEndpointAdapterRequest, context: Any
+    ) -> pb.AddEndpointAdapterResponse:
+        """Takes any."""
+        endpoint = self._get(request.name)
+        endpoint.spec.adapters.append(request.adapter)
+        return pb.AddEndpointAdapterResponse(endpoint=endpoint)
+
+    async def RemoveEndpointAdapter(
+        self, request: pb.RemoveEndpointAdapterRequest, context: Any
+    ) -> pb.RemoveEndpointAdapterResponse:
+        """By name."""
+        endpoint = self._get(request.name)
+        kept = [item for item in endpoint.spec.adapters if item.name != request.adapter]
+        if len(kept) == len(endpoint.spec.adapters) and not request.allow_missing:
+            raise NotFound(f"endpoint {request.name!r} has no adapter {request.adapter!r}")
+        del endpoint.spec.adapters[:]
+        endpoint.spec.adapters.extend(kept)
+        return pb.RemoveEndpointAdapterResponse(endpoint=endpoint)
+
     async def GetEndpoint(
         self, request: pb.GetEndpointRequest, context: Any
     ) -> pb.GetEndpointResponse:

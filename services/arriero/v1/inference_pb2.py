@@ -26,7 +26,7 @@ from arriero.v1 import types_pb2 as arriero_dot_v1_dot_types__pb2
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x61rriero/v1/inference.proto\x12\narriero.v1\x1a\x16\x61rriero/v1/types.proto\x1a\x1cgoogle/protobuf/struct.proto\"\xd5\n\n\x0eSamplingParams\x12!\n\x0btemperature\x18\x01 \x01(\x01\x42\x07\xd2\xe4\x1d\x03\x30.8H\x00\x88\x01\x01\x12\x1a\n\x05top_k\x18\x02 \x01(\x05\x42\x06\xd2\xe4\x1d\x02\x34\x30H\x01\x88\x01\x01\x12\x1c\n\x05top_p\x18\x03 \x01(\x01\x42\x08\xd2\xe4\x1d\x04\x30.95H\x02\x88\x01\x01\x12\x1c\n\x05min_p\x18\x04 \x01(\x01\x42\x08\xd2\xe4\x1d\x04\x30.05H\x03\x88\x01\x01\x12$\n\x0erepeat_penalty\x18\x05 \x01(\x01\x42\x07\xd2\xe4\x1d\x03\x31.0H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\rH\x05\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x07 \x01(\x05H\x06\x88\x01\x01\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x1f\n\ttypical_p\x18\t \x01(\x01\x42\x07\xd2\xe4\x1d\x03\x31.0H\x07\x88\x01\x01\x12$\n\x10presence_penalty\x18\n \x01(\x01\x42\x05\xd2\xe4\x1d\x01\x30H\x08\x88\x01\x01\x12%\n\x11\x66requency_penalty\x18\x0b \x01(\x01\x42\x05\xd2\xe4\x1d\x01\x30H\t\x88\x01\x01\x12\"\n\rrepeat_last_n\x18\x0c \x01(\x05\x42\x06\xd2\xe4\x1d\x02\x36\x34H\n\x88\x01\x01\x12\x1c\n\x08mirostat\x18\r \x01(\x05\x42\x05\xd2\xe4\x1d\x01\x30H\x0b\x88\x01\x01\x12\"\n\x0cmirostat_tau\x18\x0e \x01(\x01\x42\x07\xd2\xe4\x1d\x03\x35.0H\x0c\x88\x01\x01\x12\"\n\x0cmirostat_eta\x18\x0f \x01(\x01\x42\x07\xd2\xe4\x1d\x03\x30.1H\r\x88\x01\x01\x12#\n\x0fxtc_probability\x18\x10 \x01(\x01\x42\x05\xd2\xe4\x1d\x01\x30H\x0e\x88\x01\x01\x12#\n\rxtc_threshold\x18\x11 \x01(\x01\x42\x07\xd2\xe4\x1d\x03\x30.1H\x0f\x88\x01\x01\x12\"\n\x0e\x64ry_multiplier\x18\x12 \x01(\x01\x42\x05\xd2\xe4\x1d\x01\x30H\x10\x88\x01\x01\x12\x1f\n\x08\x64ry_base\x18\x13 \x01(\x01\x42\x08\xd2\xe4\x1d\x04\x31.75H\x11\x88\x01\x01\x12&\n\x12\x64ry_allowed_length\x18\x14 \x01(\x05\x42\x05\xd2\xe4\x1d\x01\x32H\x12\x88\x01\x01\x12\'\n\x12\x64ry_penalty_last_n\x18\x15 \x01(\x05\x42\x06\xd2\xe4\x1d\x02-1H\x13\x88\x01\x01\x12\x1d\n\x15\x64ry_sequence_breakers\x18\x16 \x03(\t\x12=\n\nlogit_bias\x18\x17 \x03(\x0b\x32).arriero.v1.SamplingParams.LogitBiasEntry\x12\"\n\nignore_eos\x18\x18 \x01(\x08\x42\t\xd2\xe4\x1d\x05\x66\x61lseH\x14\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x19 \x03(\x05\x12\x15\n\x08logprobs\x18\x1a \x01(\x05H\x15\x88\x01\x01\x12\x14\n\x07grammar\x18\x1b \x01(\tH\x16\x88\x01\x01\x12\x18\n\x0bjson_schema\x18\x1c \x01(\tH\x17\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x11\n\x0f_repeat_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\x0c\n\n_typical_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x10\n\x0e_repeat_last_nB\x0b\n\t_mirostatB\x0f\n\r_mirostat_tauB\x0f\n\r_mirostat_etaB\x12\n\x10_xtc_probabilityB\x10\n\x0e_xtc_thresholdB\x11\n\x0f_dry_multiplierB\x0b\n\t_dry_baseB\x15\n\x13_dry_allowed_lengthB\x15\n\x13_dry_penalty_last_nB\r\n\x0b_ignore_eosB\x0b\n\t_logprobsB\n\n\x08_grammarB\x0e\n\x0c_json_schema\"d\n\x0cTokenLogprob\x12\r\n\x05token\x18\x01 \x01(\x05\x12\r\n\x05piece\x18\x02 \x01(\x0c\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\x12%\n\x03top\x18\x04 \x03(\x0b\x32\x18.arriero.v1.TokenLogprob\"O\n\x0fGenerateRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12,\n\x08sampling\x18\x02 \x01(\x0b\x32\x1a.arriero.v1.SamplingParams\"\x84\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x16\n\x0eprompt_seconds\x18\x03 \x01(\x01\x12\x1a\n\x12\x63ompletion_seconds\x18\x04 \x01(\x01\x12\x15\n\rcached_tokens\x18\x05 \x01(\x05\"\xa0\x01\n\x10GenerateResponse\x12\r\n\x05\x64\x65lta\x18\x01 \x01(\t\x12/\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x18.arriero.v1.FinishReason\x12 \n\x05usage\x18\x03 \x01(\x0b\x32\x11.arriero.v1.Usage\x12*\n\x08logprobs\x18\x04 \x03(\x0b\x32\x18.arriero.v1.TokenLogprob\"t\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x17\n\ntool_calls\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x14\n\x0ctool_call_id\x18\x04 \x01(\t\x12\x0c\n\x04name\x18\x05 \x01(\tB\r\n\x0b_tool_calls\"\x80\x01\n\x0b\x43hatRequest\x12%\n\x08messages\x18\x01 \x03(\x0b\x32\x13.arriero.v1.Message\x12,\n\x08sampling\x18\x02 \x01(\x0b\x32\x1a.arriero.v1.SamplingParams\x12\x12\n\x05tools\x18\x05 \x01(\tH\x00\x88\x01\x01\x42\x08\n\x06_tools\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"\xc6\x01\n\x0c\x43hatResponse\x12\r\n\x05\x64\x65lta\x18\x01 \x01(\t\x12/\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x18.arriero.v1.FinishReason\x12 \n\x05usage\x18\x03 \x01(\x0b\x32\x11.arriero.v1.Usage\x12*\n\x08logprobs\x18\x04 \x03(\x0b\x32\x18.arriero.v1.TokenLogprob\x12(\n\ntool_calls\x18\x08 \x03(\x0b\x32\x14.arriero.v1.ToolCall\"\x1e\n\x0cScoreRequest\x12\x0e\n\x06golden\x18\x01 \x01(\t\"\x80\x01\n\rScoreResponse\x12\x15\n\rkl_divergence\x18\x01 \x01(\x01\x12\x16\n\x0etop1_agreement\x18\x02 \x01(\x01\x12\x0e\n\x06tokens\x18\x03 \x01(\x05\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x12\x1f\n\x17\x63onfident_disagreements\x18\x05 \x01(\x05\"K\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x13\n\x0b\x61\x64\x64_special\x18\x02 \x01(\x08\x12\x15\n\rparse_special\x18\x03 \x01(\x08\"\"\n\x10TokenizeResponse\x12\x0e\n\x06tokens\x18\x01 \x03(\x05\"\x11\n\x0fGetModelRequest\"\xc3\x01\n\x10GetModelResponse\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x12\n\nquant_type\x18\x03 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x04 \x01(\x05\x12\x12\n\nvocab_size\x18\x05 \x01(\x05\x12\x10\n\x08template\x18\x06 \x01(\t\x12)\n\x08metadata\x18\x07 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x14\n\x0cmemory_bytes\x18\x08 \x01(\x03*}\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1c\n\x18\x46INISH_REASON_TOOL_CALLS\x10\x03\x32\xf3\x02\n\x10InferenceService\x12G\n\x08Generate\x12\x1b.arriero.v1.GenerateRequest\x1a\x1c.arriero.v1.GenerateResponse0\x01\x12;\n\x04\x43hat\x12\x17.arriero.v1.ChatRequest\x1a\x18.arriero.v1.ChatResponse0\x01\x12\x41\n\x05Score\x12\x18.arriero.v1.ScoreRequest\x1a\x19.arriero.v1.ScoreResponse\"\x03\x90\x02\x01\x12J\n\x08Tokenize\x12\x1b.arriero.v1.TokenizeRequest\x1a\x1c.arriero.v1.TokenizeResponse\"\x03\x90\x02\x01\x12J\n\x08GetModel\x12\x1b.arriero.v1.GetModelRequest\x1a\x1c.arriero.v1.GetModelResponse\"\x03\x90\x02\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x61rriero/v1/inference.proto\x12\narriero.v1\x1a\x16\x61rriero/v1/types.proto\x1a\x1cgoogle/protobuf/struct.proto\"\xd5\n\n\x0eSamplingParams\x12!\n\x0btemperature\x18\x01 \x01(\x01\x42\x07\xd2\xe4\x1d\x03\x30.8H\x00\x88\x01\x01\x12\x1a\n\x05top_k\x18\x02 \x01(\x05\x42\x06\xd2\xe4\x1d\x02\x34\x30H\x01\x88\x01\x01\x12\x1c\n\x05top_p\x18\x03 \x01(\x01\x42\x08\xd2\xe4\x1d\x04\x30.95H\x02\x88\x01\x01\x12\x1c\n\x05min_p\x18\x04 \x01(\x01\x42\x08\xd2\xe4\x1d\x04\x30.05H\x03\x88\x01\x01\x12$\n\x0erepeat_penalty\x18\x05 \x01(\x01\x42\x07\xd2\xe4\x1d\x03\x31.0H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\rH\x05\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x07 \x01(\x05H\x06\x88\x01\x01\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x1f\n\ttypical_p\x18\t \x01(\x01\x42\x07\xd2\xe4\x1d\x03\x31.0H\x07\x88\x01\x01\x12$\n\x10presence_penalty\x18\n \x01(\x01\x42\x05\xd2\xe4\x1d\x01\x30H\x08\x88\x01\x01\x12%\n\x11\x66requency_penalty\x18\x0b \x01(\x01\x42\x05\xd2\xe4\x1d\x01\x30H\t\x88\x01\x01\x12\"\n\rrepeat_last_n\x18\x0c \x01(\x05\x42\x06\xd2\xe4\x1d\x02\x36\x34H\n\x88\x01\x01\x12\x1c\n\x08mirostat\x18\r \x01(\x05\x42\x05\xd2\xe4\x1d\x01\x30H\x0b\x88\x01\x01\x12\"\n\x0cmirostat_tau\x18\x0e \x01(\x01\x42\x07\xd2\xe4\x1d\x03\x35.0H\x0c\x88\x01\x01\x12\"\n\x0cmirostat_eta\x18\x0f \x01(\x01\x42\x07\xd2\xe4\x1d\x03\x30.1H\r\x88\x01\x01\x12#\n\x0fxtc_probability\x18\x10 \x01(\x01\x42\x05\xd2\xe4\x1d\x01\x30H\x0e\x88\x01\x01\x12#\n\rxtc_threshold\x18\x11 \x01(\x01\x42\x07\xd2\xe4\x1d\x03\x30.1H\x0f\x88\x01\x01\x12\"\n\x0e\x64ry_multiplier\x18\x12 \x01(\x01\x42\x05\xd2\xe4\x1d\x01\x30H\x10\x88\x01\x01\x12\x1f\n\x08\x64ry_base\x18\x13 \x01(\x01\x42\x08\xd2\xe4\x1d\x04\x31.75H\x11\x88\x01\x01\x12&\n\x12\x64ry_allowed_length\x18\x14 \x01(\x05\x42\x05\xd2\xe4\x1d\x01\x32H\x12\x88\x01\x01\x12\'\n\x12\x64ry_penalty_last_n\x18\x15 \x01(\x05\x42\x06\xd2\xe4\x1d\x02-1H\x13\x88\x01\x01\x12\x1d\n\x15\x64ry_sequence_breakers\x18\x16 \x03(\t\x12=\n\nlogit_bias\x18\x17 \x03(\x0b\x32).arriero.v1.SamplingParams.LogitBiasEntry\x12\"\n\nignore_eos\x18\x18 \x01(\x08\x42\t\xd2\xe4\x1d\x05\x66\x61lseH\x14\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x19 \x03(\x05\x12\x15\n\x08logprobs\x18\x1a \x01(\x05H\x15\x88\x01\x01\x12\x14\n\x07grammar\x18\x1b \x01(\tH\x16\x88\x01\x01\x12\x18\n\x0bjson_schema\x18\x1c \x01(\tH\x17\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x11\n\x0f_repeat_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\x0c\n\n_typical_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x10\n\x0e_repeat_last_nB\x0b\n\t_mirostatB\x0f\n\r_mirostat_tauB\x0f\n\r_mirostat_etaB\x12\n\x10_xtc_probabilityB\x10\n\x0e_xtc_thresholdB\x11\n\x0f_dry_multiplierB\x0b\n\t_dry_baseB\x15\n\x13_dry_allowed_lengthB\x15\n\x13_dry_penalty_last_nB\r\n\x0b_ignore_eosB\x0b\n\t_logprobsB\n\n\x08_grammarB\x0e\n\x0c_json_schema\"d\n\x0cTokenLogprob\x12\r\n\x05token\x18\x01 \x01(\x05\x12\r\n\x05piece\x18\x02 \x01(\x0c\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\x12%\n\x03top\x18\x04 \x03(\x0b\x32\x18.arriero.v1.TokenLogprob\"`\n\x0fGenerateRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12,\n\x08sampling\x18\x02 \x01(\x0b\x32\x1a.arriero.v1.SamplingParams\x12\x0f\n\x07\x61\x64\x61pter\x18\x03 \x01(\t\"\x84\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x16\n\x0eprompt_seconds\x18\x03 \x01(\x01\x12\x1a\n\x12\x63ompletion_seconds\x18\x04 \x01(\x01\x12\x15\n\rcached_tokens\x18\x05 \x01(\x05\"\xa0\x01\n\x10GenerateResponse\x12\r\n\x05\x64\x65lta\x18\x01 \x01(\t\x12/\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x18.arriero.v1.FinishReason\x12 \n\x05usage\x18\x03 \x01(\x0b\x32\x11.arriero.v1.Usage\x12*\n\x08logprobs\x18\x04 \x03(\x0b\x32\x18.arriero.v1.TokenLogprob\"t\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x17\n\ntool_calls\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x14\n\x0ctool_call_id\x18\x04 \x01(\t\x12\x0c\n\x04name\x18\x05 \x01(\tB\r\n\x0b_tool_calls\"\x91\x01\n\x0b\x43hatRequest\x12%\n\x08messages\x18\x01 \x03(\x0b\x32\x13.arriero.v1.Message\x12,\n\x08sampling\x18\x02 \x01(\x0b\x32\x1a.arriero.v1.SamplingParams\x12\x0f\n\x07\x61\x64\x61pter\x18\x03 \x01(\t\x12\x12\n\x05tools\x18\x05 \x01(\tH\x00\x88\x01\x01\x42\x08\n\x06_tools\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"\xc6\x01\n\x0c\x43hatResponse\x12\r\n\x05\x64\x65lta\x18\x01 \x01(\t\x12/\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x18.arriero.v1.FinishReason\x12 \n\x05usage\x18\x03 \x01(\x0b\x32\x11.arriero.v1.Usage\x12*\n\x08logprobs\x18\x04 \x03(\x0b\x32\x18.arriero.v1.TokenLogprob\x12(\n\ntool_calls\x18\x08 \x03(\x0b\x32\x14.arriero.v1.ToolCall\"/\n\x0cScoreRequest\x12\x0e\n\x06golden\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\"\x80\x01\n\rScoreResponse\x12\x15\n\rkl_divergence\x18\x01 \x01(\x01\x12\x16\n\x0etop1_agreement\x18\x02 \x01(\x01\x12\x0e\n\x06tokens\x18\x03 \x01(\x05\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x12\x1f\n\x17\x63onfident_disagreements\x18\x05 \x01(\x05\"K\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x13\n\x0b\x61\x64\x64_special\x18\x02 \x01(\x08\x12\x15\n\rparse_special\x18\x03 \x01(\x08\"\"\n\x10TokenizeResponse\x12\x0e\n\x06tokens\x18\x01 \x03(\x05\"b\n\x0b\x41\x64\x61pterSpec\x12\x1e\n\x07\x61\x64\x61pter\x18\x01 \x01(\tB\r\xca\xe4\x1d\t\n\x07\x61\x64\x61pter\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x1b\n\x05scale\x18\x03 \x01(\x01\x42\x07\xd2\xe4\x1d\x03\x31.0H\x00\x88\x01\x01\x42\x08\n\x06_scale\">\n\x12LoadAdapterRequest\x12(\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x17.arriero.v1.AdapterSpec\"\x15\n\x13LoadAdapterResponse\";\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rallow_missing\x18\x02 \x01(\x08\"\x17\n\x15UnloadAdapterResponse\"\x15\n\x13ListAdaptersRequest\"A\n\x14ListAdaptersResponse\x12)\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x17.arriero.v1.AdapterSpec\"\x11\n\x0fGetModelRequest\"\xc3\x01\n\x10GetModelResponse\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x12\n\nquant_type\x18\x03 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x04 \x01(\x05\x12\x12\n\nvocab_size\x18\x05 \x01(\x05\x12\x10\n\x08template\x18\x06 \x01(\t\x12)\n\x08metadata\x18\x07 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x14\n\x0cmemory_bytes\x18\x08 \x01(\x03*}\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1c\n\x18\x46INISH_REASON_TOOL_CALLS\x10\x03\x32\xf6\x04\n\x10InferenceService\x12G\n\x08Generate\x12\x1b.arriero.v1.GenerateRequest\x1a\x1c.arriero.v1.GenerateResponse0\x01\x12;\n\x04\x43hat\x12\x17.arriero.v1.ChatRequest\x1a\x18.arriero.v1.ChatResponse0\x01\x12\x41\n\x05Score\x12\x18.arriero.v1.ScoreRequest\x1a\x19.arriero.v1.ScoreResponse\"\x03\x90\x02\x01\x12J\n\x08Tokenize\x12\x1b.arriero.v1.TokenizeRequest\x1a\x1c.arriero.v1.TokenizeResponse\"\x03\x90\x02\x01\x12S\n\x0bLoadAdapter\x12\x1e.arriero.v1.LoadAdapterRequest\x1a\x1f.arriero.v1.LoadAdapterResponse\"\x03\x90\x02\x02\x12T\n\rUnloadAdapter\x12 .arriero.v1.UnloadAdapterRequest\x1a!.arriero.v1.UnloadAdapterResponse\x12V\n\x0cListAdapters\x12\x1f.arriero.v1.ListAdaptersRequest\x1a .arriero.v1.ListAdaptersResponse\"\x03\x90\x02\x01\x12J\n\x08GetModel\x12\x1b.arriero.v1.GetModelRequest\x1a\x1c.arriero.v1.GetModelResponse\"\x03\x90\x02\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -73,14 +73,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLINGPARAMS'].fields_by_name['dry_penalty_last_n']._serialized_options = b'\322\344\035\002-1'
   _globals['_SAMPLINGPARAMS'].fields_by_name['ignore_eos']._loaded_options = None
   _globals['_SAMPLINGPARAMS'].fields_by_name['ignore_eos']._serialized_options = b'\322\344\035\005false'
+  _globals['_ADAPTERSPEC'].fields_by_name['adapter']._loaded_options = None
+  _globals['_ADAPTERSPEC'].fields_by_name['adapter']._serialized_options = b'\312\344\035\t\n\007adapter'
+  _globals['_ADAPTERSPEC'].fields_by_name['scale']._loaded_options = None
+  _globals['_ADAPTERSPEC'].fields_by_name['scale']._serialized_options = b'\322\344\035\0031.0'
   _globals['_INFERENCESERVICE'].methods_by_name['Score']._loaded_options = None
   _globals['_INFERENCESERVICE'].methods_by_name['Score']._serialized_options = b'\220\002\001'
   _globals['_INFERENCESERVICE'].methods_by_name['Tokenize']._loaded_options = None
   _globals['_INFERENCESERVICE'].methods_by_name['Tokenize']._serialized_options = b'\220\002\001'
+  _globals['_INFERENCESERVICE'].methods_by_name['LoadAdapter']._loaded_options = None
+  _globals['_INFERENCESERVICE'].methods_by_name['LoadAdapter']._serialized_options = b'\220\002\002'
+  _globals['_INFERENCESERVICE'].methods_by_name['ListAdapters']._loaded_options = None
+  _globals['_INFERENCESERVICE'].methods_by_name['ListAdapters']._serialized_options = b'\220\002\001'
   _globals['_INFERENCESERVICE'].methods_by_name['GetModel']._loaded_options = None
   _globals['_INFERENCESERVICE'].methods_by_name['GetModel']._serialized_options = b'\220\002\001'
-  _globals['_FINISHREASON']._serialized_start=2945
-  _globals['_FINISHREASON']._serialized_end=3070
+  _globals['_FINISHREASON']._serialized_start=3359
+  _globals['_FINISHREASON']._serialized_end=3484
   _globals['_SAMPLINGPARAMS']._serialized_start=97
   _globals['_SAMPLINGPARAMS']._serialized_end=1462
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1031
@@ -88,31 +96,45 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENLOGPROB']._serialized_start=1464
   _globals['_TOKENLOGPROB']._serialized_end=1564
   _globals['_GENERATEREQUEST']._serialized_start=1566
-  _globals['_GENERATEREQUEST']._serialized_end=1645
-  _globals['_USAGE']._serialized_start=1648
-  _globals['_USAGE']._serialized_end=1780
-  _globals['_GENERATERESPONSE']._serialized_start=1783
-  _globals['_GENERATERESPONSE']._serialized_end=1943
-  _globals['_MESSAGE']._serialized_start=1945
-  _globals['_MESSAGE']._serialized_end=2061
-  _globals['_CHATREQUEST']._serialized_start=2064
-  _globals['_CHATREQUEST']._serialized_end=2192
-  _globals['_TOOLCALL']._serialized_start=2194
-  _globals['_TOOLCALL']._serialized_end=2249
-  _globals['_CHATRESPONSE']._serialized_start=2252
-  _globals['_CHATRESPONSE']._serialized_end=2450
-  _globals['_SCOREREQUEST']._serialized_start=2452
-  _globals['_SCOREREQUEST']._serialized_end=2482
-  _globals['_SCORERESPONSE']._serialized_start=2485
-  _globals['_SCORERESPONSE']._serialized_end=2613
-  _globals['_TOKENIZEREQUEST']._serialized_start=2615
-  _globals['_TOKENIZEREQUEST']._serialized_end=2690
-  _globals['_TOKENIZERESPONSE']._serialized_start=2692
-  _globals['_TOKENIZERESPONSE']._serialized_end=2726
-  _globals['_GETMODELREQUEST']._serialized_start=2728
-  _globals['_GETMODELREQUEST']._serialized_end=2745
-  _globals['_GETMODELRESPONSE']._serialized_start=2748
-  _globals['_GETMODELRESPONSE']._serialized_end=2943
-  _globals['_INFERENCESERVICE']._serialized_start=3073
-  _globals['_INFERENCESERVICE']._serialized_end=3444
+  _globals['_GENERATEREQUEST']._serialized_end=1662
+  _globals['_USAGE']._serialized_start=1665
+  _globals['_USAGE']._serialized_end=1797
+  _globals['_GENERATERESPONSE']._serialized_start=1800
+  _globals['_GENERATERESPONSE']._serialized_end=1960
+  _globals['_MESSAGE']._serialized_start=1962
+  _globals['_MESSAGE']._serialized_end=2078
+  _globals['_CHATREQUEST']._serialized_start=2081
+  _globals['_CHATREQUEST']._serialized_end=2226
+  _globals['_TOOLCALL']._serialized_start=2228
+  _globals['_TOOLCALL']._serialized_end=2283
+  _globals['_CHATRESPONSE']._serialized_start=2286
+  _globals['_CHATRESPONSE']._serialized_end=2484
+  _globals['_SCOREREQUEST']._serialized_start=2486
+  _globals['_SCOREREQUEST']._serialized_end=2533
+  _globals['_SCORERESPONSE']._serialized_start=2536
+  _globals['_SCORERESPONSE']._serialized_end=2664
+  _globals['_TOKENIZEREQUEST']._serialized_start=2666
+  _globals['_TOKENIZEREQUEST']._serialized_end=2741
+  _globals['_TOKENIZERESPONSE']._serialized_start=2743
+  _globals['_TOKENIZERESPONSE']._serialized_end=2777
+  _globals['_ADAPTERSPEC']._serialized_start=2779
+  _globals['_ADAPTERSPEC']._serialized_end=2877
+  _globals['_LOADADAPTERREQUEST']._serialized_start=2879
+  _globals['_LOADADAPTERREQUEST']._serialized_end=2941
+  _globals['_LOADADAPTERRESPONSE']._serialized_start=2943
+  _globals['_LOADADAPTERRESPONSE']._serialized_end=2964
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=2966
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=3025
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=3027
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=3050
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=3052
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=3073
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=3075
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=3140
+  _globals['_GETMODELREQUEST']._serialized_start=3142
+  _globals['_GETMODELREQUEST']._serialized_end=3159
+  _globals['_GETMODELRESPONSE']._serialized_start=3162
+  _globals['_GETMODELRESPONSE']._serialized_end=3357
+  _globals['_INFERENCESERVICE']._serialized_start=3487
+  _globals['_INFERENCESERVICE']._serialized_end=4117
 # @@protoc_insertion_point(module_scope)

@@ -55,6 +55,21 @@ class InferenceServiceStub:
                 request_serializer=arriero_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
                 response_deserializer=arriero_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
                 _registered_method=True)
+        self.LoadAdapter = channel.unary_unary(
+                '/arriero.v1.InferenceService/LoadAdapter',
+                request_serializer=arriero_dot_v1_dot_inference__pb2.LoadAdapterRequest.SerializeToString,
+                response_deserializer=arriero_dot_v1_dot_inference__pb2.LoadAdapterResponse.FromString,
+                _registered_method=True)
+        self.UnloadAdapter = channel.unary_unary(
+                '/arriero.v1.InferenceService/UnloadAdapter',
+                request_serializer=arriero_dot_v1_dot_inference__pb2.UnloadAdapterRequest.SerializeToString,
+                response_deserializer=arriero_dot_v1_dot_inference__pb2.UnloadAdapterResponse.FromString,
+                _registered_method=True)
+        self.ListAdapters = channel.unary_unary(
+                '/arriero.v1.InferenceService/ListAdapters',
+                request_serializer=arriero_dot_v1_dot_inference__pb2.ListAdaptersRequest.SerializeToString,
+                response_deserializer=arriero_dot_v1_dot_inference__pb2.ListAdaptersResponse.FromString,
+                _registered_method=True)
         self.GetModel = channel.unary_unary(
                 '/arriero.v1.InferenceService/GetModel',
                 request_serializer=arriero_dot_v1_dot_inference__pb2.GetModelRequest.SerializeToString,
@@ -100,6 +115,30 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadAdapter(self, request, context):
+        """Loads a LoRA adapter beside the model; requests choose it by name. Idempotent
+        for the same artifact and scale, ALREADY_EXISTS for another one of that name.
+        Refuses with FAILED_PRECONDITION what was trained on another model.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadAdapter(self, request, context):
+        """Takes an adapter away; answers that are under way with it are finished.
+        Idempotent with `allow_missing`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAdapters(self, request, context):
+        """What is loaded, by name. Read-only, safe to retry.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetModel(self, request, context):
         """What is served. Read-only, safe to retry.
         """
@@ -129,6 +168,21 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Tokenize,
                     request_deserializer=arriero_dot_v1_dot_inference__pb2.TokenizeRequest.FromString,
                     response_serializer=arriero_dot_v1_dot_inference__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'LoadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadAdapter,
+                    request_deserializer=arriero_dot_v1_dot_inference__pb2.LoadAdapterRequest.FromString,
+                    response_serializer=arriero_dot_v1_dot_inference__pb2.LoadAdapterResponse.SerializeToString,
+            ),
+            'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadAdapter,
+                    request_deserializer=arriero_dot_v1_dot_inference__pb2.UnloadAdapterRequest.FromString,
+                    response_serializer=arriero_dot_v1_dot_inference__pb2.UnloadAdapterResponse.SerializeToString,
+            ),
+            'ListAdapters': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAdapters,
+                    request_deserializer=arriero_dot_v1_dot_inference__pb2.ListAdaptersRequest.FromString,
+                    response_serializer=arriero_dot_v1_dot_inference__pb2.ListAdaptersResponse.SerializeToString,
             ),
             'GetModel': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModel,
@@ -245,6 +299,87 @@ class InferenceService:
             '/arriero.v1.InferenceService/Tokenize',
             arriero_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
             arriero_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/arriero.v1.InferenceService/LoadAdapter',
+            arriero_dot_v1_dot_inference__pb2.LoadAdapterRequest.SerializeToString,
+            arriero_dot_v1_dot_inference__pb2.LoadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/arriero.v1.InferenceService/UnloadAdapter',
+            arriero_dot_v1_dot_inference__pb2.UnloadAdapterRequest.SerializeToString,
+            arriero_dot_v1_dot_inference__pb2.UnloadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/arriero.v1.InferenceService/ListAdapters',
+            arriero_dot_v1_dot_inference__pb2.ListAdaptersRequest.SerializeToString,
+            arriero_dot_v1_dot_inference__pb2.ListAdaptersResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -50,6 +50,17 @@ class InferenceServiceStub:
     """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     """Token ids of a text. Read-only, safe to retry."""
+    LoadAdapter: _grpc.UnaryUnaryMultiCallable[_inference_pb2.LoadAdapterRequest, _inference_pb2.LoadAdapterResponse]
+    """Loads a LoRA adapter beside the model; requests choose it by name. Idempotent
+    for the same artifact and scale, ALREADY_EXISTS for another one of that name.
+    Refuses with FAILED_PRECONDITION what was trained on another model.
+    """
+    UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_inference_pb2.UnloadAdapterRequest, _inference_pb2.UnloadAdapterResponse]
+    """Takes an adapter away; answers that are under way with it are finished.
+    Idempotent with `allow_missing`.
+    """
+    ListAdapters: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListAdaptersRequest, _inference_pb2.ListAdaptersResponse]
+    """What is loaded, by name. Read-only, safe to retry."""
     GetModel: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GetModelRequest, _inference_pb2.GetModelResponse]
     """What is served. Read-only, safe to retry."""
 
@@ -75,6 +86,17 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Token ids of a text. Read-only, safe to retry."""
+    LoadAdapter: _aio.UnaryUnaryMultiCallable[_inference_pb2.LoadAdapterRequest, _inference_pb2.LoadAdapterResponse]  # type: ignore[assignment]
+    """Loads a LoRA adapter beside the model; requests choose it by name. Idempotent
+    for the same artifact and scale, ALREADY_EXISTS for another one of that name.
+    Refuses with FAILED_PRECONDITION what was trained on another model.
+    """
+    UnloadAdapter: _aio.UnaryUnaryMultiCallable[_inference_pb2.UnloadAdapterRequest, _inference_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
+    """Takes an adapter away; answers that are under way with it are finished.
+    Idempotent with `allow_missing`.
+    """
+    ListAdapters: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListAdaptersRequest, _inference_pb2.ListAdaptersResponse]  # type: ignore[assignment]
+    """What is loaded, by name. Read-only, safe to retry."""
     GetModel: _aio.UnaryUnaryMultiCallable[_inference_pb2.GetModelRequest, _inference_pb2.GetModelResponse]  # type: ignore[assignment]
     """What is served. Read-only, safe to retry."""
 
@@ -121,6 +143,35 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.TokenizeResponse, _abc.Awaitable[_inference_pb2.TokenizeResponse]]:
         """Token ids of a text. Read-only, safe to retry."""
+
+    @_abc_1.abstractmethod
+    def LoadAdapter(
+        self,
+        request: _inference_pb2.LoadAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.LoadAdapterResponse, _abc.Awaitable[_inference_pb2.LoadAdapterResponse]]:
+        """Loads a LoRA adapter beside the model; requests choose it by name. Idempotent
+        for the same artifact and scale, ALREADY_EXISTS for another one of that name.
+        Refuses with FAILED_PRECONDITION what was trained on another model.
+        """
+
+    @_abc_1.abstractmethod
+    def UnloadAdapter(
+        self,
+        request: _inference_pb2.UnloadAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.UnloadAdapterResponse, _abc.Awaitable[_inference_pb2.UnloadAdapterResponse]]:
+        """Takes an adapter away; answers that are under way with it are finished.
+        Idempotent with `allow_missing`.
+        """
+
+    @_abc_1.abstractmethod
+    def ListAdapters(
+        self,
+        request: _inference_pb2.ListAdaptersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.ListAdaptersResponse, _abc.Awaitable[_inference_pb2.ListAdaptersResponse]]:
+        """What is loaded, by name. Read-only, safe to retry."""
 
     @_abc_1.abstractmethod
     def GetModel(

@@ -4,6 +4,7 @@ isort:skip_file
 """
 
 from arriero.v1 import dataset_pb2 as _dataset_pb2
+from arriero.v1 import inference_pb2 as _inference_pb2
 from arriero.v1 import pipeline_pb2 as _pipeline_pb2
 from arriero.v1 import types_pb2 as _types_pb2
 from collections import abc as _abc
@@ -926,6 +927,99 @@ class ScaleEndpointResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ScaleEndpointResponse: _TypeAlias = ScaleEndpointResponse  # noqa: Y015
+
+@_typing.final
+class AddEndpointAdapterRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Of the endpoint."""
+    @_builtins.property
+    def adapter(self) -> _inference_pb2.AdapterSpec:
+        """`adapter` may be a reference."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        adapter: _inference_pb2.AdapterSpec | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AddEndpointAdapterRequest: _TypeAlias = AddEndpointAdapterRequest  # noqa: Y015
+
+@_typing.final
+class AddEndpointAdapterResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENDPOINT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def endpoint(self) -> Global___Endpoint: ...
+    def __init__(
+        self,
+        *,
+        endpoint: Global___Endpoint | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AddEndpointAdapterResponse: _TypeAlias = AddEndpointAdapterResponse  # noqa: Y015
+
+@_typing.final
+class RemoveEndpointAdapterRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    ALLOW_MISSING_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Of the endpoint."""
+    adapter: _builtins.str
+    """Of the adapter."""
+    allow_missing: _builtins.bool
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        adapter: _builtins.str = ...,
+        allow_missing: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "allow_missing", b"allow_missing", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveEndpointAdapterRequest: _TypeAlias = RemoveEndpointAdapterRequest  # noqa: Y015
+
+@_typing.final
+class RemoveEndpointAdapterResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENDPOINT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def endpoint(self) -> Global___Endpoint: ...
+    def __init__(
+        self,
+        *,
+        endpoint: Global___Endpoint | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveEndpointAdapterResponse: _TypeAlias = RemoveEndpointAdapterResponse  # noqa: Y015
 
 @_typing.final
 class DeleteEndpointRequest(_message.Message):

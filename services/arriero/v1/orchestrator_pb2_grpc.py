@@ -452,6 +452,16 @@ class EndpointServiceStub:
                 request_serializer=arriero_dot_v1_dot_orchestrator__pb2.ScaleEndpointRequest.SerializeToString,
                 response_deserializer=arriero_dot_v1_dot_orchestrator__pb2.ScaleEndpointResponse.FromString,
                 _registered_method=True)
+        self.AddEndpointAdapter = channel.unary_unary(
+                '/arriero.v1.EndpointService/AddEndpointAdapter',
+                request_serializer=arriero_dot_v1_dot_orchestrator__pb2.AddEndpointAdapterRequest.SerializeToString,
+                response_deserializer=arriero_dot_v1_dot_orchestrator__pb2.AddEndpointAdapterResponse.FromString,
+                _registered_method=True)
+        self.RemoveEndpointAdapter = channel.unary_unary(
+                '/arriero.v1.EndpointService/RemoveEndpointAdapter',
+                request_serializer=arriero_dot_v1_dot_orchestrator__pb2.RemoveEndpointAdapterRequest.SerializeToString,
+                response_deserializer=arriero_dot_v1_dot_orchestrator__pb2.RemoveEndpointAdapterResponse.FromString,
+                _registered_method=True)
         self.DeleteEndpoint = channel.unary_unary(
                 '/arriero.v1.EndpointService/DeleteEndpoint',
                 request_serializer=arriero_dot_v1_dot_orchestrator__pb2.DeleteEndpointRequest.SerializeToString,
@@ -500,6 +510,23 @@ class EndpointServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AddEndpointAdapter(self, request, context):
+        """Loads a LoRA adapter into every replica, also those to come, while they
+        serve. Returns when those that are ready have it. Idempotent for the same
+        artifact and scale, ALREADY_EXISTS for another one of that name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveEndpointAdapter(self, request, context):
+        """Takes an adapter away from every replica; answers that are under way with
+        it are finished. Idempotent with `allow_missing`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteEndpoint(self, request, context):
         """Drains and removes the replicas. Idempotent with `allow_missing`.
         """
@@ -534,6 +561,16 @@ def add_EndpointServiceServicer_to_server(servicer, server):
                     servicer.ScaleEndpoint,
                     request_deserializer=arriero_dot_v1_dot_orchestrator__pb2.ScaleEndpointRequest.FromString,
                     response_serializer=arriero_dot_v1_dot_orchestrator__pb2.ScaleEndpointResponse.SerializeToString,
+            ),
+            'AddEndpointAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.AddEndpointAdapter,
+                    request_deserializer=arriero_dot_v1_dot_orchestrator__pb2.AddEndpointAdapterRequest.FromString,
+                    response_serializer=arriero_dot_v1_dot_orchestrator__pb2.AddEndpointAdapterResponse.SerializeToString,
+            ),
+            'RemoveEndpointAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveEndpointAdapter,
+                    request_deserializer=arriero_dot_v1_dot_orchestrator__pb2.RemoveEndpointAdapterRequest.FromString,
+                    response_serializer=arriero_dot_v1_dot_orchestrator__pb2.RemoveEndpointAdapterResponse.SerializeToString,
             ),
             'DeleteEndpoint': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteEndpoint,
@@ -677,6 +714,60 @@ class EndpointService:
             '/arriero.v1.EndpointService/ScaleEndpoint',
             arriero_dot_v1_dot_orchestrator__pb2.ScaleEndpointRequest.SerializeToString,
             arriero_dot_v1_dot_orchestrator__pb2.ScaleEndpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AddEndpointAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/arriero.v1.EndpointService/AddEndpointAdapter',
+            arriero_dot_v1_dot_orchestrator__pb2.AddEndpointAdapterRequest.SerializeToString,
+            arriero_dot_v1_dot_orchestrator__pb2.AddEndpointAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveEndpointAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/arriero.v1.EndpointService/RemoveEndpointAdapter',
+            arriero_dot_v1_dot_orchestrator__pb2.RemoveEndpointAdapterRequest.SerializeToString,
+            arriero_dot_v1_dot_orchestrator__pb2.RemoveEndpointAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -201,6 +201,15 @@ class EndpointServiceStub:
     """Sets the number of replicas. Idempotent; returns when it is recorded:
     `GetEndpoint` tells when ready equals desired.
     """
+    AddEndpointAdapter: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.AddEndpointAdapterRequest, _orchestrator_pb2.AddEndpointAdapterResponse]
+    """Loads a LoRA adapter into every replica, also those to come, while they
+    serve. Returns when those that are ready have it. Idempotent for the same
+    artifact and scale, ALREADY_EXISTS for another one of that name.
+    """
+    RemoveEndpointAdapter: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.RemoveEndpointAdapterRequest, _orchestrator_pb2.RemoveEndpointAdapterResponse]
+    """Takes an adapter away from every replica; answers that are under way with
+    it are finished. Idempotent with `allow_missing`.
+    """
     DeleteEndpoint: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.DeleteEndpointRequest, _orchestrator_pb2.DeleteEndpointResponse]
     """Drains and removes the replicas. Idempotent with `allow_missing`."""
 
@@ -222,6 +231,15 @@ class EndpointServiceAsyncStub(EndpointServiceStub):
     ScaleEndpoint: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.ScaleEndpointRequest, _orchestrator_pb2.ScaleEndpointResponse]  # type: ignore[assignment]
     """Sets the number of replicas. Idempotent; returns when it is recorded:
     `GetEndpoint` tells when ready equals desired.
+    """
+    AddEndpointAdapter: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.AddEndpointAdapterRequest, _orchestrator_pb2.AddEndpointAdapterResponse]  # type: ignore[assignment]
+    """Loads a LoRA adapter into every replica, also those to come, while they
+    serve. Returns when those that are ready have it. Idempotent for the same
+    artifact and scale, ALREADY_EXISTS for another one of that name.
+    """
+    RemoveEndpointAdapter: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.RemoveEndpointAdapterRequest, _orchestrator_pb2.RemoveEndpointAdapterResponse]  # type: ignore[assignment]
+    """Takes an adapter away from every replica; answers that are under way with
+    it are finished. Idempotent with `allow_missing`.
     """
     DeleteEndpoint: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.DeleteEndpointRequest, _orchestrator_pb2.DeleteEndpointResponse]  # type: ignore[assignment]
     """Drains and removes the replicas. Idempotent with `allow_missing`."""
@@ -271,6 +289,27 @@ class EndpointServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_orchestrator_pb2.ScaleEndpointResponse, _abc.Awaitable[_orchestrator_pb2.ScaleEndpointResponse]]:
         """Sets the number of replicas. Idempotent; returns when it is recorded:
         `GetEndpoint` tells when ready equals desired.
+        """
+
+    @_abc_1.abstractmethod
+    def AddEndpointAdapter(
+        self,
+        request: _orchestrator_pb2.AddEndpointAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_orchestrator_pb2.AddEndpointAdapterResponse, _abc.Awaitable[_orchestrator_pb2.AddEndpointAdapterResponse]]:
+        """Loads a LoRA adapter into every replica, also those to come, while they
+        serve. Returns when those that are ready have it. Idempotent for the same
+        artifact and scale, ALREADY_EXISTS for another one of that name.
+        """
+
+    @_abc_1.abstractmethod
+    def RemoveEndpointAdapter(
+        self,
+        request: _orchestrator_pb2.RemoveEndpointAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_orchestrator_pb2.RemoveEndpointAdapterResponse, _abc.Awaitable[_orchestrator_pb2.RemoveEndpointAdapterResponse]]:
+        """Takes an adapter away from every replica; answers that are under way with
+        it are finished. Idempotent with `allow_missing`.
         """
 
     @_abc_1.abstractmethod

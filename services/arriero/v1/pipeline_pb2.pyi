@@ -4,6 +4,7 @@ isort:skip_file
 What a user writes: a graph of named stages."""
 
 from arriero.v1 import dataset_pb2 as _dataset_pb2
+from arriero.v1 import inference_pb2 as _inference_pb2
 from arriero.v1 import merging_pb2 as _merging_pb2
 from arriero.v1 import quantization_pb2 as _quantization_pb2
 from arriero.v1 import training_pb2 as _training_pb2
@@ -209,6 +210,7 @@ class DeploySpec(_message.Message):
     GATES_FIELD_NUMBER: _builtins.int
     ROPE_FIELD_NUMBER: _builtins.int
     QUEUE_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     endpoint: _builtins.str
     """Endpoint name; made when it does not exist, updated when it does."""
@@ -248,6 +250,10 @@ class DeploySpec(_message.Message):
     def rope(self) -> Global___RopeSpec:
         """Positions beyond the trained context; unset means what the model says."""
 
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[_inference_pb2.AdapterSpec]:
+        """LoRA adapters that every replica has loaded before it is ready."""
+
     def __init__(
         self,
         *,
@@ -268,10 +274,11 @@ class DeploySpec(_message.Message):
         gates: _abc.Mapping[_builtins.str, _types_pb2.GateMode.ValueType] | None = ...,
         rope: Global___RopeSpec | None = ...,
         queue: _builtins.int | None = ...,
+        adapters: _abc.Iterable[_inference_pb2.AdapterSpec] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_cache_type_k", b"_cache_type_k", "_cache_type_v", b"_cache_type_v", "_context", b"_context", "_flash_attention", b"_flash_attention", "_golden", b"_golden", "_gpu_layers", b"_gpu_layers", "_mlock", b"_mlock", "_mmap", b"_mmap", "_queue", b"_queue", "_replicas", b"_replicas", "_slots", b"_slots", "_threads", b"_threads", "_timeout_seconds", b"_timeout_seconds", "cache_type_k", b"cache_type_k", "cache_type_v", b"cache_type_v", "context", b"context", "flash_attention", b"flash_attention", "golden", b"golden", "gpu_layers", b"gpu_layers", "mlock", b"mlock", "mmap", b"mmap", "queue", b"queue", "replicas", b"replicas", "rope", b"rope", "slots", b"slots", "threads", b"threads", "timeout_seconds", b"timeout_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cache_type_k", b"_cache_type_k", "_cache_type_v", b"_cache_type_v", "_context", b"_context", "_flash_attention", b"_flash_attention", "_golden", b"_golden", "_gpu_layers", b"_gpu_layers", "_mlock", b"_mlock", "_mmap", b"_mmap", "_queue", b"_queue", "_replicas", b"_replicas", "_slots", b"_slots", "_threads", b"_threads", "_timeout_seconds", b"_timeout_seconds", "cache_type_k", b"cache_type_k", "cache_type_v", b"cache_type_v", "context", b"context", "endpoint", b"endpoint", "flash_attention", b"flash_attention", "gates", b"gates", "golden", b"golden", "gpu_layers", b"gpu_layers", "mlock", b"mlock", "mmap", b"mmap", "model", b"model", "queue", b"queue", "replicas", b"replicas", "rope", b"rope", "slots", b"slots", "threads", b"threads", "timeout_seconds", b"timeout_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cache_type_k", b"_cache_type_k", "_cache_type_v", b"_cache_type_v", "_context", b"_context", "_flash_attention", b"_flash_attention", "_golden", b"_golden", "_gpu_layers", b"_gpu_layers", "_mlock", b"_mlock", "_mmap", b"_mmap", "_queue", b"_queue", "_replicas", b"_replicas", "_slots", b"_slots", "_threads", b"_threads", "_timeout_seconds", b"_timeout_seconds", "adapters", b"adapters", "cache_type_k", b"cache_type_k", "cache_type_v", b"cache_type_v", "context", b"context", "endpoint", b"endpoint", "flash_attention", b"flash_attention", "gates", b"gates", "golden", b"golden", "gpu_layers", b"gpu_layers", "mlock", b"mlock", "mmap", b"mmap", "model", b"model", "queue", b"queue", "replicas", b"replicas", "rope", b"rope", "slots", b"slots", "threads", b"threads", "timeout_seconds", b"timeout_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cache_type_k: _TypeAlias = _typing.Literal["cache_type_k"]  # noqa: Y015
     _WhichOneofArgType__cache_type_k: _TypeAlias = _typing.Literal["_cache_type_k", b"_cache_type_k"]  # noqa: Y015

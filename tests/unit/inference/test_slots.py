@@ -99,3 +99,36 @@ def test_whatever_comes_and_goes_the_books_tell_the_truth() -> None:
         for slot, ids in running.items():
             assert slots.tokens(slot).tolist() == ids
     assert isinstance(slots.tokens(0), np.ndarray)
+
+
+def test_nothing_is_reused_of_what_another_adapter_computed() -> None:
+    slots = Slots(2, 512)
+    first = slots.place(LONG, key=1)
+    assert first is not None
+    slots.append(first.slot, LONG)
+    other = slots.place(LONG, key=2)
+    assert other is not None
+    assert other.reused == 0
+    slots.release(first.slot)
+    slots.release(other.slot)
+    again = slots.place(LONG, key=1)
+    assert again is not None
+    assert (again.slot, again.reused) == (first.slot, len(LONG) - 1)
+
+
+def test_a_moved_slot_is_still_its_adapters() -> None:
+    slots = Slots(4, 512)
+    for prompt, key in ((LONG[:5], 1), (LONG[:6], 1), (LONG, 2)):
+        placement = slots.place(prompt, key)
+        assert placement is not None
+        slots.append(placement.slot, prompt)
+    used = sorted(i for i in range(4) if len(slots.tokens(i)))
+    holder = next(i for i in used if len(slots.tokens(i)) == len(LONG))
+    middle = next(i for i in used if 0 < i < 3 and i != holder)
+    slots.release(middle)
+    move = slots.compact()
+    target = move.target if move is not None and move.source == holder else holder
+    slots.release(target)
+    again = slots.place(LONG, key=2)
+    assert again is not None
+    assert again.reused == len(LONG) - 1

@@ -1,0 +1,243 @@
+"""One context at work: its slots, the streams in them, and their decode steps.
+
+Responsibility: admit waiting streams to slots, batch their tokens, decode, sample,
+and say what came of it. Does not know commands, the pipe, or other contexts.
+
+A step: for each adapter that is in use one decode, with one row for each slot that
+generates, then prompt chunks up to the batch's room.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from arriero.inference.adapters import Loaded
+from arriero.inference.slots import Slots
+from arriero.inference.stream import Stream
+from arriero.llama import Batch, Context, Model
+from arriero.llama.adapter import set_adapters
+
+
+class Lane:
+    """The streams of one context.
+
+    Args:
+        model: that the context is over.
+        context: its sequences are the slots.
+        pieces: bytes of every token.
+        emit: is given the events of streams.
+
+    Attributes:
+        waiting: streams without a slot, in the order in which they came.
+        prompt_tokens, cached_tokens, made_tokens: since the start, of prompts, of those
+            found in the cache, and made.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        context: Context,
+        pieces: list[bytes],
+        emit: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self._model = model
+        self._pieces = pieces
+        self._emit = emit
+        self._slots = Slots(context.n_seq, context.n_ctx)
+        self._streams: list[Stream | None] = [None] * context.n_seq
+        self._batch = Batch(context.n_batch)
+        # What the context computes with now.
+        self._adapter: Loaded | None = None
+        self.context = context
+        self.waiting: deque[Stream] = deque()
+        self.prompt_tokens = self.cached_tokens = self.made_tokens = 0
+
+    @property
+    def busy(self) -> int:
+        """Slots in use."""
+        return self._slots.busy
+
+    @property
+    def free(self) -> int:
+        """Slots that are not in use."""
+        return len(self._slots) - self._slots.busy
+
+    @property
+    def size(self) -> int:
+        """Tokens of the whole cache."""
+        return len(self._slots) * self.context.n_ctx
+
+    @property
+    def filled(self) -> float:
+        """Tokens of the cache that slots in use fill."""
+        return self._slots.usage * self.size
+
+    def adapters(self) -> set[int]:
+        """Keys of the adapters that streams here need."""
+        return {stream.key for stream in (*self._running(), *self.waiting)}
+
+    def cancel(self, request: int) -> bool:
+        """End a stream without a word; False when it is not here."""
+        for waiting in self.waiting:
+            if waiting.id == request:
+                waiting.sampler.close()
+                self.waiting.remove(waiting)
+                return True
+        for stream in self._running():
+            if stream.id == request:
+                self._free(stream)
+                return True
+        return False
+
+    def admit(self) -> None:
+        """Give free slots to those that wait, and keep the used ones together."""
+        while self.waiting:
+            first = self.waiting[0]
+            placement = self._slots.place(first.prompt, first.key)
+            if placement is None:
+                break
+            stream = self.waiting.popleft()
+            stream.slot, stream.filled = placement.slot, placement.reused
+            self._streams[stream.slot] = stream
+            if placement.source != placement.slot:
+                self._copy(placement.source, placement.slot)
+            if not self.context.remove(stream.slot, stream.filled):
+                # This model's cache cannot forget a part; so it is evaluated again.
+                self.context.remove(stream.slot)
+                self._slots.forget(stream.slot)
+                stream.filled = 0
+            stream.cached = stream.filled
+            self.prompt_tokens += len(stream.prompt)
+            self.cached_tokens += stream.cached
+        while (move := self._slots.compact()) is not None:
+            moved = self._streams[move.source]
+            assert moved is not None
+            self._copy(move.source, move.target)
+            moved.slot = move.target
+            self._streams[move.target], self._streams[move.source] = moved, None
+
+    def step(self) -> None:
+        """One token for every stream that generates, and prompts as far as there is room."""
+        groups: dict[int, list[Stream]] = {}
+        for stream in self._running():
+            groups.setdefault(stream.key, []).append(stream)
+        current = self._adapter.key if self._adapter else 0
+        # The one that is set goes first: each change costs.
+        for key in sorted(groups, key=lambda key: (key != current, key)):
+            self._use(groups[key][0].adapter)
+            self._decode(groups[key])
+
+    def logits(self, tokens: list[int], adapter: Loaded | None) -> npt.NDArray[np.float32] | None:
+        """Logits after each token of a sequence, shape (tokens, vocabulary); None: no free slot.
+
+        Raises:
+            ArrieroError: ids of another vocabulary, or more than the context holds.
+        """
+        slot = self._slots.idle()
+        if slot is None:
+            return None
+        self._slots.forget(slot)
+        self._use(adapter)
+        return self.context.sequence_logits(tokens, sequence=slot)
+
+    def let_go(self, keys: set[int]) -> None:
+        """Stop computing with an adapter unless its key is among these."""
+        if self._adapter is not None and self._adapter.key not in keys:
+            self._use(None)
+
+    def _running(self) -> list[Stream]:
+        """In the order of their slots, which is the one that llama.cpp computes together."""
+        return [stream for stream in self._streams if stream is not None]
+
+    def _use(self, adapter: Loaded | None) -> None:
+        if adapter is not self._adapter:
+            set_adapters(self.context, [(adapter.adapter, adapter.file.scale)] if adapter else [])
+            self._adapter = adapter
+
+    def _copy(self, source: int, target: int) -> None:
+        self.context.remove(target)
+        self.context.copy(source, target)
+
+    def _decode(self, streams: list[Stream]) -> None:
+        """Decode once for these, and sample where a token is due."""
+        self._batch.clear()
+        for stream in streams:
+            stream.row = -1
+            if stream.next_token is not None:
+                position = len(stream.prompt) + stream.made - 1
+                stream.row = self._batch.add(stream.next_token, position, stream.slot)
+                self._slots.append(stream.slot, [stream.next_token])
+        for stream in streams:
+            if stream.next_token is None:
+                self._add_prompt(stream)
+        self.context.decode(self._batch)
+        for stream in streams:
+            if stream.row >= 0:
+                self._advance(stream)
+
+    def _add_prompt(self, stream: Stream) -> None:
+        chunk = stream.prompt[stream.filled : stream.filled + self._batch.room]
+        if not chunk:
+            return
+        whole = stream.filled + len(chunk) == len(stream.prompt)
+        rows = self._batch.extend(
+            chunk,
+            start=stream.filled,
+            sequence=stream.slot,
+            outputs="last" if whole else "none",
+        )
+        stream.filled += len(chunk)
+        self._slots.append(stream.slot, chunk)
+        if whole:
+            stream.row = rows[-1]
+
+    def _advance(self, stream: Stream) -> None:
+        """Take the token that was sampled: show it, or end the stream."""
+        token = stream.sampler.sample(self.context, stream.row)
+        if not stream.first:
+            stream.first = time.monotonic()
+        if token in stream.ends:
+            self._finish(stream, "STOP")
+            return
+        stream.made += 1
+        self.made_tokens += 1
+        told = self._told(stream, token)
+        delta = stream.text.push(self._pieces[token])
+        if stream.text.stopped:
+            self._finish(stream, "STOP", delta, told)
+        elif stream.made >= stream.max_tokens:
+            self._finish(stream, "LENGTH", delta, told)
+        else:
+            stream.next_token = token
+            if delta or told:
+                self._emit({"id": stream.id, "delta": delta, **told})
+
+    def _told(self, stream: Stream, token: int) -> dict[str, Any]:
+        """The token's log-probability, for those who asked."""
+        found = stream.sampler.logprobs(self.context, stream.row, token)
+        if found is None:
+            return {}
+
+        def entry(token: int, logprob: float) -> list[Any]:
+            return [token, self._model.token_to_piece(token).decode("latin-1"), logprob]
+
+        top = [entry(*item) for item in found.top]
+        return {"logprobs": [[*entry(token, found.chosen), top]]}
+
+    def _finish(
+        self, stream: Stream, reason: str, delta: str = "", told: dict[str, Any] | None = None
+    ) -> None:
+        self._emit(stream.last_event(reason, delta, told))
+        self._free(stream)
+
+    def _free(self, stream: Stream) -> None:
+        stream.sampler.close()
+        # What it evaluated stays, for prompts that begin alike.
+        self._slots.release(stream.slot)
+        self._streams[stream.slot] = None

@@ -1,0 +1,77 @@
+"""One request on its way through the engine.
+
+Responsibility: what is known of a request from its admission to its end, and the
+events that its caller gets. Does not know batches, slots or other requests.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from arriero.inference.adapters import Loaded
+from arriero.inference.text import TextStream
+from arriero.llama.sampler import Sampler
+
+
+@dataclass
+class Stream:
+    """A request for text.
+
+    Attributes:
+        id: of the request.
+        prompt: token ids.
+        sampler: of its own; closed at its end.
+        text: what was made, as text.
+        max_tokens: to make at most.
+        ends: tokens that end it, beside stop strings.
+        adapter: that it is computed with; None: the model alone.
+        slot: in which it runs; -1 while it waits.
+        filled, cached: prompt tokens that are in the KV cache, and were before.
+        next_token: that the next decode takes, once the prompt is done.
+        made: tokens.
+        row: of the last batch, where its logits are; -1 without.
+    """
+
+    id: int
+    prompt: list[int]
+    sampler: Sampler
+    text: TextStream
+    max_tokens: int
+    ends: frozenset[int] = frozenset()
+    adapter: Loaded | None = None
+    slot: int = -1
+    filled: int = 0
+    cached: int = 0
+    next_token: int | None = None
+    made: int = 0
+    row: int = -1
+    admitted: float = field(default_factory=time.monotonic)
+    first: float = 0.0
+
+    @property
+    def key(self) -> int:
+        """What its KV cache belongs to: streams of other keys must not use it."""
+        return self.adapter.key if self.adapter is not None else 0
+
+    def last_event(
+        self, reason: str, delta: str = "", told: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """How it ended, and what it used."""
+        now = time.monotonic()
+        first = self.first or now
+        return {
+            "id": self.id,
+            "delta": delta + self.text.finish(),
+            **(told or {}),
+            "done": True,
+            "finish_reason": reason,
+            "usage": {
+                "prompt_tokens": len(self.prompt),
+                "completion_tokens": self.made,
+                "prompt_seconds": first - self.admitted,
+                "completion_seconds": now - first,
+                "cached_tokens": self.cached,
+            },
+        }
