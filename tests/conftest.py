@@ -20,6 +20,7 @@ import yaml
 if TYPE_CHECKING:
     from arriero.client import Client
     from arriero.settings import ClientSettings
+    from arriero.testing.postgres import Postgres
 
 # Two cores: a process that takes both slows every other test.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -182,6 +183,18 @@ def own_platform(
 ) -> Iterator[Platform]:
     """All services, of one test that breaks them."""
     with platform_at() as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL server, shared by a session's tests: each makes its own database."""
+    from arriero.testing.postgres import MISSING, Postgres, binaries
+
+    if binaries() is None:
+        # What a person may leave out, CI may not.
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(MISSING)
+    with Postgres() as made:
         yield made
 
 

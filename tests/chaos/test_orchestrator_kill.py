@@ -45,13 +45,14 @@ def branches(count: int = BRANCHES) -> pipeline_pb2.Pipeline:
 class Process:
     """`python -m arriero.orchestrator` beside fake rooms."""
 
-    def __init__(self, directory: Path, rooms: FakeRooms) -> None:
+    def __init__(self, directory: Path, rooms: FakeRooms, database_url: str) -> None:
         self.address_file = directory / "address"
         self.env = {
             **os.environ,
             **rooms.environment(),
             "ARRIERO_HOME": str(directory),
             "ARRIERO_STORE": str(directory / "store"),
+            "ARRIERO_DATABASE_URL": database_url,
             "ARRIERO_PLATFORM_DIR": str(directory / "platform"),
             "ARRIERO_ADDRESS_FILE": str(self.address_file),
             "ARRIERO_DRAIN_SECONDS": "1",
@@ -97,9 +98,16 @@ async def rooms(tmp_path: Path) -> AsyncIterator[FakeRooms]:
         yield made
 
 
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'orchestrator.db'}"
+    return str(request.getfixturevalue("postgres").create())
+
+
 @pytest.fixture
-async def process(tmp_path: Path, rooms: FakeRooms) -> AsyncIterator[Process]:
-    made = Process(tmp_path, rooms)
+async def process(tmp_path: Path, rooms: FakeRooms, database_url: str) -> AsyncIterator[Process]:
+    made = Process(tmp_path, rooms, database_url)
     yield made
     if made.process is not None and made.process.returncode is None:
         await made.kill()

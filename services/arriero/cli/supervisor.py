@@ -279,7 +279,8 @@ class Supervisor:
                 **addresses,
                 "ARRIERO_LISTEN": f"127.0.0.1:{ports['orchestrator']}",
                 "ARRIERO_METRICS_LISTEN": f"127.0.0.1:{ports['metrics']}",
-                "ARRIERO_DATABASE_URL": f"sqlite:///{self.home.root / 'orchestrator.sqlite'}",
+                "ARRIERO_DATABASE_URL": os.environ.get("ARRIERO_DATABASE_URL")
+                or f"sqlite:///{self.home.root / 'orchestrator.sqlite'}",
                 "ARRIERO_PLATFORM": "local",
                 "ARRIERO_PLATFORM_DIR": str(self.home.platform),
             },

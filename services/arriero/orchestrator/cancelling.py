@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from functools import partial
 from typing import Any
 
-from arriero.errors import ArrieroError, NotFound
+from arriero.errors import ArrieroError, NotFound, Unavailable
 from arriero.orchestrator.clients import Rooms, room_of
 from arriero.orchestrator.durable import Workflows
 from arriero.orchestrator.ledger import Ledger
@@ -49,7 +50,11 @@ class Cancellations:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def request(self, live: LiveRun) -> None:
-        """Record the wish, then see to it; nothing happens to a run that has ended."""
+        """Record the wish, then see to it; nothing happens to a run that has ended.
+
+        Raises:
+            Unavailable: the database is away; the run goes on.
+        """
         record = live.record
         if record.ended or record.cancel_requested:
             return
@@ -59,27 +64,31 @@ class Cancellations:
             for s in record.run.stages
             if s.state == pb.STAGE_STATE_RUNNING and room_of(s.kind)
         ]
-        self._ledger.save(live)
+        try:
+            self._ledger.save(live)
+        except Unavailable:
+            record.cancel_requested = False  # whoever wished for it is told, and asks again
+            raise
         live.cancelled.set()
         self.begin(live)
 
     def begin(self, live: LiveRun) -> None:
         """See to a wish that is recorded."""
-        self._spawn(self._finish(live))
+        self._spawn(self._ledger.surely(live, partial(self._finish, live)))
 
     def owe(self, live: LiveRun, stage: str, operation: str) -> None:
         """An operation that became known after the cancellation has to be told too."""
         if (stage, operation) not in live.record.owed:
             live.record.owed.append((stage, operation))
+            self._delivery(live)
             self._ledger.save(live)
-            self._spawn(self._deliver(live))
 
     async def _finish(self, live: LiveRun) -> None:
         """Operations first, then the workflows, then what people see."""
         record = live.record
         live.cancelled.set()
         deadline = time.monotonic() + _CANCEL_SECONDS
-        delivery = self._spawn(self._deliver(live))
+        delivery = self._delivery(live)
         await asyncio.wait({delivery}, timeout=_CANCEL_SECONDS)
         running = [
             asyncio.create_task(live.settled(s.name, attempt_of(s)))
@@ -108,6 +117,9 @@ class Cancellations:
             )
         await self._ledger.end_run(live, pb.RUN_STATE_CANCELLED, None)
 
+    def _delivery(self, live: LiveRun) -> asyncio.Task[None]:
+        return self._spawn(self._ledger.surely(live, partial(self._deliver, live)))
+
     async def _deliver(self, live: LiveRun) -> None:
         """Tell every owed operation; a service that is away is told when it is back."""
         pause = 0.2
@@ -127,7 +139,6 @@ class Cancellations:
             if live.record.owed:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, LONGEST_BACKOFF)
-        self._ledger.forget(live)
 
     def _spawn(self, work: Any) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 from google.rpc import status_pb2
@@ -138,7 +139,8 @@ class Driver:
             if outcome["state"] != pb.STAGE_STATE_SUCCEEDED:
                 cancelled = live.record.cancel_requested
                 state = pb.STAGE_STATE_CANCELLED if cancelled else pb.STAGE_STATE_SKIPPED
-                await self._ledger.end_stage(live, stage, number, Outcome(state))
+                ended = partial(self._ledger.end_stage, live, stage, number, Outcome(state))
+                await self._ledger.surely(live, ended)
                 return {"state": state, "outputs": []}
             outputs[dep] = outcome["outputs"]
         result: dict[str, Any] = await self._workflows.step(
@@ -153,7 +155,10 @@ class Driver:
         live = self._ledger.of(run)
         cancelled = live.cancelled
         status = live.record.stage(stage)
-        if attempt_of(status) == number and status.state not in ENDED_STAGE:
+
+        async def work() -> None:
+            if attempt_of(status) != number or status.state in ENDED_STAGE:
+                return
             self._ledger.begin_stage(live, status)
             try:
                 outcome = await self._do(live, stage, number, outputs, cancelled)
@@ -163,6 +168,8 @@ class Driver:
                 _log.exception("stage %s of run %s failed by a defect", stage, run)
                 outcome = Outcome(pb.STAGE_STATE_FAILED, error=to_status(error))
             await self._ledger.end_stage(live, stage, number, outcome)
+
+        await self._ledger.surely(live, work)
         return {"state": status.state, "outputs": _plain(status.outputs)}
 
     async def _do(
@@ -213,6 +220,9 @@ class Driver:
     async def _finish(self, run: str, number: int) -> None:
         """Tags when all is well, then the run's last state. Done again after a crash."""
         live = self._ledger.of(run)
+        await self._ledger.surely(live, partial(self._end, live, number))
+
+    async def _end(self, live: LiveRun, number: int) -> None:
         record = live.record
         if record.ended or record.cancel_requested or len(record.rounds) != number:
             return

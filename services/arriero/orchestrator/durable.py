@@ -17,8 +17,10 @@ from typing import Any
 
 from dbos import DBOS, DBOSPortableJSONSerializer, SetWorkflowID
 from dbos import error as dbos_error
+from sqlalchemy.exc import SQLAlchemyError
 
 from arriero.errors import Cancelled, FailedPrecondition
+from arriero.orchestrator.database import explained, shown
 
 # Kept even where code changes: workflows of an older process must be recovered.
 APPLICATION_VERSION = "arriero-1"
@@ -50,7 +52,8 @@ class Workflows:
         Must be called in the event loop that workflows are to run in.
 
         Raises:
-            FailedPrecondition: the database cannot be opened or is of a newer version.
+            Unavailable: the database is away, or refuses.
+            FailedPrecondition: it cannot be opened, or is of a newer version.
         """
         _quiet()
         config: Any = {
@@ -72,10 +75,13 @@ class Workflows:
             for name, body in self._bodies.items():
                 self._functions[name] = self._register(name, body)
             DBOS.launch()
+        except SQLAlchemyError as error:
+            DBOS.destroy(destroy_registry=True)
+            raise explained(error, shown(self._url)) from error
         except Exception as error:
             DBOS.destroy(destroy_registry=True)
             raise FailedPrecondition(
-                f"the run database at {self._url} cannot be opened: {error}; "
+                f"the run database at {shown(self._url)} cannot be opened: {error}; "
                 "check ARRIERO_DATABASE_URL, and that no newer version has written it"
             ) from error
         self._launched = True

@@ -11,13 +11,14 @@ import asyncio
 import logging
 import secrets
 import time
+from collections.abc import Awaitable, Callable
 from typing import cast
 
 from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import status_pb2
 
 from arriero import refs
-from arriero.errors import ArrieroError, FailedPrecondition, NotFound
+from arriero.errors import ArrieroError, FailedPrecondition, NotFound, Unavailable
 from arriero.gates import Verdict, remedy
 from arriero.metrics import Metrics
 from arriero.orchestrator import graph as graphs
@@ -27,7 +28,7 @@ from arriero.orchestrator.live import LiveRun, attempt_of
 from arriero.orchestrator.outputs import in_order
 from arriero.orchestrator.planning import check_deployments, published
 from arriero.orchestrator.records import ENDED_STAGE, Records, RunRecord
-from arriero.orchestrator.stages import News, Outcome
+from arriero.orchestrator.stages import FIRST_BACKOFF, LONGEST_BACKOFF, News, Outcome
 from arriero.orchestrator.waiving import Waived, let_through
 from arriero.store import Store
 from arriero.v1 import orchestrator_pb2 as pb
@@ -52,6 +53,8 @@ class Ledger:
         self._metrics = metrics
         self._retention = retention
         self._live: dict[str, LiveRun] = {}
+        # Ids of runs whose last change could not be written.
+        self._unwritten: set[str] = set()
 
     def load(self) -> list[LiveRun]:
         """Every run that a restart has to take up."""
@@ -131,6 +134,9 @@ class Ledger:
         """Put what did not succeed back to PENDING, under its next try.
 
         Stages whose failed gates `who` waived succeed as they are.
+
+        Raises:
+            Unavailable: the database is away; the run stays as it was.
         """
         record = live.record
         record.cancel_requested = False
@@ -155,15 +161,48 @@ class Ledger:
         record.run.ClearField("end_time")
         record.run.ClearField("error")
         record.rounds.append(request_id)
-        self.save(live)
+        try:
+            self.save(live)
+        except Unavailable:
+            # Nothing began: the next look-up finds the run as it was.
+            del self._live[live.id]
+            self._unwritten.discard(live.id)
+            raise
         await self._pin(live)
         self._metrics.run_state(live.id, "RUNNING", ended=False)
         return live
 
     def save(self, live: LiveRun) -> None:
-        """Write a run, then tell who waits."""
+        """Write a run, then tell who waits.
+
+        Raises:
+            Unavailable: the database is away; `surely` writes it later.
+        """
+        self._unwritten.add(live.id)
         self.records.save_run(live.record)
+        self._unwritten.discard(live.id)
         live.tell()
+
+    async def surely(self, live: LiveRun, change: Callable[[], Awaitable[None]]) -> None:
+        """Make a change, and again while the database is away, until it is written.
+
+        Args:
+            live: the run.
+            change: does nothing for what is changed already.
+        """
+        pause = FIRST_BACKOFF
+        while True:
+            try:
+                await change()
+                if live.id in self._unwritten:
+                    self.save(live)
+            except Unavailable as error:
+                _log.warning("run %s waits: %s", live.id, error.message, extra={"run": live.id})
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, LONGEST_BACKOFF)
+            else:
+                self.forget(live)
+                return
 
     def begin_stage(self, live: LiveRun, status: pb.StageStatus) -> None:
         """RUNNING from now on, unless it is already."""
@@ -183,7 +222,7 @@ class Ledger:
             self._metrics.stage_progress(live.id, status.name, stage_figures(status))
         if news.operation and news.operation != status.operation:
             status.operation = news.operation
-            self.records.save_run(live.record)
+            self.save(live)
         live.tell()
 
     async def end_stage(self, live: LiveRun, stage: str, number: int, outcome: Outcome) -> None:
@@ -205,7 +244,6 @@ class Ledger:
             status.metadata.CopyFrom(outcome.metadata)
         if outcome.error is not None:
             status.error.CopyFrom(outcome.error)
-        self.save(live)
         self._metrics.stage_progress(live.id, stage, stage_figures(status))
         if status.HasField("start_time"):
             self._metrics.stage_ended(
@@ -217,6 +255,7 @@ class Ledger:
                 cached=status.metadata.cached,
                 gates=gate_pairs(status.metadata.gates),
             )
+        self.save(live)
 
     async def end_run(
         self, live: LiveRun, state: pb.RunState.ValueType, error: status_pb2.Status | None
@@ -231,9 +270,9 @@ class Ledger:
         run.end_time.GetCurrentTime()
         if error is not None:
             run.error.CopyFrom(error)
-        self.save(live)
         name = pb.RunState.Name(state).removeprefix("RUN_STATE_")
         self._metrics.run_state(live.id, name, ended=True)
+        self.save(live)
         _log.info("run %s %s", live.id, name, extra={"run": live.id})
         self.forget(live)
 

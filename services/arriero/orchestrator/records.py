@@ -11,16 +11,16 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 from google.protobuf import json_format
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2  # noqa: F401  Any values in JSON need the type registered
-from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import IntegrityError
 
-from arriero.errors import AlreadyExists, FailedPrecondition, Unavailable
+from arriero.errors import AlreadyExists, FailedPrecondition
+from arriero.orchestrator.database import connected, explained, open_engine, shown
 from arriero.v1 import orchestrator_pb2 as pb
 
 FORMAT = 1
@@ -199,23 +199,20 @@ class Records:
             on PostgreSQL in tables of the same database.
 
     Raises:
+        InvalidArgument: the URL is none that is understood.
         FailedPrecondition: written by a newer version.
-        Unavailable: the database cannot be reached.
+
+    Every method raises Unavailable where the database is away or refuses; nothing
+    was written then.
     """
 
     def __init__(self, database_url: str) -> None:
         try:
-            self._engine = _engine(database_url)
-            _metadata.create_all(self._engine)
-            self._check_format()
-        except (SQLAlchemyError, OSError) as error:
-            raise Unavailable(
-                f"the run database at {database_url} cannot be opened: {error}; "
-                "check ARRIERO_DATABASE_URL"
-            ) from error
-
-    def _check_format(self) -> None:
-        with self._engine.begin() as db:
+            self._engine = open_engine(database_url)
+        except OSError as error:
+            raise explained(error, shown(database_url)) from error
+        with connected(self._engine) as db:
+            _metadata.create_all(db)
             found = db.execute(sa.select(_meta.c.value).where(_meta.c.name == "format")).scalar()
             if found is None:
                 db.execute(sa.insert(_meta).values(name="format", value=str(FORMAT)))
@@ -237,14 +234,14 @@ class Records:
         """
         row = {**_row(record), "id": record.run.id, "request_id": record.request_id or None}
         try:
-            with self._engine.begin() as db:
+            with connected(self._engine) as db:
                 db.execute(sa.insert(_runs).values(**row))
         except IntegrityError as error:
             raise AlreadyExists(f"run {record.run.id} exists") from error
 
     def save_run(self, record: RunRecord) -> None:
         """Write a run that exists; durable when this returns."""
-        with self._engine.begin() as db:
+        with connected(self._engine) as db:
             db.execute(sa.update(_runs).where(_runs.c.id == record.run.id).values(**_row(record)))
 
     def run(self, run_id: str) -> RunRecord | None:
@@ -258,16 +255,17 @@ class Records:
     def active_runs(self) -> Iterator[RunRecord]:
         """Runs that a restart has to take up, oldest first."""
         query = sa.select(_runs.c.document).where(_runs.c.active).order_by(_runs.c.number)
-        with self._engine.connect() as db:
-            for (text,) in db.execute(query).all():
-                yield RunRecord.from_json(text)
+        with connected(self._engine) as db:
+            found = db.execute(query).all()
+        for (text,) in found:
+            yield RunRecord.from_json(text)
 
     def list_runs(self, size: int, before: int | None) -> tuple[list[RunRecord], int | None]:
         """At most `size` runs, newest first, and where the next page begins."""
         query = sa.select(_runs.c.number, _runs.c.document).order_by(_runs.c.number.desc())
         if before is not None:
             query = query.where(_runs.c.number < before)
-        with self._engine.connect() as db:
+        with connected(self._engine) as db:
             rows = db.execute(query.limit(size + 1)).all()
         found = [RunRecord.from_json(text) for _, text in rows[:size]]
         return found, (rows[size - 1][0] if len(rows) > size else None)
@@ -275,7 +273,7 @@ class Records:
     def save_endpoint(self, record: EndpointRecord) -> None:
         """Write an endpoint; durable when this returns."""
         name, text = record.endpoint.name, record.to_json()
-        with self._engine.begin() as db:
+        with connected(self._engine) as db:
             changed = db.execute(
                 sa.update(_endpoints).where(_endpoints.c.name == name).values(document=text)
             )
@@ -284,43 +282,23 @@ class Records:
 
     def delete_endpoint(self, name: str) -> None:
         """Forget an endpoint."""
-        with self._engine.begin() as db:
+        with connected(self._engine) as db:
             db.execute(sa.delete(_endpoints).where(_endpoints.c.name == name))
 
     def endpoints(self) -> list[EndpointRecord]:
         """Every endpoint, by name."""
-        with self._engine.connect() as db:
+        with connected(self._engine) as db:
             query = sa.select(_endpoints.c.document).order_by(_endpoints.c.name)
             return [EndpointRecord.from_json(text) for (text,) in db.execute(query).all()]
 
     def _one(self, condition: sa.ColumnElement[bool]) -> RunRecord | None:
-        with self._engine.connect() as db:
+        with connected(self._engine) as db:
             text = db.execute(sa.select(_runs.c.document).where(condition)).scalar()
         return None if text is None else RunRecord.from_json(text)
 
 
 def _row(record: RunRecord) -> dict[str, Any]:
     return {"active": record.active, "document": record.to_json()}
-
-
-def _engine(database_url: str) -> sa.Engine:
-    url = sa.make_url(database_url)
-    sqlite = url.get_backend_name() == "sqlite"
-    if sqlite and url.database:
-        path = Path(url.database)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        url = url.set(database=str(path.with_name(f"{path.stem}-records{path.suffix}")))
-    elif url.drivername == "postgresql":
-        url = url.set(drivername="postgresql+psycopg")
-    engine = sa.create_engine(url)
-    if sqlite:
-        sa.event.listen(engine, "connect", _wal)
-    return engine
-
-
-def _wal(connection: Any, _: Any) -> None:
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA busy_timeout=30000")
 
 
 def _dict(message: Message) -> dict[str, Any]:
