@@ -376,3 +376,49 @@ def test_what_a_replica_does_is_on_its_own_prometheus_page(replica: Running) -> 
     assert more('request_failure_total{code="cancelled"}') == 1
     assert more('request_failure_total{code="invalid_argument"}') == 1
     assert after["arriero_num_requests_waiting"] == 0
+
+
+def embedded(replica: Running, *texts: str, **more: object) -> tuple[np.ndarray, pb.EmbedResponse]:
+    answer = replica.stub.Embed(pb.EmbedRequest(texts=texts, **more))  # type: ignore[arg-type]
+    return np.array([e.values for e in answer.embeddings], dtype=np.float32), answer
+
+
+def test_texts_become_vectors_the_same_alone_and_in_a_batch(replica: Running) -> None:
+    texts = [f"{'llama ' * (i % 7)}number {i}" for i in range(9)] + ["wool " * 60]
+    vectors, answer = embedded(replica, *texts)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    assert answer.pooling == "mean"
+    alone = [embedded(replica, text) for text in texts]
+    np.testing.assert_allclose(vectors, np.concatenate([v for v, _ in alone]), atol=1e-4)
+    assert answer.usage.prompt_tokens == sum(a.usage.prompt_tokens for _, a in alone)
+    raw, _ = embedded(replica, texts[0], normalize=False)
+    np.testing.assert_allclose(raw[0] / np.linalg.norm(raw[0]), vectors[0], atol=1e-5)
+    assert abs(np.linalg.norm(raw[0]) - 1) > 0.01
+
+
+def test_vectors_are_those_of_the_library(replica: Running, tiny_llama_dir: Path) -> None:
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    model = AutoModel.from_pretrained(tiny_llama_dir, dtype=torch.float32)
+    with torch.no_grad():
+        ids = tokenizer("The llama walks", return_tensors="pt")
+        hidden = model(**ids).last_hidden_state[0].mean(dim=0)
+    expected = (hidden / hidden.norm()).numpy()
+    (found,), _ = embedded(replica, "The llama walks")
+    assert float(found @ expected) > 0.999
+
+
+def test_texts_that_cannot_be_embedded_are_refused_and_streams_go_on(replica: Running) -> None:
+    for texts, field in (([], "texts"), (["fine", "word " * 2000], "texts[1]")):
+        with pytest.raises(grpc.RpcError) as caught:
+            embedded(replica, *texts)
+        error = from_rpc_error(caught.value)
+        assert [v.field for v in error.violations] == [field]  # type: ignore[attr-defined]
+    alone = text_of(replica, "Once upon", greedy(40))
+    with ThreadPoolExecutor(8) as pool:
+        vectors = [pool.submit(embedded, replica, *["wool " * 30] * 12) for _ in range(4)]
+        texts = [pool.submit(text_of, replica, "Once upon", greedy(40)) for _ in range(4)]
+        assert {text.result() for text in texts} == {alone}
+        np.testing.assert_allclose(vectors[0].result()[0], vectors[3].result()[0], atol=1e-4)

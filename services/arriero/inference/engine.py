@@ -12,6 +12,7 @@ context; send. A process of its own, since a llama.cpp abort ends the process it
 
 from __future__ import annotations
 
+import base64
 import json
 import queue
 import socket
@@ -32,6 +33,7 @@ from arriero.gates.golden import Golden, compare
 from arriero.inference import frames
 from arriero.inference.adapters import AdapterFile, Adapters, Loaded
 from arriero.inference.lane import Lane
+from arriero.inference.pooling import Vectors, check_pooling, pooled
 from arriero.inference.rope import scaled
 from arriero.inference.stream import Stream
 from arriero.inference.text import TextStream
@@ -53,6 +55,19 @@ class Score:
     golden: Golden
     adapter: Loaded | None = None
     logits: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+
+
+@dataclass
+class Embedding:
+    """Texts on their way to vectors."""
+
+    id: int
+    texts: list[list[int]]
+    pooling: str
+    normalize: bool
+    adapter: Loaded | None = None
+    vectors: list[Vectors] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
 
@@ -87,6 +102,7 @@ class Engine:
         self._adapters = Adapters(model)
         self._commands: queue.SimpleQueue[frames.Frame | None] = queue.SimpleQueue()
         self._scores: deque[Score] = deque()
+        self._embeddings: deque[Embedding] = deque()
         self._told_load: list[float] = []
         self._open = True
         self.loaded = [self._adapters.load(file).described() for file in adapters]
@@ -98,6 +114,8 @@ class Engine:
             self._take_commands()
             if self._scores:
                 self._score(self._scores[0])
+            if self._embeddings:
+                self._embed(self._embeddings[0])
             for lane in self._lanes:
                 lane.admit()
                 if lane.busy:
@@ -117,7 +135,8 @@ class Engine:
                 return
 
     def _take_commands(self) -> None:
-        idle = not (self._scores or any(lane.waiting or lane.busy for lane in self._lanes))
+        jobs = self._scores or self._embeddings
+        idle = not (jobs or any(lane.waiting or lane.busy for lane in self._lanes))
         while True:
             try:
                 # An idle engine sleeps here and uses no CPU.
@@ -138,7 +157,7 @@ class Engine:
         if op == "generate":
             self._enqueue(frame)
         elif op == "cancel":
-            any(lane.cancel(frame["id"]) for lane in self._lanes)
+            self._cancel(frame["id"])
         elif op == "tokenize":
             tokens = self._model.tokenize(
                 frame["text"],
@@ -149,6 +168,8 @@ class Engine:
         elif op == "score":
             golden = Golden.read(Path(frame["golden"]))
             self._scores.append(Score(frame["id"], golden, self._adapter(frame)))
+        elif op == "embed":
+            self._enqueue_texts(frame)
         elif op == "load_adapter":
             loaded = self._adapters.load(AdapterFile(**frame["adapter"]))
             self._answer(frame, adapter=loaded.described())
@@ -166,22 +187,22 @@ class Engine:
 
     def _free_adapters(self) -> None:
         """Free what was unloaded, as soon as nobody computes with it."""
-        running = {score.adapter.key for score in self._scores if score.adapter}
+        chosen = [job.adapter for job in self._scores] + [job.adapter for job in self._embeddings]
+        running = {adapter.key for adapter in chosen if adapter}
         for lane in self._lanes:
             running |= lane.adapters()
         for lane in self._lanes:
             lane.let_go(running)
         self._adapters.free(running)
 
+    def _cancel(self, request: int) -> None:
+        for job in [job for job in self._embeddings if job.id == request]:
+            self._embeddings.remove(job)
+        any(lane.cancel(request) for lane in self._lanes)
+
     def _enqueue(self, frame: frames.Frame) -> None:
         # First of all: to refuse must cost nothing when everybody comes at once.
-        waiting = sum(len(lane.waiting) for lane in self._lanes)
-        if waiting >= self._queue_size + sum(lane.free for lane in self._lanes):
-            raise ResourceExhausted(
-                f"{self._queue_size} requests wait for a slot already; try again later, or scale "
-                "the endpoint",
-                reason="QUEUE_FULL",
-            )
+        self._check_queue()
         adapter = self._adapter(frame)
         options = dict(frame["sampling"])
         limit = options.pop("max_tokens", None)
@@ -221,6 +242,50 @@ class Engine:
             self._events.append(stream.last_event("LENGTH"))
         else:
             lane.waiting.append(stream)
+
+    def _check_queue(self) -> None:
+        waiting = sum(len(lane.waiting) for lane in self._lanes) + len(self._embeddings)
+        if waiting >= self._queue_size + sum(lane.free for lane in self._lanes):
+            raise ResourceExhausted(
+                f"{self._queue_size} requests wait for a slot already; try again later, or scale "
+                "the endpoint",
+                reason="QUEUE_FULL",
+            )
+
+    def _enqueue_texts(self, frame: frames.Frame) -> None:
+        self._check_queue()
+        pooling = check_pooling(self._model.pooling)
+        room = self._lanes[-1].context.n_ctx
+        texts = []
+        for i, text in enumerate(frame["texts"]):
+            ids = self._model.tokenize(text)
+            if not 0 < len(ids) <= room:
+                raise InvalidArgument.field(
+                    f"texts[{i}]",
+                    f"has {len(ids)} tokens; expected 1 to {room}, the context of this replica",
+                )
+            texts.append(ids)
+        self._embeddings.append(
+            Embedding(frame["id"], texts, pooling, frame["normalize"], self._adapter(frame))
+        )
+
+    def _embed(self, job: Embedding) -> None:
+        """As many more of its texts as free slots take, between the streams' steps."""
+        left = job.texts[len(job.vectors) :]
+        longest = max(map(len, left))
+        lane = next(lane for lane in self._lanes if longest <= lane.context.n_ctx)
+        for rows in lane.embed(left, job.adapter):
+            job.vectors.append(pooled(rows, job.pooling, normalize=job.normalize))
+        if len(job.vectors) == len(job.texts):
+            self._embeddings.popleft()
+            self._answer(
+                {"id": job.id},
+                # JSON's floats would be four times as long.
+                vectors=[base64.b64encode(vector.tobytes()).decode() for vector in job.vectors],
+                pooling=job.pooling,
+                tokens=sum(map(len, job.texts)),
+                seconds=time.monotonic() - job.started,
+            )
 
     def _lane(self, prompt: int, limit: int | None) -> Lane:
         """The shortest context that holds prompt and answer; without a limit, the longest."""

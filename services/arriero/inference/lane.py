@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from arriero.inference.adapters import Loaded
+from arriero.inference.pooling import Vectors
 from arriero.inference.slots import Slots
 from arriero.inference.stream import Stream
 from arriero.llama import Batch, Context, Model
@@ -145,6 +146,49 @@ class Lane:
         self._slots.forget(slot)
         self._use(adapter)
         return self.context.sequence_logits(tokens, sequence=slot)
+
+    def embed(self, texts: Sequence[list[int]], adapter: Loaded | None) -> list[Vectors]:
+        """The last layer's output after each token, of the first texts that fit free slots.
+
+        Args:
+            texts: token ids, none longer than the context, none empty.
+            adapter: to compute with.
+
+        Returns:
+            Float32 of shape (tokens, width) for each text; of no text when no slot is free.
+        """
+        slots = self._slots.unused()[: len(texts)]
+        if not slots:
+            return []
+        self._use(adapter)
+        if len(texts[0]) > self._batch.capacity:
+            return [self._embed_long(texts[0], slots[0])]
+        self._batch.clear()
+        made: list[list[int]] = []
+        for slot, ids in zip(slots, texts, strict=False):
+            if len(ids) > self._batch.room:
+                break
+            self._slots.forget(slot)
+            self.context.remove(slot)
+            self._batch.extend(ids, start=0, sequence=slot, outputs="all")
+            made.append(ids)
+        rows = self.context.embeddings(self._batch).copy()
+        for slot in slots[: len(made)]:
+            self.context.remove(slot)
+        ends = np.cumsum([len(ids) for ids in made])
+        return np.split(rows, ends[:-1])
+
+    def _embed_long(self, ids: list[int], slot: int) -> Vectors:
+        parts = []
+        self._slots.forget(slot)
+        self.context.remove(slot)
+        for start in range(0, len(ids), self._batch.capacity):
+            self._batch.clear()
+            chunk = ids[start : start + self._batch.capacity]
+            self._batch.extend(chunk, start=start, sequence=slot, outputs="all")
+            parts.append(self.context.embeddings(self._batch).copy())
+        self.context.remove(slot)
+        return np.concatenate(parts)
 
     def let_go(self, keys: set[int]) -> None:
         """Stop computing with an adapter unless its key is among these."""

@@ -7,6 +7,7 @@ template. Does not know how tokens are made.
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import logging
 import time
@@ -14,6 +15,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import grpc.aio
+import numpy as np
 from google.protobuf import struct_pb2
 
 from arriero import prompts
@@ -36,6 +38,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 _TEXT_FIELDS = frozenset({"max_tokens", "stop", "stop_token_ids", "json_schema"})
 _ROLES = ("system", "user", "assistant", "tool")
 _MAX_STOP = 16
+# As OpenAI's API takes.
+_MAX_TEXTS = 2048
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
@@ -116,6 +120,27 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             op="score", golden=str(golden.path), adapter=request.adapter
         )
         return pb.ScoreResponse(**event["score"])
+
+    async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:  # type: ignore[override]
+        """A vector for each text."""
+        if not 1 <= len(request.texts) <= _MAX_TEXTS:
+            raise InvalidArgument.field(
+                "texts", f"holds {len(request.texts)} texts; expected 1 to {_MAX_TEXTS}"
+            )
+        event = await self._frontend.ask(
+            op="embed",
+            texts=list(request.texts),
+            adapter=request.adapter,
+            normalize=with_defaults(request).normalize,
+        )
+        return pb.EmbedResponse(
+            embeddings=[
+                pb.Embedding(values=np.frombuffer(base64.b64decode(text), np.float32))
+                for text in event["vectors"]
+            ],
+            usage=pb.Usage(prompt_tokens=event["tokens"], prompt_seconds=event["seconds"]),
+            pooling=event["pooling"],
+        )
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:  # type: ignore[override]
         """Token ids of a text."""

@@ -140,6 +140,18 @@ class Slots:
         free = [i for i, busy in enumerate(self._busy) if not busy]
         return min(free, key=lambda i: (self._lengths[i] > 0, self._used[i]), default=None)
 
+    def unused(self) -> list[int]:
+        """Free slots next to each other, those whose content is needed least."""
+        runs: list[list[int]] = []
+        for i, busy in enumerate(self._busy):
+            if busy:
+                continue
+            if runs and runs[-1][-1] == i - 1:
+                runs[-1].append(i)
+            else:
+                runs.append([i])
+        return max(runs, key=len, default=[])
+
     def compact(self) -> Move | None:
         """The move that closes a gap between slots in use, done in these books; None without."""
         used = [i for i, busy in enumerate(self._busy) if busy]

@@ -216,6 +216,8 @@ class Context:
         params.n_ubatch = n_ubatch or min(n_batch, 512)
         params.n_threads = params.n_threads_batch = self.n_threads
         params.kv_unified = False
+        # Embeddings are asked for token by token, whatever the model pools.
+        params.pooling_type = self._c.LLAMA_POOLING_TYPE_NONE
         params.no_perf = True
         if on_eval is not None:
             params.cb_eval = on_eval
@@ -333,6 +335,28 @@ class Context:
         """
         pointer = self._c.llama_get_logits(self._context)
         return np.ctypeslib.as_array(pointer, shape=(count, self.n_vocab))
+
+    def embeddings(self, batch: Batch) -> npt.NDArray[np.float32]:
+        """Evaluate a batch for the last layer's output instead of logits.
+
+        Args:
+            batch: as `decode` takes it; embeddings are made where it wants outputs.
+
+        Returns:
+            A view, shape (outputs, width), float32, valid until the next `decode`.
+
+        Raises:
+            ArrieroError: as `decode`.
+        """
+        self._c.llama_set_embeddings(self._context, True)
+        try:
+            self.decode(batch)
+        finally:
+            self._c.llama_set_embeddings(self._context, False)
+        width = int(self._c.llama_model_n_embd_out(self.model.handle))
+        count = int(np.count_nonzero(batch.outputs[: batch.size]))
+        pointer = self._c.llama_get_embeddings(self._context)
+        return np.ctypeslib.as_array(pointer, shape=(count, width))
 
     def sequence_logits(
         self, tokens: Sequence[int], *, sequence: int = 0

@@ -133,6 +133,13 @@ class Model:
         return self.header.parameters
 
     @property
+    def pooling(self) -> str:
+        """How the file says that tokens become one vector; empty where it says nothing."""
+        kinds = ("", "mean", "cls", "last", "rank")
+        number = int(self._of_architecture("pooling_type", 0))
+        return kinds[number] if 0 <= number < len(kinds) else "unknown"
+
+    @property
     def rope_freq_base(self) -> float:
         """The rope base frequency of the file; 10,000 where it names none, as in llama.cpp."""
         return float(self._of_architecture("rope.freq_base", 10000.0))

@@ -77,6 +77,7 @@ _OPERATIONS_LEVELS = {
 # Seconds, where the settings' default is too short by nature.
 _SLOW = {
     "/arriero.v1.InferenceService/Score": 600.0,
+    "/arriero.v1.InferenceService/Embed": 600.0,
     "/arriero.v1.ArtifactService/CollectGarbage": 600.0,
     f"{_OPERATIONS}/WaitOperation": 3600.0,
     "/arriero.v1.EndpointService/GetEndpoint": 300.0,

@@ -91,6 +91,17 @@ class FakeInference(inference_pb2_grpc.InferenceServiceServicer):
         self._note(request)
         return inference_pb2.ScoreResponse(kl_divergence=0.01, top1_agreement=0.99, tokens=256)
 
+    async def Embed(
+        self, request: inference_pb2.EmbedRequest, context: Any
+    ) -> inference_pb2.EmbedResponse:
+        """The length of each text, and a one."""
+        self._note(request)
+        return inference_pb2.EmbedResponse(
+            embeddings=[inference_pb2.Embedding(values=[len(t), 1.0]) for t in request.texts],
+            usage=inference_pb2.Usage(prompt_tokens=sum(map(len, request.texts))),
+            pooling="mean",
+        )
+
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: Any
     ) -> inference_pb2.TokenizeResponse:

@@ -50,6 +50,11 @@ class InferenceServiceStub:
                 request_serializer=arriero_dot_v1_dot_inference__pb2.ScoreRequest.SerializeToString,
                 response_deserializer=arriero_dot_v1_dot_inference__pb2.ScoreResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/arriero.v1.InferenceService/Embed',
+                request_serializer=arriero_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=arriero_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/arriero.v1.InferenceService/Tokenize',
                 request_serializer=arriero_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -103,6 +108,14 @@ class InferenceServiceServicer:
         """KL divergence and top-1 agreement between this replica, as it runs, and
         golden logits from the store. Read-only, safe to retry; cancelling stops
         the computation.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Embed(self, request, context):
+        """A vector for each text. Read-only, safe to retry; cancelling stops the
+        computation.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -163,6 +176,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Score,
                     request_deserializer=arriero_dot_v1_dot_inference__pb2.ScoreRequest.FromString,
                     response_serializer=arriero_dot_v1_dot_inference__pb2.ScoreResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=arriero_dot_v1_dot_inference__pb2.EmbedRequest.FromString,
+                    response_serializer=arriero_dot_v1_dot_inference__pb2.EmbedResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -272,6 +290,33 @@ class InferenceService:
             '/arriero.v1.InferenceService/Score',
             arriero_dot_v1_dot_inference__pb2.ScoreRequest.SerializeToString,
             arriero_dot_v1_dot_inference__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/arriero.v1.InferenceService/Embed',
+            arriero_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+            arriero_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -48,6 +48,10 @@ class InferenceServiceStub:
     golden logits from the store. Read-only, safe to retry; cancelling stops
     the computation.
     """
+    Embed: _grpc.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]
+    """A vector for each text. Read-only, safe to retry; cancelling stops the
+    computation.
+    """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     """Token ids of a text. Read-only, safe to retry."""
     LoadAdapter: _grpc.UnaryUnaryMultiCallable[_inference_pb2.LoadAdapterRequest, _inference_pb2.LoadAdapterResponse]
@@ -83,6 +87,10 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """KL divergence and top-1 agreement between this replica, as it runs, and
     golden logits from the store. Read-only, safe to retry; cancelling stops
     the computation.
+    """
+    Embed: _aio.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]  # type: ignore[assignment]
+    """A vector for each text. Read-only, safe to retry; cancelling stops the
+    computation.
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Token ids of a text. Read-only, safe to retry."""
@@ -134,6 +142,16 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         """KL divergence and top-1 agreement between this replica, as it runs, and
         golden logits from the store. Read-only, safe to retry; cancelling stops
         the computation.
+        """
+
+    @_abc_1.abstractmethod
+    def Embed(
+        self,
+        request: _inference_pb2.EmbedRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.EmbedResponse, _abc.Awaitable[_inference_pb2.EmbedResponse]]:
+        """A vector for each text. Read-only, safe to retry; cancelling stops the
+        computation.
         """
 
     @_abc_1.abstractmethod
