@@ -171,6 +171,20 @@ def test_tools_go_to_the_model_and_its_calls_come_back(
     assert parts[-1].choices[0].finish_reason == "tool_calls"
 
 
+def test_adapters_are_models_of_their_own(client: openai.OpenAI, platform: FakePlatform) -> None:
+    adapters = platform.endpoints.endpoints["faq"].spec.adapters
+    adapters.add(name="poems", adapter="sha256:1")
+    assert [model.id for model in client.models.list()] == ["faq", "faq:poems"]
+    assert client.models.retrieve("faq:poems").id == "faq:poems"
+    with pytest.raises(openai.NotFoundError, match="faq:poems"):
+        client.models.retrieve("faq:prose")
+    chat = client.chat.completions.create(model="faq:poems", messages=HELLO)
+    assert chat.model == "faq:poems"
+    client.completions.create(model="faq:poems", prompt="Once")
+    client.completions.create(model="faq", prompt="Once")
+    assert [r.adapter for r in platform.inference.requests] == ["poems", "poems", ""]
+
+
 def test_a_full_replica_is_said_with_when_to_come_again(
     client: openai.OpenAI, platform: FakePlatform
 ) -> None:

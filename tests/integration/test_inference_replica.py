@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -338,30 +337,19 @@ def test_a_token_can_end_the_text(replica: Running) -> None:
     assert last.usage.completion_tokens == told.index(told[2])
 
 
-def metrics(replica: Running) -> dict[str, float]:
-    """Its Prometheus page: series without their one common label."""
-    with urllib.request.urlopen(f"http://{replica.metrics_address}/metrics", timeout=10) as page:
-        lines = page.read().decode().splitlines()
-    series = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-    return {
-        name.replace('model_name="tiny"', "").replace("{}", "").replace(",}", "}"): float(value)
-        for name, value in series
-    }
-
-
 def test_what_a_replica_does_is_on_its_own_prometheus_page(replica: Running) -> None:
-    before = metrics(replica)
+    before = replica.metrics()
     stream = replica.stub.Generate(pb.GenerateRequest(prompt="count", sampling=greedy(200)))
     next(stream)
-    during = metrics(replica)
+    during = replica.metrics()
     assert during["arriero_num_requests_running"] == 1
     assert 0 < during["arriero_kv_cache_usage_perc"] <= 1
     stream.cancel()
-    wait_until(lambda: metrics(replica)["arriero_num_requests_running"] == 0)
+    wait_until(lambda: replica.metrics()["arriero_num_requests_running"] == 0)
     text_of(replica, "count", greedy(7, ignore_eos=True))
     with pytest.raises(grpc.RpcError):
         text_of(replica, "count", greedy(7, top_p=float("nan")))
-    after = metrics(replica)
+    after = replica.metrics()
 
     def more(name: str) -> float:
         return after[f"arriero_{name}"] - before.get(f"arriero_{name}", 0)

@@ -25,15 +25,17 @@ from arriero.errors import (
     DeadlineExceeded,
     Internal,
     InvalidArgument,
+    NotFound,
     Unauthenticated,
 )
 from arriero.gateway import answers
 from arriero.gateway.answers import Answer, Choice
-from arriero.gateway.asked import Ask, read_chat, read_completion
+from arriero.gateway.asked import Ask, read_chat, read_completion, split_model
 from arriero.gateway.settings import GatewaySettings
 from arriero.metrics import GatewayMetrics
 from arriero.rpc.auth import TokenFile, authenticate
 from arriero.v1.inference_pb2 import TokenLogprob
+from arriero.v1.orchestrator_pb2 import Endpoint
 
 __all__ = ["build"]
 
@@ -124,22 +126,37 @@ class _Gateway:
         )
 
     async def models(self, _: Request) -> Response:
-        """Every endpoint."""
+        """Every endpoint, alone and with each of its adapters."""
         found = await self._client.endpoints.list()
-        return JSONResponse(answers.models((e.name, e.create_time.seconds) for e in found))
+        return JSONResponse(
+            answers.models(
+                (name, endpoint.create_time.seconds)
+                for endpoint in found
+                for name in _names(endpoint)
+            )
+        )
 
     async def model(self, request: Request) -> Response:
-        """One endpoint."""
-        found = await self._client.endpoints.get(request.path_params["name"])
-        return JSONResponse(answers.model(found.name, found.create_time.seconds))
+        """One of them."""
+        name = request.path_params["name"]
+        found = await self._client.endpoints.get(split_model(name)[0])
+        if name not in _names(found):
+            raise NotFound(f"no model {name!r}; there are {', '.join(_names(found))}")
+        return JSONResponse(answers.model(name, found.create_time.seconds))
 
     async def chat(self, request: Request) -> Response:
         """`/v1/chat/completions`."""
         ask = read_chat(await self._read(request))
-        endpoint = self._client.endpoint(ask.model)
+        endpoint = self._client.endpoint(ask.endpoint)
         timeout = self._settings.timeout_seconds
         streams = [
-            endpoint.chat(list(ask.messages), tools=ask.tools, timeout=timeout, **sampling)
+            endpoint.chat(
+                list(ask.messages),
+                tools=ask.tools,
+                adapter=ask.adapter,
+                timeout=timeout,
+                **sampling,
+            )
             for sampling in ask.samplings()
         ]
         return await self._answer(request, ask, Answer(ask.model, chat=True), streams)
@@ -147,10 +164,10 @@ class _Gateway:
     async def completion(self, request: Request) -> Response:
         """`/v1/completions`."""
         ask = read_completion(await self._read(request))
-        endpoint = self._client.endpoint(ask.model)
+        endpoint = self._client.endpoint(ask.endpoint)
         timeout = self._settings.timeout_seconds
         streams = [
-            endpoint.generate(prompt, timeout=timeout, **sampling)
+            endpoint.generate(prompt, adapter=ask.adapter, timeout=timeout, **sampling)
             for prompt in ask.prompts
             for sampling in ask.samplings()
         ]
@@ -228,6 +245,11 @@ class _Gateway:
             sum(choice.prompt_tokens for choice in choices),
             sum(choice.completion_tokens for choice in choices),
         )
+
+
+def _names(endpoint: Endpoint) -> list[str]:
+    """What clients may call it."""
+    return [endpoint.name, *(f"{endpoint.name}:{a.name}" for a in endpoint.spec.adapters)]
 
 
 class _TooLarge(InvalidArgument):

@@ -16,7 +16,7 @@ from typing import Any, cast
 from arriero.client import Sampling
 from arriero.errors import InvalidArgument
 
-__all__ = ["Ask", "read_chat", "read_completion"]
+__all__ = ["Ask", "read_chat", "read_completion", "split_model"]
 
 Body = Mapping[str, Any]
 
@@ -80,7 +80,9 @@ class Ask:
     """One request.
 
     Attributes:
-        model: the endpoint's name.
+        model: as the client named it.
+        endpoint: its name.
+        adapter: of that endpoint; empty: the model alone.
         stream: as server-sent events.
         usage: send a last event with the tokens used.
         sampling: what was given; the rest is the replica's default.
@@ -91,6 +93,8 @@ class Ask:
     """
 
     model: str
+    endpoint: str
+    adapter: str
     stream: bool
     usage: bool
     sampling: Sampling
@@ -152,18 +156,29 @@ def read_completion(data: bytes) -> Ask:
 def _ask(body: Body, logprobs: int | None, **what: Any) -> Ask:
     model = body.get("model")
     if not isinstance(model, str) or not model:
-        raise InvalidArgument.field("model", "is missing; expected the name of an endpoint")
+        raise InvalidArgument.field(
+            "model", "is missing; expected the name of an endpoint, or endpoint:adapter"
+        )
     options = body.get("stream_options") or {}
     if not isinstance(options, dict):
         raise InvalidArgument.field("stream_options", "expected an object")
+    endpoint, adapter = split_model(model)
     return Ask(
         model=model,
+        endpoint=endpoint,
+        adapter=adapter,
         stream=_flag(body, "stream"),
         usage=_flag(options, "include_usage"),
         sampling=_sampling(body, logprobs),
         n=_choices(body, len(what.get("prompts", ()))),
         **what,
     )
+
+
+def split_model(model: str) -> tuple[str, str]:
+    """Endpoint and adapter of `endpoint:adapter`; without adapter it is empty."""
+    endpoint, _, adapter = model.partition(":")
+    return endpoint, adapter
 
 
 def _choices(body: Body, prompts: int) -> int:

@@ -35,7 +35,7 @@ from arriero.inference.adapters import AdapterFile, Adapters, Loaded
 from arriero.inference.lane import Lane
 from arriero.inference.pooling import Vectors, check_pooling, pooled
 from arriero.inference.rope import scaled
-from arriero.inference.stream import Stream
+from arriero.inference.stream import Stream, refusal
 from arriero.inference.text import TextStream
 from arriero.llama import Context, Model
 from arriero.llama.grammar import from_json_schema
@@ -322,14 +322,7 @@ class Engine:
         self._events.append({"id": score.id, "done": True, "score": figures})
 
     def _refuse(self, request: int, error: ArrieroError) -> None:
-        event: dict[str, Any] = {
-            "code": error.code,
-            "message": error.message,
-            "reason": error.reason,
-        }
-        if isinstance(error, InvalidArgument):
-            event["violations"] = [[v.field, v.description] for v in error.violations]
-        self._events.append({"id": request, "done": True, "error": event})
+        self._events.append(refusal(request, error))
 
     def _load(self) -> list[float]:
         """In the order of `arriero.metrics.EngineLoad`."""

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from arriero.errors import ArrieroError
 from arriero.inference.adapters import Loaded
 from arriero.inference.pooling import Vectors
 from arriero.inference.slots import Slots
-from arriero.inference.stream import Stream
+from arriero.inference.stream import Stream, refusal
 from arriero.llama import Batch, Context, Model
 from arriero.llama.adapter import set_adapters
 
@@ -222,8 +223,14 @@ class Lane:
                 self._add_prompt(stream)
         self.context.decode(self._batch)
         for stream in streams:
-            if stream.row >= 0:
+            if stream.row < 0:
+                continue
+            try:
                 self._advance(stream)
+            except ArrieroError as error:
+                # A grammar that allows nothing more, say: the others go on.
+                self._emit(refusal(stream.id, error))
+                self._free(stream)
 
     def _add_prompt(self, stream: Stream) -> None:
         chunk = stream.prompt[stream.filled : stream.filled + self._batch.room]

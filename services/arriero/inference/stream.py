@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from arriero.errors import ArrieroError, InvalidArgument
 from arriero.inference.adapters import Loaded
 from arriero.inference.text import TextStream
 from arriero.llama.sampler import Sampler
@@ -75,3 +76,15 @@ class Stream:
                 "cached_tokens": self.cached,
             },
         }
+
+
+def refusal(request: int, error: ArrieroError) -> dict[str, Any]:
+    """The event that ends a request with an error."""
+    found: dict[str, Any] = {
+        "code": error.code,
+        "message": error.message,
+        "reason": error.reason,
+    }
+    if isinstance(error, InvalidArgument):
+        found["violations"] = [[v.field, v.description] for v in error.violations]
+    return {"id": request, "done": True, "error": found}

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from arriero.errors import Internal, InvalidArgument
+from arriero.errors import InvalidArgument
 from arriero.llama import library
 from arriero.llama.context import Context
 from arriero.llama.model import Model
@@ -197,13 +197,17 @@ class Sampler:
             self._grammar = self._compile(sampling.grammar, model)
         # A row of candidates is only needed where the chain is asked about all of them twice.
         self._cells = np.empty(model.n_vocab, _TOKEN_DATA) if self._grammar else None
-        plain = sampling.greedy and not (biases or sampling.penalises or sampling.dry_multiplier)
-        if plain and not self._grammar:
-            return
+        self._biased = (
+            np.fromiter(biases.keys(), np.int64),
+            np.fromiter(biases.values(), np.float32),
+        )
+        looks_back = sampling.penalises or sampling.dry_multiplier
+        if sampling.greedy and not (looks_back or self._grammar):
+            return  # the largest logit: llama.cpp's chain would copy the whole vocabulary first
         c = self._c
         self._chain = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
         self._build(sampling, model, biases, window)
-        if sampling.penalises or sampling.dry_multiplier:
+        if looks_back:
             for token in prompt[-window:]:
                 c.llama_sampler_accept(self._chain, token)
 
@@ -282,13 +286,24 @@ class Sampler:
         """The token that follows a row of the last decode; it is remembered for what follows.
 
         Raises:
-            Internal: the grammar allows no token at all.
+            InvalidArgument: the grammar allows no token at all.
         """
         if self._grammar is not None:
             return self._sample_by_grammar(context.logits(row))
         if self._chain is None:
-            return int(context.logits(row).argmax())
+            return self._largest(context.logits(row))
         return int(self._c.llama_sampler_sample(self._chain, context.handle, row))
+
+    def _largest(self, logits: npt.NDArray[np.float32]) -> int:
+        tokens, biases = self._biased
+        if not len(tokens):
+            return int(logits.argmax())
+        kept = logits[tokens]
+        logits[tokens] += biases
+        token = int(logits.argmax())
+        # Log-probabilities are told as the model made them.
+        logits[tokens] = kept
+        return token
 
     def logprobs(self, context: Context, row: int, token: int) -> Logprobs | None:
         """Log-probabilities of a row of the last decode; None where nobody asked."""
@@ -316,7 +331,10 @@ class Sampler:
             self._c.llama_sampler_apply(self._grammar, ctypes.byref(candidates))
             token = self._picked(candidates)
             if not self._allowed(token):
-                raise Internal("the grammar allows no token here")
+                raise InvalidArgument.field(
+                    "sampling.grammar",
+                    "allows no token after what was made; every path through it must reach an end",
+                )
         self._c.llama_sampler_accept(self._grammar, token)
         self._c.llama_sampler_accept(self._chain, token)
         return token

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,16 @@ class Running:
             for child in psutil.Process(self.process.pid).children()
             if "arriero.inference.engine" in child.cmdline()
         )
+
+    def metrics(self) -> dict[str, float]:
+        """Its Prometheus page: series without the label that all of them share."""
+        with urllib.request.urlopen(f"http://{self.metrics_address}/metrics", timeout=10) as page:
+            lines = page.read().decode().splitlines()
+        series = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        return {
+            name.replace('model_name="tiny"', "").replace("{}", "").replace(",}", "}"): float(value)
+            for name, value in series
+        }
 
     def end(self) -> None:
         """Kill it."""

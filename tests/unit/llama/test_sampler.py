@@ -213,3 +213,25 @@ def test_values_without_meaning_are_refused_by_name(name: str, value: object) ->
 def test_a_bias_of_a_token_that_does_not_exist_is_refused(model: Model) -> None:
     with pytest.raises(InvalidArgument, match="no such token"):
         Sampler(Sampling(logit_bias={10**6: 1.0}), model)
+
+
+def test_greedy_biases_count_and_leave_log_probabilities_alone(
+    model: Model, context: Context
+) -> None:
+    context.remove(0)
+    row = decode(context, PROMPT)
+    before = context.logits(row).copy()
+    first, second = (int(i) for i in np.argsort(-before)[:2])
+    for biases, token in (
+        ({first: -math.inf}, second),
+        ({first: -1e6, second: -1e6, 300: 50.0}, 300),
+        ({first: 1.0, 300: 0.0}, first),
+    ):
+        sampling = Sampling(temperature=0, logit_bias=biases, logprobs=1)
+        sampler = Sampler(sampling, model, PROMPT)
+        assert sampler.sample(context, row) == token
+        told = sampler.logprobs(context, row, token)
+        assert told is not None
+        assert told.top[0][0] == first
+        sampler.close()
+    assert np.array_equal(context.logits(row), before)
