@@ -21,7 +21,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.arriero-setup
 export LLAMA_CMAKE_ARGS
 
-.PHONY: help setup demo test verify lint types imports protos proto-lint format bench clean
+.PHONY: help setup demo test verify lint types imports protos proto-lint format bench images images-smoke clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*?## ' '{printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}'
@@ -74,6 +74,12 @@ format: $(STAMP) ## Rewrite code and protos in the project's style
 bench: $(STAMP) ## Run one benchmark: make bench BENCH=pipeline
 	@test -n "$(BENCH)" || { echo "Which? make bench BENCH=<name>; there are: $(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))"; exit 2; }
 	@$(BIN)/python benchmarks/$(BENCH).py
+
+images: ## Build the container images (docker, podman or buildah: docker/images.sh)
+	@TORCH_INDEX_URL="$(TORCH_INDEX_URL)" docker/images.sh $(IMAGES)
+
+images-smoke: ## Do in each image what it is for, with a tiny model
+	@docker/smoke.sh $(IMAGES)
 
 clean: ## Remove what set-up made (the wheel of llama.cpp stays cached)
 	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -158,6 +158,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--python", default=sys.executable, help="interpreter to install into")
     parser.add_argument("--version", required=True, help="of llama-cpp-python")
+    parser.add_argument("--keep", type=Path, help="directory that gets a copy of the wheel")
     options = parser.parse_args()
     cache = cache_dir()
     cache.mkdir(parents=True, exist_ok=True)
@@ -170,6 +171,9 @@ def main() -> None:
         check=True,
     )
     install_converter(options.python, sdist)
+    if options.keep:
+        options.keep.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(wheel, options.keep)
     print("  llama.cpp: library and converter installed", flush=True)
 
 

@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 app.command()(services.up)
 app.command()(services.down)
+app.command()(services.replicas)
 app.command()(services.status)
 app.command()(runs.run)
 app.command()(runs.schema)

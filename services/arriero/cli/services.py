@@ -63,6 +63,16 @@ def up(
 
 
 @command
+def replicas() -> None:
+    """Run the replicas of endpoints alone, beside services that run in containers."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    supervisor = Supervisor(Home.default())
+    signal.signal(signal.SIGTERM, supervisor.stop)
+    signal.signal(signal.SIGINT, supervisor.stop)
+    supervisor.run_replicas()
+
+
+@command
 def down(output: Output = Format.TABLE) -> None:
     """Stop everything that `arriero up` started; runs go on at the next `up`."""
     home = Home.default()

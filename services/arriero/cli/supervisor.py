@@ -187,16 +187,7 @@ class Supervisor:
             Unavailable: a service did not become ready; its log's end is quoted.
         """
         with self.home.lock():
-            # The orchestrator's replicas belong to the supervisor that starts them.
-            for stale in (self.home.platform / "actual").glob("*.json"):
-                stale.unlink()
-            replicas = Replicas(
-                directory=self.home.platform,
-                base_env=self._env(),
-                logs=self.home.logs,
-                spawn=Child,
-                pick_port=free_port,
-            )
+            replicas = self._replicas()
             try:
                 ports = self._start()
                 state = self._publish_state(ports)
@@ -208,6 +199,32 @@ class Supervisor:
             finally:
                 self.home.state.unlink(missing_ok=True)
                 self._stop(replicas)
+
+    def run_replicas(self) -> None:
+        """Run the replicas alone: the services run elsewhere on this machine.
+
+        Raises:
+            FailedPrecondition: another supervisor holds the home.
+        """
+        with self.home.lock():
+            replicas = self._replicas()
+            try:
+                while not self.stopping.wait(0.2):
+                    replicas.reconcile()
+            finally:
+                self._stop(replicas)
+
+    def _replicas(self) -> Replicas:
+        # What an earlier supervisor ran ended with it.
+        for stale in (self.home.platform / "actual").glob("*.json"):
+            stale.unlink()
+        return Replicas(
+            directory=self.home.platform,
+            base_env=self._env(),
+            logs=self.home.logs,
+            spawn=Child,
+            pick_port=free_port,
+        )
 
     def stop(self, *_: object) -> None:
         """Ask `run` to end (also a signal handler)."""
