@@ -62,6 +62,8 @@ class RopeSettings:
     """llama.cpp's; -1 is the model's."""
     yarn_original_context: int = 0
     """Tokens before scaling; 0 for the trained ones."""
+    native_slots: int = 0
+    """Slots of an unscaled context for requests that fit it; 0 for none."""
 
     def check(self) -> None:
         """Refuse what is unknown or contradicts itself.
@@ -76,6 +78,7 @@ class RopeSettings:
         belongs = {
             "factor": ("linear", "yarn", "ntk"),
             "alpha": ("ntk",),
+            "native_slots": ("linear", "yarn", "ntk"),
             **dict.fromkeys((*_YARN, "yarn_original_context"), ("yarn",)),
         }
         plain = RopeSettings()
@@ -97,6 +100,10 @@ class RopeSettings:
             raise InvalidArgument.field(
                 "rope.yarn_attn_factor",
                 "is computed by llama.cpp unless rope.yarn_ext_factor is 0; leave it out",
+            )
+        if self.native_slots > MAX_SLOTS:
+            raise InvalidArgument.field(
+                "rope.native_slots", f"{self.native_slots} is not between 0 and {MAX_SLOTS}"
             )
         for name in ("factor", "alpha"):
             value = getattr(self, name)

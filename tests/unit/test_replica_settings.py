@@ -22,7 +22,7 @@ EVERYTHING = ReplicaSettings(
     cache_type_k="Q8_0",
     cache_type_v="Q4_0",
     flash_attention="on",
-    rope=RopeSettings("yarn", 4.0, None, 0.5, -1.0, 16.0, 2.5, 2048),
+    rope=RopeSettings("yarn", 4.0, None, 0.5, -1.0, 16.0, 2.5, 2048, 2),
 )
 
 
@@ -55,6 +55,7 @@ def test_a_spec_says_all_of_it():
             yarn_beta_fast=16,
             yarn_beta_slow=2.5,
             yarn_original_context=2048,
+            native_slots=2,
         ),
     )
     assert ReplicaSettings.of_spec(with_defaults(spec)) == EVERYTHING
@@ -76,6 +77,8 @@ def test_a_spec_says_all_of_it():
         ({"rope": {"type": "linear", "factor": 0.5}}, "rope.factor", "1 or more"),
         ({"rope": {"type": "linear", "factor": float("nan")}}, "rope.factor", "finite"),
         ({"rope": {"type": "ntk", "alpha": 2, "factor": 2}}, "rope.alpha", "exclude"),
+        ({"rope": {"type": "none", "native_slots": 1}}, "rope.native_slots", "rope.type is none"),
+        ({"rope": {"type": "ntk", "native_slots": 999}}, "rope.native_slots", "between 0"),
         ({"rope": {"type": "yarn", "yarn_attn_factor": 1}}, "rope.yarn_attn_factor", "computed"),
     ],
 )

@@ -13,6 +13,7 @@ context; send. A process of its own, since a llama.cpp abort ends the process it
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import queue
 import socket
@@ -20,7 +21,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from arriero.errors import ArrieroError, InvalidArgument, ResourceExhausted
+from arriero.errors import ArrieroError, FailedPrecondition, InvalidArgument, ResourceExhausted
 from arriero.gates.golden import Golden, compare
 from arriero.inference import frames
 from arriero.inference.adapters import AdapterFile, Adapters, Loaded
@@ -37,7 +38,7 @@ from arriero.inference.pooling import Vectors, check_pooling, pooled
 from arriero.inference.rope import scaled
 from arriero.inference.stream import Stream, refusal
 from arriero.inference.text import TextStream
-from arriero.llama import Context, Model
+from arriero.llama import Context, Model, Rope
 from arriero.llama.grammar import from_json_schema
 from arriero.llama.sampler import Sampler, Sampling
 from arriero.replica import ReplicaSettings
@@ -347,23 +348,47 @@ class Engine:
             self._told_load = load
 
 
-def open_context(model: Model, settings: ReplicaSettings) -> Context:
-    """The context that a replica's settings ask for.
+@contextlib.contextmanager
+def open_contexts(model: Model, settings: ReplicaSettings) -> Iterator[list[Context]]:
+    """The contexts that a replica's settings ask for, the shorter one first.
+
+    NTK's base frequency is one for a whole context, and what lies in a cache was turned
+    with it: so requests that fit into the trained context have one of their own.
 
     Raises:
         ArrieroError: impossible for this model, or no memory.
     """
     n_ctx = settings.context or min(model.n_ctx_train, DEFAULT_CONTEXT)
-    return Context(
-        model,
-        n_ctx=n_ctx,
-        n_seq=settings.slots,
-        n_batch=_BATCH,
-        n_threads=settings.threads,
-        rope=scaled(settings.rope, model, n_ctx),
-        cache_types=(settings.cache_type_k, settings.cache_type_v),
-        flash_attention={"on": True, "off": False}.get(settings.flash_attention),
-    )
+    trained = model.n_ctx_train
+    if settings.rope.native_slots and n_ctx <= trained:
+        raise FailedPrecondition(
+            f"rope.native_slots is {settings.rope.native_slots}, and a context of {n_ctx} tokens "
+            f"is within the {trained} that the model was trained with; ask for more context, or "
+            "leave rope out"
+        )
+
+    def make(n_ctx: int, n_seq: int, rope: Rope | None, share: Context | None) -> Context:
+        return Context(
+            model,
+            n_ctx=n_ctx,
+            n_seq=n_seq,
+            n_batch=_BATCH,
+            n_threads=settings.threads,
+            rope=rope,
+            cache_types=(settings.cache_type_k, settings.cache_type_v),
+            flash_attention={"on": True, "off": False}.get(settings.flash_attention),
+            share=share,
+        )
+
+    with contextlib.ExitStack() as stack:
+        opened: list[Context] = []
+        if settings.rope.native_slots:
+            native = make(trained, settings.rope.native_slots, None, None)
+            opened.append(stack.enter_context(native))
+        rope = scaled(settings.rope, model, n_ctx)
+        share = opened[0] if opened else None
+        opened.append(stack.enter_context(make(n_ctx, settings.slots, rope, share)))
+        yield opened
 
 
 def describe(model: Model, contexts: Sequence[Context], engine: Engine) -> frames.Frame:
@@ -399,13 +424,14 @@ def main() -> None:
                 use_mmap=settings.mmap,
                 use_mlock=settings.mlock,
             ) as model,
-            open_context(model, settings) as context,
+            open_contexts(model, settings) as contexts,
         ):
             # Page the weights in before the first request pays for it.
             warm_up = [model.bos if model.bos is not None else 0]
-            context.sequence_logits(warm_up)
-            engine = Engine(connection, model, [context], settings.queue, adapters)
-            frames.send(connection, {"ready": describe(model, [context], engine)})
+            for context in contexts:
+                context.sequence_logits(warm_up)
+            engine = Engine(connection, model, contexts, settings.queue, adapters)
+            frames.send(connection, {"ready": describe(model, contexts, engine)})
             engine.run()
     except ArrieroError as error:
         frames.send(connection, {"failed": {"code": error.code, "message": error.message}})

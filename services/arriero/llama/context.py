@@ -171,6 +171,8 @@ class Context:
         rope: rope scaling.
         cache_types: ggml types of the cached keys and values, such as `Q8_0`.
         flash_attention: True, False, or None: where the device has it.
+        share: another context whose threads this one computes with too, and that is
+            closed after it; both are used from one thread.
         poll: see `Threadpool`.
         on_eval: llama.cpp's `cb_eval`, a C callback; must outlive the context.
 
@@ -192,11 +194,13 @@ class Context:
         rope: Rope | None = None,
         cache_types: tuple[str, str] = ("F16", "F16"),
         flash_attention: bool | None = None,
+        share: Context | None = None,
         poll: int = 50,
         on_eval: Any = None,
     ) -> None:
         self._context: Any = None
         self._pool: library.Threadpool | None = None
+        self._shares = False
         self._c = library.initialize()
         self.model = model
         most = int(self._c.llama_max_parallel_sequences())
@@ -240,8 +244,10 @@ class Context:
             if why and not _MEMORY.search(why):
                 raise FailedPrecondition(f"{what} for {model.path.name}: {why}")
             raise ResourceExhausted(f"{what}: {why or 'no reason given'}; ask for less context")
-        self._pool = library.Threadpool(self.n_threads, poll=poll)
-        self._pool.attach(self._context)
+        self._shares = share is not None
+        self._pool = share._pool if share else library.Threadpool(self.n_threads, poll=poll)
+        if self._pool is not None:
+            self._pool.attach(self._context)
         self._memory = self._c.llama_get_memory(self._context)
         self.n_vocab = model.n_vocab
         self.n_seq = n_seq
@@ -267,9 +273,9 @@ class Context:
                 self._pool.detach(self._context)
             self._c.llama_free(self._context)
             self._context = None
-        if self._pool is not None:
+        if self._pool is not None and not self._shares:
             self._pool.close()
-            self._pool = None
+        self._pool = None
 
     def __del__(self) -> None:
         self.close()

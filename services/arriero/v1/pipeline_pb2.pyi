@@ -349,6 +349,7 @@ class RopeSpec(_message.Message):
     YARN_BETA_FAST_FIELD_NUMBER: _builtins.int
     YARN_BETA_SLOW_FIELD_NUMBER: _builtins.int
     YARN_ORIGINAL_CONTEXT_FIELD_NUMBER: _builtins.int
+    NATIVE_SLOTS_FIELD_NUMBER: _builtins.int
     type: _builtins.str
     """`none`, `linear`, `yarn` or `ntk` (NTK-aware: a larger base frequency).
     Empty: what the model says, `ntk` where it was trained with dynamic NTK.
@@ -368,6 +369,11 @@ class RopeSpec(_message.Message):
     yarn_beta_slow: _builtins.float
     yarn_original_context: _builtins.int
     """`yarn`: tokens of the context before it was scaled; 0 means the trained ones."""
+    native_slots: _builtins.int
+    """Slots of a second context over the same weights, of the trained length and
+    without scaling: requests whose prompt and max_tokens fit it run there, as
+    the model was trained. 0: every request runs scaled.
+    """
     def __init__(
         self,
         *,
@@ -379,15 +385,18 @@ class RopeSpec(_message.Message):
         yarn_beta_fast: _builtins.float | None = ...,
         yarn_beta_slow: _builtins.float | None = ...,
         yarn_original_context: _builtins.int | None = ...,
+        native_slots: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_factor", b"_factor", "_yarn_attn_factor", b"_yarn_attn_factor", "_yarn_beta_fast", b"_yarn_beta_fast", "_yarn_beta_slow", b"_yarn_beta_slow", "_yarn_ext_factor", b"_yarn_ext_factor", "_yarn_original_context", b"_yarn_original_context", "alpha", b"alpha", "factor", b"factor", "yarn_attn_factor", b"yarn_attn_factor", "yarn_beta_fast", b"yarn_beta_fast", "yarn_beta_slow", b"yarn_beta_slow", "yarn_ext_factor", b"yarn_ext_factor", "yarn_original_context", b"yarn_original_context"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_factor", b"_factor", "_native_slots", b"_native_slots", "_yarn_attn_factor", b"_yarn_attn_factor", "_yarn_beta_fast", b"_yarn_beta_fast", "_yarn_beta_slow", b"_yarn_beta_slow", "_yarn_ext_factor", b"_yarn_ext_factor", "_yarn_original_context", b"_yarn_original_context", "alpha", b"alpha", "factor", b"factor", "native_slots", b"native_slots", "yarn_attn_factor", b"yarn_attn_factor", "yarn_beta_fast", b"yarn_beta_fast", "yarn_beta_slow", b"yarn_beta_slow", "yarn_ext_factor", b"yarn_ext_factor", "yarn_original_context", b"yarn_original_context"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_factor", b"_factor", "_yarn_attn_factor", b"_yarn_attn_factor", "_yarn_beta_fast", b"_yarn_beta_fast", "_yarn_beta_slow", b"_yarn_beta_slow", "_yarn_ext_factor", b"_yarn_ext_factor", "_yarn_original_context", b"_yarn_original_context", "alpha", b"alpha", "factor", b"factor", "type", b"type", "yarn_attn_factor", b"yarn_attn_factor", "yarn_beta_fast", b"yarn_beta_fast", "yarn_beta_slow", b"yarn_beta_slow", "yarn_ext_factor", b"yarn_ext_factor", "yarn_original_context", b"yarn_original_context"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_factor", b"_factor", "_native_slots", b"_native_slots", "_yarn_attn_factor", b"_yarn_attn_factor", "_yarn_beta_fast", b"_yarn_beta_fast", "_yarn_beta_slow", b"_yarn_beta_slow", "_yarn_ext_factor", b"_yarn_ext_factor", "_yarn_original_context", b"_yarn_original_context", "alpha", b"alpha", "factor", b"factor", "native_slots", b"native_slots", "type", b"type", "yarn_attn_factor", b"yarn_attn_factor", "yarn_beta_fast", b"yarn_beta_fast", "yarn_beta_slow", b"yarn_beta_slow", "yarn_ext_factor", b"yarn_ext_factor", "yarn_original_context", b"yarn_original_context"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__alpha: _TypeAlias = _typing.Literal["alpha"]  # noqa: Y015
     _WhichOneofArgType__alpha: _TypeAlias = _typing.Literal["_alpha", b"_alpha"]  # noqa: Y015
     _WhichOneofReturnType__factor: _TypeAlias = _typing.Literal["factor"]  # noqa: Y015
     _WhichOneofArgType__factor: _TypeAlias = _typing.Literal["_factor", b"_factor"]  # noqa: Y015
+    _WhichOneofReturnType__native_slots: _TypeAlias = _typing.Literal["native_slots"]  # noqa: Y015
+    _WhichOneofArgType__native_slots: _TypeAlias = _typing.Literal["_native_slots", b"_native_slots"]  # noqa: Y015
     _WhichOneofReturnType__yarn_attn_factor: _TypeAlias = _typing.Literal["yarn_attn_factor"]  # noqa: Y015
     _WhichOneofArgType__yarn_attn_factor: _TypeAlias = _typing.Literal["_yarn_attn_factor", b"_yarn_attn_factor"]  # noqa: Y015
     _WhichOneofReturnType__yarn_beta_fast: _TypeAlias = _typing.Literal["yarn_beta_fast"]  # noqa: Y015
@@ -402,6 +411,8 @@ class RopeSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__alpha) -> _WhichOneofReturnType__alpha | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__factor) -> _WhichOneofReturnType__factor | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__native_slots) -> _WhichOneofReturnType__native_slots | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__yarn_attn_factor) -> _WhichOneofReturnType__yarn_attn_factor | None: ...
     @_typing.overload
