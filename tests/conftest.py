@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -61,6 +62,51 @@ def tiny_gguf(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
         env={**os.environ, "PYTHONPATH": str(source / "gguf-py")},
     )
     return target
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server of S3 in a process of its own: its URL."""
+    file = tmp_path_factory.mktemp("s3") / "port"
+    child = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("s3server.py")), str(file)],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_until(file.exists, what="the start of the S3 server")
+        yield f"http://127.0.0.1:{file.read_text()}"
+    finally:
+        child.kill()
+        child.wait()
+
+
+@pytest.fixture
+def s3_env(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The environment of whoever uses that server, with a cache of this test's own; set here."""
+    env = {
+        "ARRIERO_STORE_ENDPOINT_URL": s3_server,
+        "ARRIERO_STORE_CACHE": str(tmp_path / "cache"),
+        "AWS_ACCESS_KEY_ID": "AKIDLLAMA",
+        "AWS_SECRET_ACCESS_KEY": "secret-of-the-herd",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    return env
+
+
+@pytest.fixture
+def s3_url(s3_env: dict[str, str], tmp_path: Path) -> str:
+    """A store that is not there yet, in a bucket of this test's own."""
+    import boto3
+
+    name = f"test-{uuid.uuid4().hex[:12]}"
+    client = boto3.client(
+        "s3", endpoint_url=s3_env["ARRIERO_STORE_ENDPOINT_URL"], region_name="us-east-1"
+    )
+    client.create_bucket(Bucket=name)
+    return f"s3://{name}/models"
 
 
 class Platform:

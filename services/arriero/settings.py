@@ -20,6 +20,7 @@ from arriero.errors import FailedPrecondition, InvalidArgument, NotFound, Unavai
 
 __all__ = [
     "ClientSettings",
+    "S3Settings",
     "ServerSettings",
     "SourceSettings",
     "StoreSettings",
@@ -183,13 +184,56 @@ class StoreSettings:
     """Where the model store is. Read from `ARRIERO_STORE`."""
 
     url: str
-    """`file:///absolute/path` or a path; default `$ARRIERO_HOME/store`."""
+    """`file:///absolute/path`, a path, or `s3://bucket/prefix`; default `$ARRIERO_HOME/store`."""
 
     @classmethod
     def from_env(cls, env: Environment | None = None) -> StoreSettings:
         """Read the settings."""
         text = (os.environ if env is None else env).get("ARRIERO_STORE", "")
         return cls(url=text or (home(env) / "store").as_uri())
+
+
+@dataclass(frozen=True, slots=True)
+class S3Settings:
+    """How a store in S3 is reached, and what this machine keeps of it.
+
+    Read from `ARRIERO_STORE_ENDPOINT_URL` (else `AWS_ENDPOINT_URL_S3`,
+    `AWS_ENDPOINT_URL`), `ARRIERO_STORE_CACHE` and `ARRIERO_STORE_CACHE_BYTES`.
+    Credentials and region are the AWS SDK's own business: its environment
+    variables, files and roles.
+    """
+
+    endpoint_url: str | None = None
+    """`http://host:port` of a server that speaks S3; None for Amazon's."""
+    cache: Path = Path("cache")
+    """Directory of fetched artifacts and of what jobs write; default `$ARRIERO_HOME/cache`."""
+    cache_bytes: int | None = None
+    """Bytes of fetched artifacts that are kept; the longest unused go first. None: no limit."""
+
+    @classmethod
+    def from_env(cls, env: Environment | None = None) -> S3Settings:
+        """Read the settings.
+
+        Raises:
+            InvalidArgument: a variable does not hold what it should.
+        """
+        env = os.environ if env is None else env
+        read = _Reader(env)
+        names = ("ARRIERO_STORE_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+        name = next((name for name in names if read.text(name)), "")
+        endpoint = read.text(name)
+        if endpoint is not None:
+            _split_url(endpoint, name)
+        size = read.text("ARRIERO_STORE_CACHE_BYTES")
+        if size is not None and not size.isdecimal():
+            raise InvalidArgument.field(
+                "ARRIERO_STORE_CACHE_BYTES", f"{size!r}: expected a count of bytes"
+            )
+        return cls(
+            endpoint_url=endpoint,
+            cache=read.path("ARRIERO_STORE_CACHE") or home(env) / "cache",
+            cache_bytes=None if size is None else int(size),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,19 +6,19 @@ know tags, nor how an artifact came to be there.
 
 from __future__ import annotations
 
-import contextlib
-import os
+import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from arriero.errors import DataLoss, InvalidArgument, NotFound
+from arriero.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
 from arriero.gates import GateResult
-from arriero.store.files import DIRECTORY_MODE, safe_relative, sha256_file, tree_files
-from arriero.store.layout import Layout
+from arriero.store.backend import Backend, manifest_key
+from arriero.store.files import safe_relative
 from arriero.store.manifest import Manifest
-from arriero.store.trash import Trash
 from arriero.store.waivers import Waiver, Waivers, applied
+
+log = logging.getLogger(__name__)
 
 _HEX = frozenset("0123456789abcdef")
 _HEX_DIGITS = 64
@@ -32,16 +32,29 @@ class Artifact:
 
     Attributes:
         digest: `sha256:...`.
-        path: directory of its files; read-only, may be memory-mapped in place.
+        location: where its files are, for people.
         quarantined: a gate failed that nobody waived.
         waivers: of its failed gates, oldest first.
     """
 
     digest: str
     manifest: Manifest
-    path: Path
+    location: str
     quarantined: bool
     waivers: tuple[Waiver, ...] = ()
+    _open: Callable[[], Path] = field(kw_only=True, repr=False, compare=False)
+
+    @property
+    def path(self) -> Path:
+        """Directory of its files; read-only, may be memory-mapped in place.
+
+        A store elsewhere fetches them when they are first asked for, and verifies
+        them; they stay on this machine as long as somebody holds this object.
+
+        Raises:
+            NotFound, DataLoss, DiskFull, Unavailable: they can't be fetched.
+        """
+        return self._open()
 
     @property
     def gates(self) -> tuple[GateResult, ...]:
@@ -68,9 +81,8 @@ class Artifact:
 class Artifacts:
     """The artifacts of one store."""
 
-    def __init__(self, layout: Layout, waivers: Waivers, trash: Trash) -> None:
-        self._layout = layout
-        self._trash = trash
+    def __init__(self, backend: Backend, waivers: Waivers) -> None:
+        self._backend = backend
         self._waivers = waivers
         self._cache: dict[str, Manifest] = {}  # manifests never change
 
@@ -84,11 +96,10 @@ class Artifacts:
         known = self._cache.get(digest)
         if known is not None:
             return known
-        path = self._layout.manifest(digest)
         try:
-            data = path.read_bytes()
+            data = self._backend.objects.read(manifest_key(digest))
         except FileNotFoundError:
-            raise NotFound(f"no artifact {digest} in the store at {self._layout.root}") from None
+            raise NotFound(f"no artifact {digest} in the store at {self._where}") from None
         manifest = self._cache[digest] = Manifest.from_bytes(data, digest)
         return manifest
 
@@ -102,8 +113,7 @@ class Artifacts:
             NotFound: not there, or its files were collected.
             DataLoss: damaged manifest. FailedPrecondition: newer format.
         """
-        path = self._layout.artifact(digest)
-        there = self._trash.claim(path) if claim else path.is_dir()
+        there = self._backend.claim(digest) if claim else self._backend.has(digest)
         manifest = self.manifest(digest)
         if not there:
             raise NotFound(
@@ -112,34 +122,46 @@ class Artifacts:
                 "again what made it",
                 reason="ARTIFACT_COLLECTED",
             )
-        with contextlib.suppress(OSError):
-            if path.stat().st_mode & 0o222:  # its publisher died between rename and chmod
-                path.chmod(DIRECTORY_MODE)
+        return self._artifact(manifest)
+
+    def all(self) -> Iterator[Artifact]:
+        """Every artifact whose files are there; what can't be read is left out, and logged."""
+        for digest in self._backend.digests():
+            try:
+                yield self._artifact(self.manifest(digest))
+            except NotFound:
+                continue  # files without a manifest
+            except (DataLoss, FailedPrecondition, InvalidArgument) as error:
+                log.warning("artifact %s is left out: %s", digest, error)
+
+    def _artifact(self, manifest: Manifest) -> Artifact:
+        digest = manifest.digest
         waivers = tuple(self._waivers.of(digest)) if manifest.quarantined else ()
         left = set(manifest.failed_gates) - {waiver.gate for waiver in waivers}
-        return Artifact(digest, manifest, path, bool(left), waivers)
+        return Artifact(
+            digest,
+            manifest,
+            self._backend.location(digest),
+            bool(left),
+            waivers,
+            _open=self._backend.opener(manifest),
+        )
 
     def claim(self, digest: str) -> bool:
         """Whether an artifact is there, and will stay if a root was written before."""
-        return self._trash.claim(self._layout.artifact(digest))
+        return self._backend.claim(digest)
 
     def touch(self, digest: str) -> None:
         """Make an artifact young again for gc; look whether it is there afterwards."""
-        with contextlib.suppress(OSError):  # not there, not ours, or read-only
-            os.utime(self._layout.manifest(digest))
+        self._backend.objects.touch(manifest_key(digest))
 
     def age_ns(self, digest: str) -> int | None:
         """When it was last published or touched (Unix ns); None without a manifest."""
-        try:
-            return self._layout.manifest(digest).stat().st_mtime_ns
-        except FileNotFoundError:
-            return None
+        return self._backend.objects.time_ns(manifest_key(digest))
 
     def digests(self) -> Iterator[str]:
         """Every artifact whose files are there, in no order."""
-        for name in os.listdir(self._layout.root / "artifacts"):
-            if len(name) == _HEX_DIGITS and _HEX.issuperset(name):
-                yield "sha256:" + name
+        return self._backend.digests()
 
     def by_prefix(self, text: str) -> str | None:
         """The one digest that begins with this, or None where `text` is no prefix.
@@ -156,14 +178,13 @@ class Artifacts:
             raise InvalidArgument.field(
                 "ref", f"{text!r} is too short; expected at least {_SHORTEST_PREFIX} digits"
             )
-        names = os.listdir(self._layout.root / "manifests")
-        found = sorted(
-            name.removesuffix(".json")
-            for name in names
-            if name.startswith(prefix) and name.endswith(".json")
+        names = (
+            record.key.removeprefix("manifests/").removesuffix(".json")
+            for record in self._backend.objects.find("manifests/")
         )
+        found = sorted(name for name in names if name.startswith(prefix))
         if not found:
-            raise NotFound(f"no artifact {text} in the store at {self._layout.root}")
+            raise NotFound(f"no artifact {text} in the store at {self._where}")
         if len(found) > 1:
             raise InvalidArgument.field(
                 "ref",
@@ -188,7 +209,7 @@ class Artifacts:
             artifact = self.get(digest)
             raise DataLoss(
                 f"{artifact.manifest.kind} {digest} is damaged: {'; '.join(wrong)}; restore "
-                f"{artifact.path} from a backup, or make the artifact again"
+                f"{artifact.location} from a backup, or make the artifact again"
             )
 
     def problems(
@@ -200,24 +221,8 @@ class Artifacts:
             NotFound: not there. DataLoss: the manifest itself is damaged.
         """
         self._cache.pop(digest, None)  # the manifest, too, is read from the disk
-        artifact = self.get(digest)
-        wrong = []
-        there = set(tree_files(artifact.path))
-        done = 0
-        for entry in artifact.manifest.files:
-            if entry.path not in there:
-                wrong.append(f"{entry.path} is missing")
-                continue
-            there.discard(entry.path)
-            size, sha256 = sha256_file(artifact.path / entry.path, _from(done, on_bytes))
-            done += size
-            if size != entry.size:
-                wrong.append(f"{entry.path} has {size} bytes, expected {entry.size}")
-            elif sha256 != entry.sha256:
-                wrong.append(f"{entry.path} has sha256 {sha256}, expected {entry.sha256}")
-        return [*wrong, *(f"{name} does not belong" for name in sorted(there))]
+        return self._backend.problems(self.get(digest).manifest, on_bytes)
 
-
-def _from(start: int, on_bytes: Callable[[int], None]) -> Callable[[int], None]:
-    """Tell bytes read of one file as bytes read of all."""
-    return lambda read: on_bytes(start + read)
+    @property
+    def _where(self) -> str:
+        return self._backend.objects.shown("").rstrip("/")

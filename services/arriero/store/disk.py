@@ -49,7 +49,19 @@ def preflight(root: Path, needed: int) -> None:
     Raises:
         DiskFull: with needed and free bytes.
     """
-    free, limit = room(root)
+    _refuse(needed, *room(root))
+
+
+def preflight_disk(directory: Path, needed: int) -> None:
+    """Refuse work that will not fit the disk of a directory, whatever the store's quota is.
+
+    Raises:
+        DiskFull: with needed and free bytes.
+    """
+    _refuse(needed, free_bytes(directory), f"the filesystem of {directory}")
+
+
+def _refuse(needed: int, free: int, limit: str) -> None:
     if needed > free:
         raise DiskFull(
             f"{shown(needed)} needed ({needed} bytes), {shown(free)} free ({free} bytes) within "
@@ -59,19 +71,12 @@ def preflight(root: Path, needed: int) -> None:
         )
 
 
-def check_quota(root: Path, size: int, *, inside: bool) -> None:
-    """Refuse to publish `size` bytes that make, or have made, the store too large.
-
-    Args:
-        inside: whether those bytes lie in the store already.
+def check_quota(limit: int, size: int, others: int) -> None:
+    """Refuse to publish `size` bytes where `others` are in the store, and `limit` may be.
 
     Raises:
         DiskFull: with needed and free bytes.
     """
-    limit = quota()
-    if limit is None:
-        return
-    others = tree_size(root) - (size if inside else 0)
     free = max(0, limit - others)
     if size > free:
         raise DiskFull(

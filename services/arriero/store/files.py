@@ -181,19 +181,27 @@ def read_json(path: Path, newest: int, what: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
+        DataLoss, FailedPrecondition: as `parse_json`.
+    """
+    return parse_json(path.read_bytes(), newest, f"{what} {path}")
+
+
+def parse_json(data: bytes, newest: int, what: str) -> dict[str, Any]:
+    """The JSON object in `data`, which carries a version in `format`.
+
+    Raises:
         DataLoss: torn or not what was written.
         FailedPrecondition: written by a newer version.
     """
-    data = path.read_bytes()
     try:
         value = json.loads(data)
         version = int(value["format"])
     except (ValueError, TypeError, KeyError) as error:
         raise DataLoss(
-            f"{what} {path} is damaged ({len(data)} bytes: {error}); expected a JSON object "
+            f"{what} is damaged ({len(data)} bytes: {error}); expected a JSON object "
             "with a format version; restore it from a backup"
         ) from error
-    refuse_newer(version, newest, f"{what} {path}")
+    refuse_newer(version, newest, what)
     result: dict[str, Any] = value
     return result
 

@@ -4,7 +4,7 @@ Responsibility: find what is held, plan, and remove in an order that loses
 nothing that somebody comes to need meanwhile. Does not know why anything is
 held.
 
-Nothing is stopped while it runs. What is to go is marked (see `trash`), then
+Nothing is stopped while it runs. What is to go is marked (see the backend), then
 every root is read again, and what is held by now is spared. So whoever first
 writes a root (tag, pin, lease, operation record) and then gets the artifact can
 rely on what it gets.
@@ -18,29 +18,22 @@ import logging
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from arriero.errors import DataLoss, NotFound
 from arriero.store.artifacts import Artifacts
-from arriero.store.files import (
-    is_temporary,
-    tree_newest,
-    tree_size,
-)
-from arriero.store.layout import Layout
+from arriero.store.backend import Backend
+from arriero.store.manifest import check_digest
 from arriero.store.roots import Roots
 from arriero.store.tags import Tags
-from arriero.store.trash import Trash
 
 log = logging.getLogger(__name__)
 
 _DIGEST = re.compile(rb"sha256:[0-9a-f]{64}")
 _WORD = re.compile(r"[A-Za-z0-9._-]+")
-# No writer of a small file takes so long between its first byte and its rename.
-_WRITING_SECONDS = 600.0
 _ENDED = ("SUCCEEDED", "FAILED", "CANCELLED")
 
 
@@ -73,17 +66,15 @@ class _Held:
 @dataclass(frozen=True, slots=True)
 class _Plan:
     removal: Removal
-    path: Path
     digest: str | None  # None: a staging directory
     seen_ns: int | None  # when it was last published or touched
 
 
 def collect(
-    layout: Layout,
+    backend: Backend,
     artifacts: Artifacts,
     tags: Tags,
     roots: Roots,
-    trash: Trash,
     *,
     dry_run: bool,
     grace: float,
@@ -104,31 +95,31 @@ def collect(
         DataLoss, FailedPrecondition: a root that can't be read, or was written
             by a newer version: nothing is removed; or another gc is at work.
     """
-    with trash.remover():
+    with backend.remover():
         if not dry_run:
-            trash.settle()
+            backend.settle()
         now = time.time()
         ages = {digest: artifacts.age_ns(digest) for digest in artifacts.digests()}
-        held = _held(layout, artifacts, tags, roots, now, grace)
-        plans = [*_staging(layout, held, now, grace), *_artifacts(layout, ages, held)]
+        held = _held(backend, artifacts, tags, roots, now, grace)
+        plans = [*_staging(backend, held, now, grace), *_artifacts(backend, ages, held)]
         if dry_run:
             removed = [plan.removal for plan in plans]
         else:
-            removed = _remove(layout, artifacts, tags, roots, trash, plans, grace)
+            removed = _remove(backend, artifacts, tags, roots, plans, grace)
         going = {plan.digest for plan in plans if dry_run}
-        for path, removal in list(_small(layout, artifacts, roots, going, now, grace)):
+        for remove, removal in list(_small(backend, artifacts, roots, going, held, now, grace)):
             if not dry_run:
-                path.unlink(missing_ok=True)
+                remove()
             removed.append(removal)
         return removed
 
 
 def _held(
-    layout: Layout, artifacts: Artifacts, tags: Tags, roots: Roots, now: float, grace: float
+    backend: Backend, artifacts: Artifacts, tags: Tags, roots: Roots, now: float, grace: float
 ) -> _Held:
     held = _Held()
     # Records before tags and pins: work that ends meanwhile moves its digests that way.
-    _operations(layout, held)
+    _operations(backend, held)
     for _, lease in roots.leases():
         if lease.expires > now:
             held.digests.update(lease.digests)
@@ -161,26 +152,27 @@ def _add_golden(artifacts: Artifacts, held: _Held) -> None:
             queue.append(golden)
 
 
-def _operations(layout: Layout, held: _Held) -> None:
+def _operations(backend: Backend, held: _Held) -> None:
     """Whatever a record of unended work names is held, by digest or by directory name."""
     staged: dict[str, set[str]] = defaultdict(set)
-    for path in (layout.root / "staging").glob("*/*"):
-        staged[path.name].add(layout.relative(path))
+    for directory in backend.staged():
+        staged[directory.key.rpartition("/")[2]].add(directory.key)
     succeeded: set[str] = set()
-    records = layout.root / "operations"
-    for pattern in ("*/*/operation.json", "*/executions/*/execution.json"):
-        for path in records.glob(pattern):
-            with contextlib.suppress(FileNotFoundError):
-                text = path.read_bytes()
-                state, value = _state(text)
-                if state == "SUCCEEDED":
-                    succeeded.update(_own(layout, path, value))
-                if state in _ENDED:
-                    continue
-                held.digests.update(match.decode() for match in _DIGEST.findall(text))
-                words = {path.parent.name, *_WORD.findall(text.decode(errors="replace"))}
-                for word in words & staged.keys():
-                    held.paths.update(staged[word])
+    for record in backend.objects.find("operations/"):
+        if not record.key.endswith(("/operation.json", "/execution.json")):
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            text = backend.objects.read(record.key)
+            state, value = _state(text)
+            if state == "SUCCEEDED":
+                succeeded.update(_own(record.key, value))
+            if state in _ENDED:
+                continue
+            held.digests.update(match.decode() for match in _DIGEST.findall(text))
+            name = record.key.split("/")[-2]
+            words = {name, *_WORD.findall(text.decode(errors="replace"))}
+            for word in words & staged.keys():
+                held.paths.update(staged[word])
     held.succeeded = {path for path in succeeded if not held.holds(path)}
 
 
@@ -193,101 +185,94 @@ def _state(text: bytes) -> tuple[str, dict[str, Any]]:
         return "", {}
 
 
-def _own(layout: Layout, record: Path, value: dict[str, Any]) -> Iterator[str]:
+def _own(key: str, value: dict[str, Any]) -> Iterator[str]:
     """The staging directories that a record calls its own, relative to the root."""
     named = value.get("staging")
     if isinstance(named, str) and named:
         yield named
-    service = record.relative_to(layout.root / "operations").parts[0]
-    yield f"staging/{service}/{record.parent.name}"
+    parts = key.split("/")
+    yield f"staging/{parts[1]}/{parts[-2]}"
 
 
-def _staging(layout: Layout, held: _Held, now: float, grace: float) -> list[_Plan]:
+def _staging(backend: Backend, held: _Held, now: float, grace: float) -> list[_Plan]:
     done: list[_Plan] = []
     stale: list[_Plan] = []
-    for path in sorted((layout.root / "staging").glob("*/*")):
-        relative = layout.relative(path)
-        if held.holds(relative):
+    for directory in backend.staged():
+        if held.holds(directory.key):
             continue
-        if relative in held.succeeded:
+        if directory.key in held.succeeded:
             reason, plans = "staging of work that succeeded", done
-        elif tree_newest(path) <= now - grace:
+        elif directory.newest <= now - grace:
             reason, plans = f"staging that nothing wrote to for {grace:.0f} s", stale
         else:
             continue
-        removal = Removal(relative, tree_size(path), reason)
-        plans.append(_Plan(removal, path, None, None))
+        plans.append(_Plan(Removal(directory.key, directory.size, reason), None, None))
     return done + stale
 
 
-def _artifacts(layout: Layout, ages: Mapping[str, int | None], held: _Held) -> list[_Plan]:
+def _artifacts(backend: Backend, ages: Mapping[str, int | None], held: _Held) -> list[_Plan]:
     plans = []
     for digest in sorted(ages):
         if digest in held.digests:
             continue
-        path = layout.artifact(digest)
         removal = Removal(
-            layout.relative(path),
-            tree_size(path),
+            f"artifacts/{check_digest(digest)}",
+            backend.size(digest),
             "no tag, endpoint, run, operation or lease holds it",
         )
-        plans.append(_Plan(removal, path, digest, ages[digest]))
+        plans.append(_Plan(removal, digest, ages[digest]))
     return plans
 
 
 def _small(
-    layout: Layout,
+    backend: Backend,
     artifacts: Artifacts,
     roots: Roots,
     going: set[str | None],
+    held: _Held,
     now: float,
     grace: float,
-) -> Iterator[tuple[Path, Removal]]:
+) -> Iterator[tuple[Callable[[], object], Removal]]:
     """Records that have lost their meaning: files of some hundred bytes each.
 
     What expired has no effect from then on; its file gets the grace as well, since
     its owner may be renewing it just now.
     """
-    for path, lease in roots.leases():
+    objects = backend.objects
+    gone: dict[str, str] = {}
+    for key, lease in roots.leases():
         if lease.expires <= now - grace:
-            yield _file(layout, path, "lease that expired")
+            gone[key] = "lease that expired"
     for pin in roots.pins():
         if pin.expires is not None and pin.expires <= now - grace:
-            path = layout.root / "roots" / pin.owner / f"{pin.name}.json"
-            yield _file(layout, path, "pin that expired")
+            gone[f"roots/{pin.owner}/{pin.name}.json"] = "pin that expired"
     there = set(artifacts.digests()) - going
-    for path in sorted((layout.root / "results").glob("*/[!.]*.json")):
+    for record in objects.find("results/"):
         with contextlib.suppress(FileNotFoundError):
-            text = path.read_bytes()
+            text = objects.read(record.key)
             if not {match.decode() for match in _DIGEST.findall(text)} <= there:
-                yield _file(layout, path, "result of artifacts that are gone")
-    for name in ("manifests", "results", "roots", "leases", "waivers", "operations"):
-        for path in (layout.root / name).rglob(".*.tmp"):
-            with contextlib.suppress(FileNotFoundError):
-                age = now - path.lstat().st_mtime
-                if is_temporary(path.name) and age >= max(grace, _WRITING_SECONDS):
-                    yield _file(layout, path, "left by a writer that was killed")
-
-
-def _file(layout: Layout, path: Path, reason: str) -> tuple[Path, Removal]:
-    size = 0
-    with contextlib.suppress(FileNotFoundError):
-        size = path.lstat().st_size
-    return path, Removal(layout.relative(path), size, reason)
+                gone[record.key] = "result of artifacts that are gone"
+    for prefix in ("leases/", "roots/", "results/"):
+        for record in objects.find(prefix):
+            if record.key in gone:
+                removal = Removal(record.key, record.size, gone[record.key])
+                yield partial(objects.delete, record.key), removal
+    for left in backend.leftovers(grace):
+        if not held.holds(left.key):
+            yield left.remove, Removal(left.key, left.size, left.reason)
 
 
 def _remove(
-    layout: Layout,
+    backend: Backend,
     artifacts: Artifacts,
     tags: Tags,
     roots: Roots,
-    trash: Trash,
     plans: list[_Plan],
     grace: float,
 ) -> list[Removal]:
     for plan in plans:
-        trash.doom(plan.path)
-    held = _held(layout, artifacts, tags, roots, time.time(), grace)
+        backend.doom(plan.removal.path)
+    held = _held(backend, artifacts, tags, roots, time.time(), grace)
     for plan in plans:
         if plan.digest is not None and artifacts.age_ns(plan.digest) != plan.seen_ns:
             held.digests.add(plan.digest)  # published again, or used from the cache
@@ -295,8 +280,8 @@ def _remove(
     removed = []
     for plan in plans:
         if plan.digest in held.digests or held.holds(plan.removal.path):
-            trash.spare(plan.path)
-        elif trash.take(plan.path):
+            backend.spare(plan.removal.path)
+        elif backend.take(plan.removal.path):
             removed.append(plan.removal)
             continue
         log.info("gc leaves %s: it came to be needed", plan.removal.path)

@@ -7,6 +7,7 @@ those paths.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -45,15 +46,16 @@ class Layout:
     root: Path
 
     @classmethod
-    def open(cls, url: str | Path) -> Layout:
+    def open(cls, url: str | Path, directories: Sequence[str] = DIRECTORIES) -> Layout:
         """Open a store, or make one where there is none.
 
         Args:
             url: a path, or `file:///absolute/path`.
+            directories: that it has, made where they are missing.
 
         Raises:
             InvalidArgument: not such a URL.
-            Unimplemented: another backend.
+            Unimplemented: neither of the two.
             FailedPrecondition: a newer format, or something that is no directory.
             PermissionDenied: no store there, and none can be made. (One that is
                 mounted read-only can be opened, and read.)
@@ -69,7 +71,7 @@ class Layout:
             read_json(version, FORMAT, "the store")
         else:
             write_atomic(version, to_json({"format": FORMAT, "created": now()}))
-        for name in DIRECTORIES:
+        for name in directories:
             make_directories(root / name, below=root)
         return layout
 
@@ -77,15 +79,32 @@ class Layout:
         """Directory of an artifact's files."""
         return self.root / "artifacts" / check_digest(digest)
 
-    def manifest(self, digest: str) -> Path:
-        """File of an artifact's manifest."""
-        return self.root / "manifests" / f"{check_digest(digest)}.json"
-
     def under(self, *names: str, field: str = "name") -> Path:
         """A directory below the root, made if missing; names from outside are checked."""
         path = self.root.joinpath(*(safe_name(name, field=field) for name in names))
         make_directories(path, below=self.root)
         return path
+
+    def holds(self, source: Path) -> bool:
+        """Whether a directory to publish lies in the store; it may there be in staging alone.
+
+        Raises:
+            InvalidArgument: another part of the store, all of it, or a link.
+        """
+        if source.is_symlink():
+            raise InvalidArgument.field(
+                "source", f"{source} is a symbolic link; give the directory"
+            )
+        place, root = source.resolve(), self.root.resolve()
+        if root.is_relative_to(place):
+            raise InvalidArgument.field("source", f"{source} holds the store itself")
+        if not place.is_relative_to(root):
+            return False
+        if root / "staging" not in place.parents:
+            raise InvalidArgument.field(
+                "source", f"{source} is part of the store; expected a directory below its staging/"
+            )
+        return True
 
     def relative(self, path: Path) -> str:
         """A path as it is shown: relative to the root, with forward slashes."""
@@ -102,8 +121,8 @@ def _path_of(url: str | Path) -> Path:
         return Path(os.path.abspath(Path(url).expanduser()))
     if parts.scheme != "file":
         raise Unimplemented(
-            f"store {url!r}: this version keeps stores on a filesystem; expected a path "
-            "or file:///path"
+            f"store {url!r}: this version keeps stores on a filesystem or in S3; expected a "
+            "path, file:///path or s3://bucket/prefix"
         )
     if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
         raise InvalidArgument.field("store", f"{url!r}: expected file:///absolute/path")

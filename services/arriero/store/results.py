@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 from arriero.errors import DataLoss, NotFound
 from arriero.gates import GateResult
 from arriero.store.artifacts import Artifacts
-from arriero.store.files import now, read_json, safe_name, to_json, write_atomic
-from arriero.store.layout import Layout
+from arriero.store.files import now, parse_json, safe_name, to_json
 from arriero.store.manifest import FORMAT, check_digest, gates_from_json, gates_to_json
+from arriero.store.objects import Objects
 from arriero.store.waivers import Waiver, applied
 
 log = logging.getLogger(__name__)
@@ -33,8 +33,8 @@ class Result:
 class Results:
     """The results of one store."""
 
-    def __init__(self, layout: Layout, artifacts: Artifacts) -> None:
-        self._layout = layout
+    def __init__(self, objects: Objects, artifacts: Artifacts) -> None:
+        self._objects = objects
         self._artifacts = artifacts
 
     def put(
@@ -47,14 +47,13 @@ class Results:
         """
         for digest in outputs.values():
             check_digest(digest, field="outputs")
-        directory = self._layout.under("results", service, field="service")
         record = {
             "format": FORMAT,
             "outputs": [[name, digest] for name, digest in outputs.items()],
             "gates": gates_to_json(gates),
             "time": now(),
         }
-        write_atomic(directory / f"{safe_name(key, field='key')}.json", to_json(record))
+        self._objects.write(_key(service, key), to_json(record))
 
     def get(self, service: str, key: str) -> Result | None:
         """What the work with this key made, if all of it is there and not quarantined.
@@ -62,10 +61,10 @@ class Results:
         A hit makes its artifacts young again for gc. Gates that were waived since
         are WAIVED.
         """
-        directory = self._layout.root / "results" / safe_name(service, field="service")
-        path = directory / f"{safe_name(key, field='key')}.json"
+        place = _key(service, key)
         try:
-            value = read_json(path, FORMAT, "the result")
+            what = f"the result {self._objects.shown(place)}"
+            value = parse_json(self._objects.read(place), FORMAT, what)
             result = Result(
                 dict(value["outputs"]),
                 gates_from_json(value["gates"]),
@@ -85,3 +84,7 @@ class Results:
             log.warning("result %s of %s is not usable: %s", key, service, error)
             return None
         return replace(result, gates=applied(result.gates, waivers))
+
+
+def _key(service: str, key: str) -> str:
+    return f"results/{safe_name(service, field='service')}/{safe_name(key, field='key')}.json"

@@ -17,9 +17,9 @@ from typing import Any
 
 from arriero import refs
 from arriero.errors import Aborted, InvalidArgument
-from arriero.store.files import read_json, safe_name, safe_relative, to_json, write_atomic
-from arriero.store.layout import Layout
+from arriero.store.files import parse_json, safe_name, safe_relative, to_json
 from arriero.store.manifest import FORMAT, check_digest
+from arriero.store.objects import Objects
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Lease:
     """Keeps digests and staging paths from gc until released or expired.
 
     A context manager that releases. Attributes: `digests`, `paths` (relative to
-    the store's root), `expires` in Unix seconds.
+    the store's root), `expires` in Unix seconds, `key` of its record.
     """
 
     owner: str
@@ -45,7 +45,8 @@ class Lease:
     paths: tuple[str, ...]
     ttl: float
     expires: float
-    _file: Path
+    _objects: Objects
+    key: str
 
     def renew(self, ttl: float | None = None) -> None:
         """Hold on for another `ttl` seconds from now.
@@ -54,7 +55,7 @@ class Lease:
             Aborted: expired and forgotten; what it held may be gone.
         """
         self.ttl = self.ttl if ttl is None else ttl
-        if not self._file.exists():
+        if self._objects.time_ns(self.key) is None:
             raise Aborted(
                 f"the lease of {self.owner} had expired and was dropped; look again whether what "
                 "it held is still in the store"
@@ -63,7 +64,7 @@ class Lease:
 
     def release(self) -> None:
         """Let go; more than once is fine."""
-        self._file.unlink(missing_ok=True)
+        self._objects.delete(self.key)
 
     def _write(self) -> None:
         self.expires = time.time() + self.ttl
@@ -76,7 +77,7 @@ class Lease:
             "pid": os.getpid(),
         }
         # After a loss of power whoever held it is gone as well.
-        write_atomic(self._file, to_json(record), durable=False)
+        self._objects.write(self.key, to_json(record), durable=False)
 
     def __enter__(self) -> Lease:
         return self
@@ -93,8 +94,9 @@ class Lease:
 class Roots:
     """The pins and leases of one store."""
 
-    def __init__(self, layout: Layout) -> None:
-        self._layout = layout
+    def __init__(self, objects: Objects, root: Path) -> None:
+        self._objects = objects
+        self._root = root
 
     def pin(self, owner: str, name: str, digests: Sequence[str], expires: float | None) -> None:
         """Keep digests; replaces the pin of that owner and name.
@@ -104,14 +106,12 @@ class Roots:
         """
         for digest in digests:
             check_digest(digest, field="digests")
-        directory = self._layout.under("roots", owner, field="owner")
         record = {"format": FORMAT, "digests": list(digests), "expires": expires}
-        write_atomic(directory / f"{safe_name(name, field='name')}.json", to_json(record))
+        self._objects.write(_pin_key(owner, name), to_json(record))
 
     def unpin(self, owner: str, name: str) -> None:
         """Forget a pin; none is fine."""
-        directory = self._layout.root / "roots" / safe_name(owner, field="owner")
-        (directory / f"{safe_name(name, field='name')}.json").unlink(missing_ok=True)
+        self._objects.delete(_pin_key(owner, name))
 
     def pins(self) -> list[Pin]:
         """Every pin, expired ones too.
@@ -120,11 +120,12 @@ class Roots:
             DataLoss, FailedPrecondition: an unreadable record.
         """
         found = []
-        for path in sorted((self._layout.root / "roots").glob("*/[!.]*.json")):
-            value = _read(path, "the pin")
+        for record in self._objects.find("roots/"):
+            value = self._read(record.key, "the pin")
             if value is not None:
+                _, owner, name = record.key.split("/", 2)
                 digests = tuple(value["digests"])
-                found.append(Pin(path.parent.name, path.stem, digests, value["expires"]))
+                found.append(Pin(owner, name.removesuffix(".json"), digests, value["expires"]))
         return found
 
     def lease(self, owner: str, items: Iterable[str | Path], ttl: float) -> Lease:
@@ -145,45 +146,50 @@ class Roots:
             else:
                 paths.append(self._inside(Path(item)))
         owner = safe_name(owner, field="owner")
-        file = self._layout.root / "leases" / f"{owner}-{secrets.token_hex(8)}.json"
-        lease = Lease(owner, tuple(digests), tuple(paths), ttl, 0.0, file)
+        key = f"leases/{owner}-{secrets.token_hex(8)}.json"
+        lease = Lease(owner, tuple(digests), tuple(paths), ttl, 0.0, self._objects, key)
         lease._write()
         return lease
 
-    def leases(self) -> Iterator[tuple[Path, Lease]]:
-        """Every lease with its file, expired ones too.
+    def leases(self) -> Iterator[tuple[str, Lease]]:
+        """Every lease with its key, expired ones too.
 
         Raises:
             DataLoss, FailedPrecondition: an unreadable record.
         """
-        for path in sorted((self._layout.root / "leases").glob("[!.]*.json")):
-            value = _read(path, "the lease")
+        for record in self._objects.find("leases/"):
+            value = self._read(record.key, "the lease")
             if value is not None:
                 yield (
-                    path,
+                    record.key,
                     Lease(
                         value["owner"],
                         tuple(value["digests"]),
                         tuple(value["paths"]),
                         0.0,
                         value["expires"],
-                        path,
+                        self._objects,
+                        record.key,
                     ),
                 )
 
     def _inside(self, path: Path) -> str:
         if path.is_absolute():
             try:
-                path = path.relative_to(self._layout.root)
+                path = path.relative_to(self._root)
             except ValueError:
                 raise InvalidArgument.field(
-                    "paths", f"{path} is outside of the store at {self._layout.root}"
+                    "paths", f"{path} is outside of the store at {self._root}"
                 ) from None
         return str(safe_relative(path.as_posix(), field="paths"))
 
+    def _read(self, key: str, what: str) -> dict[str, Any] | None:
+        try:
+            data = self._objects.read(key)
+        except FileNotFoundError:
+            return None  # released meanwhile
+        return parse_json(data, FORMAT, f"{what} {self._objects.shown(key)}")
 
-def _read(path: Path, what: str) -> dict[str, Any] | None:
-    try:
-        return read_json(path, FORMAT, what)
-    except FileNotFoundError:
-        return None  # released meanwhile
+
+def _pin_key(owner: str, name: str) -> str:
+    return f"roots/{safe_name(owner, field='owner')}/{safe_name(name, field='name')}.json"

@@ -7,7 +7,6 @@ waivers, results and gc. Does not know gRPC, nor what is inside of a file.
 from __future__ import annotations
 
 import builtins
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,52 +14,68 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from arriero import refs
-from arriero.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
+from arriero.errors import FailedPrecondition, InvalidArgument, NotFound
 from arriero.gates import GateResult, remedy
 from arriero.refs import Ref
-from arriero.store import disk, gc, lock, publish
+from arriero.store import gc, publish
 from arriero.store.artifacts import Artifact, Artifacts
-from arriero.store.files import safe_name, tree_size
+from arriero.store.backend import Backend, FileBackend
+from arriero.store.files import make_directories, safe_name
 from arriero.store.layout import Layout
 from arriero.store.manifest import Manifest, ManifestDraft
+from arriero.store.objects import Objects
 from arriero.store.results import Result, Results
 from arriero.store.roots import Lease, Pin, Roots
 from arriero.store.tags import TagEntry, Tags, parse_tag
-from arriero.store.trash import Trash
 from arriero.store.waivers import Waiver, Waivers, applied
-
-log = logging.getLogger(__name__)
 
 GRACE_SECONDS = 3600.0
 _TAG_LEASE_SECONDS = 60.0
 
 
 class Store:
-    """A store on a filesystem; `root` is its absolute path.
+    """A store, on a filesystem or in S3.
 
     Safe to use from several threads and processes at once.
+
+    Attributes:
+        url: as `open` takes it; holds no credentials.
+        root: a local directory with `staging/` in it: the store itself on a
+            filesystem, else this machine's cache of it.
+        remote: whether the store is elsewhere, so that what lies below `root` is lost
+            with this machine unless it was published or kept.
     """
 
-    def __init__(self, layout: Layout) -> None:
-        self.root: Path = layout.root
-        self._layout = layout
-        self._waivers = Waivers(layout)
-        self._trash = Trash(layout)
-        self._artifacts = Artifacts(layout, self._waivers, self._trash)
-        self._tags = Tags(layout)
-        self._roots = Roots(layout)
-        self._results = Results(layout, self._artifacts)
+    def __init__(self, backend: Backend) -> None:
+        self.url = backend.url
+        self.root: Path = backend.root
+        self.remote = backend.remote
+        self._backend = backend
+        self._waivers = Waivers(backend.objects)
+        self._artifacts = Artifacts(backend, self._waivers)
+        self._tags = Tags(backend.objects)
+        self._roots = Roots(backend.objects, backend.root)
+        self._results = Results(backend.objects, self._artifacts)
 
     @classmethod
     def open(cls, url: str | Path) -> Store:
-        """Open the store at a path or `file:///path`, or make one there.
+        """Open the store at a path, `file:///path` or `s3://bucket/prefix`, or make one there.
+
+        Where S3 is, and where this machine keeps its cache, the environment says; see
+        `arriero.settings.S3Settings`.
 
         Raises:
             FailedPrecondition: written by a newer version, or not a directory.
             InvalidArgument, Unimplemented: a URL that this version can't use.
-            PermissionDenied: none there, and none can be made. DataLoss: damaged `format.json`.
+            NotFound: no such bucket. Unavailable: S3 does not answer.
+            PermissionDenied, Unauthenticated: none there, and none can be made.
+            DataLoss: damaged `format.json`.
         """
-        return cls(Layout.open(url))
+        if isinstance(url, str) and url.startswith("s3://"):
+            from arriero.store.s3 import open_backend  # boto3 takes half a second
+
+            return cls(open_backend(url))
+        return cls(FileBackend(Layout.open(url)))
 
     # Artifacts
 
@@ -68,8 +83,8 @@ class Store:
         """Turn a directory into an artifact, at one instant or not at all.
 
         Files are checked against the draft's (or hashed), made durable and
-        read-only; then the directory is renamed into place, so `source` is gone
-        afterwards. An equal digest that is there already is returned, and
+        read-only; then the directory is renamed into place, or uploaded, so `source`
+        is gone afterwards. An equal digest that is there already is returned, and
         `source` deleted. A draft with `files` and `created` may be published
         again after a crash, even when its source is gone.
 
@@ -82,7 +97,7 @@ class Store:
             FailedPrecondition: another filesystem. DiskFull: over the quota.
             NotFound: no such source.
         """
-        return publish.publish(self._layout, self._artifacts, self._roots, source, manifest)
+        return publish.publish(self._backend, self._artifacts, self._roots, source, manifest)
 
     def get(self, ref: str | Ref, *, wait: float = 0) -> Artifact:
         """An artifact by digest, digest prefix (8 digits or more), or reference.
@@ -138,17 +153,11 @@ class Store:
 
         What can't be read is left out, with a warning in the log.
         """
-        found = []
-        for digest in self._artifacts.digests():
-            try:
-                artifact = self._artifacts.get(digest, claim=False)
-            except NotFound:
-                continue  # collected just now
-            except (DataLoss, FailedPrecondition, InvalidArgument) as error:
-                log.warning("artifact %s is left out: %s", digest, error)
-                continue
-            if kind is None or artifact.manifest.kind == kind:
-                found.append(artifact)
+        found = [
+            artifact
+            for artifact in self._artifacts.all()
+            if kind is None or artifact.manifest.kind == kind
+        ]
         found.sort(key=lambda artifact: artifact.digest)
         return sorted(found, key=lambda artifact: artifact.manifest.created, reverse=True)
 
@@ -290,11 +299,10 @@ class Store:
     def gc(self, *, dry_run: bool, grace: float = GRACE_SECONDS) -> builtins.list[gc.Removal]:
         """Remove what no root holds; manifests stay. See `gc.collect`."""
         return gc.collect(
-            self._layout,
+            self._backend,
             self._artifacts,
             self._tags,
             self._roots,
-            self._trash,
             dry_run=dry_run,
             grace=grace,
         )
@@ -318,18 +326,48 @@ class Store:
     # Room and places
 
     def staging(self, service: str, execution: str) -> Path:
-        """The directory `staging/<service>/<execution>/`, made if missing.
+        """The local directory `staging/<service>/<execution>/`, made if missing.
 
         gc removes it when nothing was written there for a while: hold a lease, or
         write an operation record that names it, before asking for it.
         """
-        parent = self._layout.under("staging", service, field="service")
-        self._trash.claim(parent / safe_name(execution, field="execution"))
-        return self._layout.under("staging", service, execution, field="execution")
+        return self._backend.staging(service, execution)
+
+    def keep(self, path: Path) -> None:
+        """Let a file or directory of the staging survive this machine, as it is now.
+
+        Where the store is elsewhere, what changed is uploaded, and what is gone is
+        forgotten. On a filesystem there is nothing to do.
+
+        Raises:
+            Unavailable, PermissionDenied: it can't be uploaded now.
+        """
+        self._backend.keep(path)
+
+    def bring(self, path: Path) -> None:
+        """Bring a file or directory of the staging back that was kept.
+
+        What is there and not older stays. On a filesystem there is nothing to do.
+        """
+        self._backend.bring(path)
+
+    def forget(self, path: Path) -> None:
+        """Forget what was kept of a file or directory of the staging."""
+        self._backend.forget(path)
 
     def record_dir(self, service: str) -> Path:
-        """The directory of a service's operation records, made if missing."""
-        return self._layout.under("operations", service, field="service")
+        """A local directory of a service's own, made if missing: its logs, say.
+
+        On a filesystem it is where its records are, too.
+        """
+        path = self.root / "operations" / safe_name(service, field="service")
+        make_directories(path, below=self.root)
+        return path
+
+    @property
+    def objects(self) -> Objects:
+        """Records by key; a service's own are below `operations/<service>/`."""
+        return self._backend.objects
 
     def preflight(self, needed: int) -> None:
         """Refuse work that would write more bytes than there is room for.
@@ -337,14 +375,14 @@ class Store:
         Raises:
             DiskFull: with needed and free bytes.
         """
-        disk.preflight(self.root, needed)
+        self._backend.preflight(needed)
 
     def usage(self) -> dict[str, int]:
         """Bytes by artifact kind, and of `staging`."""
         sizes = dict.fromkeys(refs.KINDS, 0)
         for artifact in self.list():
             sizes[artifact.manifest.kind] += artifact.manifest.size
-        sizes["staging"] = tree_size(self.root / "staging")
+        sizes["staging"] = sum(staged.size for staged in self._backend.staged())
         return sizes
 
     def lock(self, service: str) -> AbstractContextManager[None]:
@@ -354,7 +392,7 @@ class Store:
             FailedPrecondition: another process is; names its pid.
         """
         name = safe_name(service, field="service")
-        return lock.hold(self.root / "locks" / f"{name}.lock", f"{service} service")
+        return self._backend.lock(name, f"{service} service")
 
     def __repr__(self) -> str:
-        return f"Store({str(self.root)!r})"
+        return f"Store({self.url!r})"

@@ -1,10 +1,10 @@
 """Tags: names that move, set by compare-and-set without any lock.
 
-Responsibility: `tags/<kind>/<name>/<tag>/<n>`. Each value is a file of its own,
-created exclusively (O_EXCL) with the next number; the highest whole one is the
+Responsibility: `tags/<kind>/<name>/<tag>/<n>`. Each value is a record of its own,
+created exclusively with the next number; the highest whole one is the
 tag's value, and the others are its history. Does not know what a digest names.
 
-A setter that is killed between creating its file and writing it leaves an empty
+On a filesystem, a setter that is killed between creating and writing leaves an empty
 number, which readers pass over and the next setter, after a short wait, leaves
 behind. Should such a setter only have been asleep, whoever passed it looks back
 before writing, and gives way (a `void` entry); so two setters that expected the
@@ -15,17 +15,15 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from arriero import refs
 from arriero.errors import Aborted, InvalidArgument, NotFound
-from arriero.store.files import fsync_directory, now, os_errors, refuse_newer, to_json
-from arriero.store.layout import Layout
+from arriero.store.files import now, refuse_newer, safe_name, to_json
 from arriero.store.manifest import FORMAT
+from arriero.store.objects import Objects
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +51,8 @@ class _Entry:
 class Tags:
     """The tags of one store."""
 
-    def __init__(self, layout: Layout) -> None:
-        self._layout = layout
+    def __init__(self, objects: Objects) -> None:
+        self._objects = objects
 
     def get(self, tag: str) -> TagEntry:
         """The value of `kind/name:tag`.
@@ -62,7 +60,7 @@ class Tags:
         Raises:
             NotFound: never set. InvalidArgument: not a tag.
         """
-        entry = self._value(self._directory(parse_tag(tag)))
+        entry = self._value(self._numbers(_directory(parse_tag(tag))))
         if entry is None:
             raise NotFound(f"no tag {tag}; `arriero artifacts list` shows what there is")
         return TagEntry(str(parse_tag(tag)), entry.digest or "", entry.time)
@@ -81,10 +79,10 @@ class Tags:
             raise InvalidArgument.field(
                 "expected_digest", f"{expected!r}: expected a digest, `none`, or nothing"
             )
-        directory = self._layout.under("tags", ref.kind or "", ref.name or "", ref.tag or "")
+        directory = _directory(ref)
         while True:
             number, skipped = self._next(directory)
-            current = self._value(directory)
+            current = self._value(self._numbers(directory))
             found = current.digest if current else None
             if expected is not None and (found or NONE) != expected:
                 raise Aborted(
@@ -100,12 +98,19 @@ class Tags:
 
     def all(self, kind: str | None = None) -> list[TagEntry]:
         """The value of every tag, by name."""
+        numbers: dict[str, list[int]] = {}
+        for record in self._objects.find(
+            f"tags/{safe_name(kind, field='kind')}/" if kind else "tags/"
+        ):
+            directory, _, number = record.key.rpartition("/")
+            if number.isdecimal():
+                numbers.setdefault(directory + "/", []).append(int(number))
         found = []
-        base = self._layout.root / "tags"
-        for path in sorted(base.glob(f"{kind or '*'}/*/*")):
-            entry = self._value(path)
+        for directory in sorted(numbers):
+            newest = sorted(numbers[directory], reverse=True)
+            entry = self._value(f"{directory}{number}" for number in newest)
             if entry is not None and entry.digest is not None:
-                kind_, name, tag = path.relative_to(base).parts
+                _, kind_, name, tag, _ = directory.split("/")
                 found.append(TagEntry(f"{kind_}/{name}:{tag}", entry.digest, entry.time))
         return found
 
@@ -113,73 +118,66 @@ class Tags:
         """Every value that a tag had, newest first."""
         ref = parse_tag(tag)
         found = []
-        for path in _numbered(self._directory(ref)):
-            entry = _read(path)
+        for key in self._numbers(_directory(ref)):
+            entry = self._read(key)
             if entry is not None and entry.digest is not None:
                 found.append(TagEntry(str(ref), entry.digest, entry.time))
         return found
 
-    def _directory(self, ref: refs.Ref) -> Path:
-        return self._layout.root.joinpath("tags", ref.kind or "", ref.name or "", ref.tag or "")
-
-    def _value(self, directory: Path) -> _Entry | None:
-        for path in _numbered(directory):
-            entry = _read(path)
+    def _value(self, keys: Iterable[str]) -> _Entry | None:
+        for key in keys:
+            entry = self._read(key)
             if entry is not None and entry.digest is not None:
                 return entry
         return None
 
-    def _next(self, directory: Path) -> tuple[int, Path | None]:
+    def _next(self, directory: str) -> tuple[int, str | None]:
         """The number to take, and the unwritten entry before it, if there is one."""
         deadline = time.monotonic() + UNWRITTEN_SECONDS
         while True:
-            newest = next(_numbered(directory), None)
+            newest = next(iter(self._numbers(directory)), None)
             if newest is None:
                 return 1, None
-            if _read(newest) is not None:
-                return int(newest.name) + 1, None
+            number = int(newest.removeprefix(directory)) + 1
+            if self._read(newest) is not None:
+                return number, None
             if time.monotonic() >= deadline:
-                return int(newest.name) + 1, newest
+                return number, newest
             time.sleep(0.01)
 
     def _create(
-        self, directory: Path, number: int, skipped: Path | None, digest: str, ref: refs.Ref
+        self, directory: str, number: int, skipped: str | None, digest: str, ref: refs.Ref
     ) -> bool:
         """Whether the entry was made; False when its number was taken before."""
-        path = directory / str(number)
-        with os_errors(path, 256):
-            try:
-                fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444)
-            except FileExistsError:
-                return False
-            try:
-                # The entry that was passed over may have been written since: it was first.
-                void = skipped is not None and _read(skipped) is not None
-                entry = {
+        void = False
+
+        def entry() -> bytes:
+            nonlocal void
+            # The entry that was passed over may have been written since: it was first.
+            void = skipped is not None and self._read(skipped) is not None
+            return to_json(
+                {
                     "format": FORMAT,
                     "digest": None if void else digest,
                     "time": now(),
                     "passed": skipped is not None,
                 }
-                os.write(fd, to_json(entry))
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-        fsync_directory(directory)
-        if void:
+            )
+
+        if not self._objects.create(f"{directory}{number}", entry) or void:
             return False
-        self._look_back(directory / str(number + 1), ref)
+        self._look_back(f"{directory}{number + 1}", ref)
         return True
 
-    def _look_back(self, following: Path, ref: refs.Ref) -> None:
+    def _look_back(self, following: str, ref: refs.Ref) -> None:
         """Give up when the next entry's setter took us for dead and passed us.
 
         Raises:
             Aborted: it did, or may have.
         """
         deadline = time.monotonic() + UNWRITTEN_SECONDS
-        while following.exists():
-            entry = _read(following)
+        while self._objects.time_ns(following) is not None:
+            entry = self._read(following)
             if entry is not None and (entry.digest is None or not entry.passed):
                 return
             if entry is not None or time.monotonic() >= deadline:
@@ -189,6 +187,27 @@ class Tags:
                     reason="TAG_MOVED",
                 )
             time.sleep(0.01)
+
+    def _numbers(self, directory: str) -> list[str]:
+        """The entries of a tag, highest number first."""
+        names = [found.key.removeprefix(directory) for found in self._objects.find(directory)]
+        numbers = sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+        return [f"{directory}{number}" for number in numbers]
+
+    def _read(self, key: str) -> _Entry | None:
+        """An entry, or None while (or since) its setter has not written it."""
+        data = b""
+        try:
+            data = self._objects.read(key)
+            value = json.loads(data)
+            refuse_newer(int(value["format"]), FORMAT, f"the tag {self._objects.shown(key)}")
+            return _Entry(value["digest"], value["time"], value["passed"])
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
+            if data:  # a kill leaves nothing written; this is a loss of power, or damage
+                log.warning(
+                    "tag entry %s is damaged; the one before it counts", self._objects.shown(key)
+                )
+            return None
 
 
 def parse_tag(tag: str) -> refs.Ref:
@@ -203,26 +222,6 @@ def parse_tag(tag: str) -> refs.Ref:
     return ref
 
 
-def _numbered(directory: Path) -> Iterator[Path]:
-    """The entries of a tag, highest number first."""
-    try:
-        names = os.listdir(directory)
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    for number in sorted((int(name) for name in names if name.isdecimal()), reverse=True):
-        yield directory / str(number)
-
-
-def _read(path: Path) -> _Entry | None:
-    """An entry, or None while (or since) its setter has not written it."""
-    data = b""
-    try:
-        data = path.read_bytes()
-        value = json.loads(data)
-        version = int(value["format"])
-        refuse_newer(version, FORMAT, f"the tag {path}")
-        return _Entry(value["digest"], value["time"], value["passed"])
-    except (FileNotFoundError, ValueError, TypeError, KeyError):
-        if data:  # a kill leaves nothing written; this is a loss of power, or damage
-            log.warning("tag entry %s is damaged; the one before it counts", path)
-        return None
+def _directory(ref: refs.Ref) -> str:
+    names = (safe_name(name or "", field="tag") for name in (ref.kind, ref.name, ref.tag))
+    return f"tags/{'/'.join(names)}/"

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 from arriero.errors import FailedPrecondition, InvalidArgument
 from arriero.gates import GateResult, Verdict
-from arriero.store.files import now, read_json, safe_name, to_json, write_atomic
-from arriero.store.layout import Layout
+from arriero.store.files import now, parse_json, safe_name, to_json
 from arriero.store.manifest import FORMAT, Manifest, check_digest
+from arriero.store.objects import Objects
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +43,8 @@ def applied(gates: Iterable[GateResult], waivers: Sequence[Waiver]) -> tuple[Gat
 class Waivers:
     """The waivers of one store."""
 
-    def __init__(self, layout: Layout) -> None:
-        self._layout = layout
+    def __init__(self, objects: Objects) -> None:
+        self._objects = objects
 
     def add(self, manifest: Manifest, gate: str, reason: str, who: str) -> None:
         """Waive a failed gate of an artifact; the newest waiver of a gate is kept.
@@ -63,9 +62,10 @@ class Waivers:
             raise FailedPrecondition(
                 f"gate {gate!r} did not fail for {manifest.digest}; failed gates: {failed}"
             )
-        directory = self._layout.under("waivers", check_digest(manifest.digest))
+        hexadecimal = check_digest(manifest.digest)
         record = {"format": FORMAT, **asdict(Waiver(gate, reason, who, now()))}
-        write_atomic(directory / f"{safe_name(gate, field='gate')}.json", to_json(record))
+        name = safe_name(gate, field="gate")
+        self._objects.write(f"waivers/{hexadecimal}/{name}.json", to_json(record))
 
     def of(self, digest: str) -> list[Waiver]:
         """The waivers of an artifact, oldest first.
@@ -73,9 +73,9 @@ class Waivers:
         Raises:
             DataLoss: a damaged record.
         """
-        directory: Path = self._layout.root / "waivers" / check_digest(digest)
         found = []
-        for path in sorted(directory.glob("[!.]*.json")):
-            value = read_json(path, FORMAT, "the waiver")
+        for record in self._objects.find(f"waivers/{check_digest(digest)}/"):
+            what = f"the waiver {self._objects.shown(record.key)}"
+            value = parse_json(self._objects.read(record.key), FORMAT, what)
             found.append(Waiver(value["gate"], value["reason"], value["who"], value["time"]))
         return sorted(found, key=lambda waiver: waiver.time)

@@ -17,8 +17,16 @@ from arriero.store import Artifact, ManifestDraft, Store
 FILES = {"config.json": b"{}", "sub/weights.bin": b"\x01" * 1000}
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """What is marked `backends` says how any store behaves."""
+    if metafunc.definition.get_closest_marker("backends"):
+        metafunc.parametrize("store", ["file", "s3"], indirect=True)
+
+
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if getattr(request, "param", "file") == "s3":
+        return Store.open(request.getfixturevalue("s3_url"))
     return Store.open(tmp_path / "store")
 
 
@@ -50,18 +58,39 @@ def publish(store: Store, fill: Callable[..., Path]) -> Callable[..., Artifact]:
 
 
 @pytest.fixture
-def age(store: Store) -> Callable[..., None]:
+def age(store: Store, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Makes artifacts and staging look as if they were made some seconds ago."""
+    aged: dict[str, float] = {}
 
     def make(*artifacts: Artifact, seconds: float = 7200) -> None:
         then = time.time() - seconds
         for artifact in artifacts:
-            hexadecimal = artifact.digest.removeprefix("sha256:")
-            os.utime(store.root / "manifests" / f"{hexadecimal}.json", (then, then))
+            key = f"manifests/{artifact.digest.removeprefix('sha256:')}.json"
+            if store.remote:
+                aged[key] = then
+            else:
+                os.utime(store.root / key, (then, then))
         for base, names, files in os.walk(store.root / "staging"):
             for name in (*names, *files):
                 os.utime(os.path.join(base, name), (then, then))
 
+    if store.remote:  # a server does not let anybody set times
+        objects = store.objects
+        time_ns, write = objects.time_ns, objects.write
+
+        def told(key: str) -> int | None:
+            return int(aged[key] * 1e9) if key in aged else time_ns(key)
+
+        def written(key: str, data: bytes, *, durable: bool = True) -> None:
+            aged.pop(key, None)
+            write(key, data, durable=durable)
+
+        def touched(key: str) -> None:
+            aged.pop(key, None)
+
+        monkeypatch.setattr(objects, "time_ns", told)
+        monkeypatch.setattr(objects, "write", written)
+        monkeypatch.setattr(objects, "touch", touched)
     return make
 
 
