@@ -14,7 +14,12 @@ from typing import Any, TypedDict, TypeVar, Unpack
 from arriero import rpc
 from arriero.client.connection import Connection
 from arriero.client.replicas import Replica, Replicas
-from arriero.errors import FailedPrecondition, InvalidArgument, Unavailable
+from arriero.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    ResourceExhausted,
+    Unavailable,
+)
 from arriero.v1 import inference_pb2, inference_pb2_grpc
 from arriero.v1 import orchestrator_pb2 as pb
 from arriero.v1 import orchestrator_pb2_grpc as stubs
@@ -237,9 +242,10 @@ class AsyncEndpoint:
         self, stream: AsyncStream, start: Callable[[Replica], Any]
     ) -> AsyncGenerator[str, None]:
         tried: set[str] = set()
+        full: ResourceExhausted | None = None
         while True:
             begun = False
-            async with self._replicas.one(without=tried) as replica:
+            async with self._replicas.one(without=tried, instead=full) as replica:
                 call = start(replica)
                 try:
                     with rpc.translated():
@@ -253,6 +259,12 @@ class AsyncEndpoint:
                     self._replicas.shun(replica)
                     tried.add(replica.address)
                     if begun:  # half an answer cannot be taken back
+                        raise
+                except ResourceExhausted as error:
+                    # Its queue is full of others' requests; another one's may not be.
+                    tried.add(replica.address)
+                    full = error
+                    if begun:
                         raise
                 finally:
                     call.cancel()

@@ -1,7 +1,8 @@
 """Which replica gets the next request.
 
-Responsibility: one channel per ready replica, fewest in flight first, refreshed
-every few seconds. Does not know what is asked of a replica.
+Responsibility: one channel per ready replica, those that say they are well first,
+of them the one with fewest in flight; looked up again every few seconds. Does not
+know what is asked of a replica.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from arriero import rpc
 from arriero.errors import ArrieroError, NotFound, Unavailable
@@ -24,6 +26,8 @@ __all__ = ["Replica", "Replicas"]
 REFRESH_SECONDS = 3.0
 # How long a replica that did not answer is asked last.
 _SHUN_SECONDS = 5.0
+# Between attempts to hear from a replica how it is.
+_LISTEN_SECONDS = 1.0
 
 
 @dataclass(slots=True)
@@ -35,7 +39,31 @@ class Replica:
     in_flight: int = 0
     last_used: float = 0.0
     shunned_until: float = 0.0
-    gone: bool = field(default=False)
+    # What it says itself: its engine may have died, or it drains, before the
+    # orchestrator hears of it.
+    well: bool = True
+    gone: bool = False
+    listener: asyncio.Task[None] | None = None
+
+    async def close(self) -> None:
+        """Close the channel, which nobody uses any more."""
+        if self.listener is not None:
+            self.listener.cancel()
+        await self.channel.close()
+
+    async def listen(self) -> None:
+        """Hear from the replica how it is, for as long as it is known."""
+        stub = health_pb2_grpc.HealthStub(self.channel)
+        while True:
+            try:
+                async for said in stub.Watch(health_pb2.HealthCheckRequest(service="ready")):
+                    self.well = said.status == health_pb2.HealthCheckResponse.SERVING
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                    self.well = True
+                    return
+            self.well = False
+            await asyncio.sleep(_LISTEN_SECONDS)
 
 
 class Replicas:
@@ -64,11 +92,14 @@ class Replicas:
         self._error: ArrieroError | None = None
 
     @asynccontextmanager
-    async def one(self, *, without: Collection[str] = ()) -> AsyncIterator[Replica]:
+    async def one(
+        self, *, without: Collection[str] = (), instead: ArrieroError | None = None
+    ) -> AsyncIterator[Replica]:
         """The ready replica with fewest requests in flight, counted while inside.
 
         Args:
             without: addresses that were tried already.
+            instead: raised when there is none left; default: Unavailable.
 
         Raises:
             Unavailable: there is none (left).
@@ -80,8 +111,8 @@ class Replicas:
         if choice is None:
             await self.refresh()  # a replica may have come since
             choice = self._choose(without)
-        if choice is None and self._error is not None:
-            raise self._error
+        if choice is None and (instead or self._error) is not None:
+            raise instead or self._error  # type: ignore[misc]
         if choice is None:
             tried = f"; did not answer: {', '.join(sorted(without))}" if without else ""
             raise Unavailable(
@@ -95,7 +126,7 @@ class Replicas:
         finally:
             choice.in_flight -= 1
             if choice.gone and choice.in_flight == 0:
-                await choice.channel.close()
+                await choice.close()
 
     def shun(self, replica: Replica) -> None:
         """It did not answer: ask it last for a while."""
@@ -113,7 +144,7 @@ class Replicas:
         if self._refreshing is not None:
             self._refreshing.cancel()
         for replica in self._replicas.values():
-            await replica.channel.close()
+            await replica.close()
         self._replicas.clear()
 
     async def _fresh(self) -> None:
@@ -145,18 +176,19 @@ class Replicas:
         }
         for address in ready - self._replicas.keys():
             channel = rpc.connect(address, self._settings, retries=False)
-            self._replicas[address] = Replica(address, channel)
+            self._replicas[address] = replica = Replica(address, channel)
+            replica.listener = asyncio.create_task(replica.listen())
         for address in self._replicas.keys() - ready:
             replica = self._replicas.pop(address)
             replica.gone = True
             if replica.in_flight == 0:
-                await replica.channel.close()
+                await replica.close()
 
     def _choose(self, without: Collection[str]) -> Replica | None:
         now = time.monotonic()
         left = [r for r in self._replicas.values() if r.address not in without]
         return min(
             left,
-            key=lambda r: (r.shunned_until > now, r.in_flight, r.last_used),
+            key=lambda r: (not r.well, r.shunned_until > now, r.in_flight, r.last_used),
             default=None,
         )

@@ -49,6 +49,7 @@ async def replica(**attributes):
     )
     fake.address = await server.start()
     fake.server = server
+    await server.set_ready(True)
     try:
         yield fake
     finally:
@@ -359,6 +360,55 @@ async def test_a_request_moves_on_before_the_first_token():
         assert await faq.tokenize("two words") == [1, 3, 5]
         # Those that did not answer are asked last from then on.
         assert len(a.requests) <= 1
+
+
+async def test_a_full_replica_is_passed_over_and_told_of_when_all_are_full():
+    async with (
+        running() as platform,
+        replica(full=True) as a,
+        replica() as b,
+        AsyncClient(platform.address) as client,
+    ):
+        serve_at(platform, a.address, b.address)
+        faq = client.endpoint("faq")
+        for _ in range(3):
+            assert await faq.generate("x").text() == TEXT
+        b.full = True
+        with pytest.raises(errors.ResourceExhausted, match="is full"):
+            await faq.generate("x").text()
+
+
+async def test_a_replica_that_says_it_is_not_well_is_asked_last():
+    async with (
+        running() as platform,
+        replica() as a,
+        replica() as b,
+        AsyncClient(platform.address) as client,
+    ):
+        serve_at(platform, a.address, b.address)
+        faq = client.endpoint("faq")
+        assert await faq.generate("x").text() == TEXT
+        known = faq._replicas._replicas
+
+        async def says(well):
+            await a.server.set_ready(well)
+            async with asyncio.timeout(10):
+                while known[a.address].well is not well:
+                    await asyncio.sleep(0.01)
+
+        await says(False)
+        asked = len(a.requests)
+        for _ in range(3):
+            assert await faq.generate("x").text() == TEXT
+        assert len(a.requests) == asked
+        await says(True)
+        assert {(await _answered(faq)).replica for _ in range(2)} == {a.address, b.address}
+
+
+async def _answered(endpoint):
+    stream = endpoint.generate("x")
+    await stream.text()
+    return stream
 
 
 async def test_half_an_answer_is_not_taken_back():
