@@ -24,6 +24,7 @@ import tarfile
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 # GGML_NATIVE stays off: GCC 12 miscompiles ggml's AMX code, and a wheel that
 # was built here must run on other machines too.
@@ -147,7 +148,9 @@ def install_converter(python: str, sdist: Path) -> Path:
                 if member.name.startswith(root)
                 and member.name[len(root) :].split("/")[0] in CONVERTER
             ]
-            archive.extractall(temporary, members=wanted, filter="data")
+            # Pythons before 3.11.4 know no filters; the archive is the index's own.
+            safe: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+            archive.extractall(temporary, members=wanted, **safe)
         shutil.rmtree(target, ignore_errors=True)
         (Path(temporary) / root).rename(target)
     return target
