@@ -24,6 +24,7 @@ import grpc
 from google.longrunning import operations_pb2, operations_pb2_grpc
 
 from arriero import rpc
+from arriero.rpc.channel import check_health
 from arriero.settings import ClientSettings
 from arriero.store import ManifestDraft, Store
 from arriero.v1 import types_pb2
@@ -182,12 +183,15 @@ def llama() -> None:
         check("Q8_0" in made, "a Q8_0 file is made, and its gates pass")
         channel.close()
     with serving("inference", ARRIERO_MODEL=made["Q8_0"].digest, ARRIERO_CONTEXT="256") as address:
+        deadline = time.monotonic() + 60
+        while not check_health(address) and time.monotonic() < deadline:
+            time.sleep(0.2)  # the model is being loaded
         channel = rpc.connect_sync(address, ClientSettings())
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         asked = inference.GenerateRequest(prompt="The driver")
         asked.sampling.max_tokens = 8
         with rpc.translated():
-            answers = list(stub.Generate(asked, timeout=120, wait_for_ready=True))
+            answers = list(stub.Generate(asked, timeout=120))
         check(answers[-1].usage.completion_tokens, "a replica answers a request")
         channel.close()
 
