@@ -21,7 +21,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.arriero-setup
 export LLAMA_CMAKE_ARGS
 
-.PHONY: help setup demo test verify lint types imports protos proto-lint format bench images images-smoke clean
+.PHONY: help setup demo test verify lint types imports chart protos proto-lint format bench images images-smoke clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*?## ' '{printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}'
@@ -48,7 +48,7 @@ demo: $(STAMP) ## From raw data to a served, fine-tuned model, on this machine
 test: $(STAMP) ## Run every test
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
-verify: $(STAMP) lint types imports proto-lint ## Run every check that is not a test
+verify: $(STAMP) lint types imports proto-lint chart ## Run every check that is not a test
 
 lint: $(STAMP) ## Check style
 	@$(BIN)/ruff check .
@@ -62,6 +62,9 @@ imports: $(STAMP) ## Check who imports whom
 
 proto-lint: $(STAMP) ## Lint the protos
 	@cd protos && $(abspath $(BIN))/buf lint && $(abspath $(BIN))/buf format --diff --exit-code --path arriero > /dev/null
+
+chart: $(STAMP) ## Check the Helm chart (a helm of its own is fetched where there is none)
+	@PYTHONPATH=services $(BIN)/python deploy/helm/verify.py
 
 protos: $(STAMP) ## Generate the code in services/arriero/v1
 	@$(BIN)/python protos/generate.py services

@@ -16,6 +16,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from arriero.testing.byte_bpe import SPECIAL, tokenizer_json
+
 __all__ = ["CORPUS", "VOCABULARY", "tiny_llama"]
 
 # Entries of the tokenizer: 3 special ones, 256 bytes, the rest learned from CORPUS.
@@ -44,7 +46,7 @@ def tiny_llama(
     hidden: int = 64,
     layers: int = 2,
     inner: int = 0,
-    tokenizer: Literal["sentencepiece", "smollm", "llama-3"] = "sentencepiece",
+    tokenizer: Literal["sentencepiece", "smollm", "llama-3", "plain"] = "sentencepiece",
 ) -> Path:
     """Write a random LlamaForCausalLM with its tokenizer into `directory`.
 
@@ -53,7 +55,7 @@ def tiny_llama(
     `tokenizer.json` for transformers give the same ids. It has no chat template,
     adds BOS, and pads with `</s>`. The others are byte-level BPE of the same size
     with ChatML: SmolLM2's kind, whose BOS nothing adds, and Llama 3's, which begins
-    every text with BOS.
+    every text with BOS; `plain` is SmolLM2's kind too, made without any library.
 
     Args:
         directory: created if it is missing.
@@ -75,6 +77,9 @@ def tiny_llama(
     directory.mkdir(parents=True, exist_ok=True)
     if tokenizer == "sentencepiece":
         _write_tokenizer(directory)
+    elif tokenizer == "plain":
+        _write_json(directory / "tokenizer.json", tokenizer_json(CORPUS, VOCABULARY))
+        _write_chatml(directory, SPECIAL[1], SPECIAL[2])
     else:
         _write_bytes_tokenizer(directory, tokenizer)
     config = {
@@ -330,7 +335,11 @@ def _write_bytes_tokenizer(directory: Path, family: str) -> None:
             single=f"{special[1]} $A", special_tokens=[(special[1], 1)]
         )
     tokenizer.save(str(directory / "tokenizer.json"))
-    named = {"bos_token": special[1], "eos_token": special[2], "pad_token": special[2]}
+    _write_chatml(directory, special[1], special[2])
+
+
+def _write_chatml(directory: Path, bos: str, eos: str) -> None:
+    named = {"bos_token": bos, "eos_token": eos, "pad_token": eos}
     _write_json(directory / "special_tokens_map.json", named)
     _write_json(
         directory / "tokenizer_config.json",

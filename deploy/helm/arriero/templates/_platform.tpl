@@ -44,8 +44,6 @@ endpoint.yaml: |
             env:
               {{- include "arriero.env" $part | nindent 14 }}
               - {name: ARRIERO_METRICS_LISTEN, value: {{ printf "%s:9090" .Values.listenAddress | quote }}}
-              - {name: ARRIERO_SLOTS, value: {{ $v.slots | quote }}}
-              - {name: ARRIERO_GPU_LAYERS, value: {{ $v.gpuLayers | quote }}}
               {{- with $v.env }}
               {{- toYaml . | nindent 14 }}
               {{- end }}
