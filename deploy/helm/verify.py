@@ -202,7 +202,8 @@ def check_names() -> None:
                 matching = [o for o in labels if selector <= o.items()]
                 if len(matching) != 1:
                     raise Failed(
-                        f"{name}: Service {item['metadata']['name']} selects {len(matching)} kinds of pods"
+                        f"{name}: Service {item['metadata']['name']} selects "
+                        f"{len(matching)} kinds of pods, expected one"
                     )
 
 
