@@ -75,8 +75,8 @@ def _learn(corpus: Iterable[str], count: int) -> list[tuple[str, str]]:
     stand_in = _alphabet()
     words: Counter[tuple[str, ...]] = Counter()
     for line in corpus:
-        for i, word in enumerate(line.split(" ")):
-            text = word if i == 0 else f" {word}"
+        for i, part in enumerate(line.split(" ")):
+            text = part if i == 0 else f" {part}"
             words[tuple(stand_in[byte] for byte in text.encode())] += 1
     merges: list[tuple[str, str]] = []
     while len(merges) < count:
