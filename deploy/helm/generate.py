@@ -94,6 +94,7 @@ _DEFINITIONS: dict[str, Any] = {
             "runtimeClassName": {"type": "string"},
             "priorityClassName": {"type": "string"},
             "queue": {"type": "string"},
+            "priority": {"type": "integer"},
             "env": {
                 "anyOf": [_BY_NAME["env"], _WORDS],
             },

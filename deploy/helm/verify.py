@@ -395,7 +395,7 @@ REFUSED: list[tuple[list[str], str]] = [
     (["store.kind=nfs"], "must be one of 'claim', 's3'"),
     (["trainin.jobs=true"], "additional properties 'trainin' not allowed"),
     (["gateway.replicas=two"], "got string, want integer"),
-    (["training.maxJobs=0"], "minimum"),
+    (["gateway.replicas=0"], "minimum"),
     (["store.claim.size=10GB"], "does not match pattern"),
     (["training.profiles.big.gpu=1"], "additional properties 'gpu' not allowed"),
     (["store.claim.accessMode=ReadWriteOnce"], "store.claim.singleNode=true"),

@@ -8,7 +8,6 @@ client (call); `store` says that the store is used.
 {{- $v := .root.Values -}}
 {{- $serves := has .role (list "service" "room" "replica") -}}
 {{- $calls := has .role (list "service" "client") -}}
-- {name: HOME, value: /var/lib/arriero}
 - {name: ARRIERO_HOME, value: /var/lib/arriero}
 {{- if .store }}
 {{- if eq $v.store.kind "s3" }}
