@@ -41,6 +41,10 @@ case $step in
     # Headers, static libraries and tests of packages: nothing compiles here.
     site=$(/opt/arriero/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
     rm -rf "$site"/torch/include "$site"/torch/share/cmake "$site"/torch/test
+    # Kernels for GPUs beside a torch that knows none.
+    if grep -qs '^cuda.*= None' "$site"/torch/version.py; then
+      rm -f "$site"/bitsandbytes/libbitsandbytes_cuda*.so
+    fi
     # The asyncio half of the Kubernetes client, which nothing here uses.
     rm -rf "$site"/kubernetes/aio
     find "$site" -name '*.a' -delete
