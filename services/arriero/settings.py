@@ -20,6 +20,7 @@ from arriero.errors import FailedPrecondition, InvalidArgument, NotFound, Unavai
 
 __all__ = [
     "ClientSettings",
+    "ClusterSettings",
     "S3Settings",
     "ServerSettings",
     "SourceSettings",
@@ -351,6 +352,50 @@ def _is_link_local(text: str) -> bool:
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
         address = address.ipv4_mapped
     return address.is_link_local
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterSettings:
+    """Where a service is in its cluster, and what it makes there is made of.
+
+    Read from `ARRIERO_NAMESPACE`, `ARRIERO_RELEASE`, `ARRIERO_IMAGE`,
+    `ARRIERO_OWNER`, `ARRIERO_ADVERTISE` and the directory's own variable.
+    """
+
+    directory: Path
+    """Holds the administrator's templates."""
+    namespace: str = "default"
+    """Where everything is made."""
+    release: str = "arriero"
+    """Name of the release, a part of every name."""
+    image: str = ""
+    """Image of the service itself, for templates that name none."""
+    owner: str = ""
+    """ConfigMap that takes along, when it goes, whatever was made."""
+    advertise: str = ""
+    """`host:port` where jobs find the service."""
+
+    @classmethod
+    def from_env(cls, variable: str, env: Environment | None = None) -> ClusterSettings:
+        """Read the settings; `variable` names the directory.
+
+        Raises:
+            InvalidArgument: the directory's variable is not set.
+        """
+        read = _Reader(os.environ if env is None else env)
+        directory = read.path(variable)
+        if directory is None:
+            raise InvalidArgument.field(
+                variable, "is not set; expected the directory of the cluster's templates"
+            )
+        return cls(
+            directory=directory,
+            namespace=read.text("ARRIERO_NAMESPACE") or "default",
+            release=read.text("ARRIERO_RELEASE") or "arriero",
+            image=read.text("ARRIERO_IMAGE") or "",
+            owner=read.text("ARRIERO_OWNER") or "",
+            advertise=read.text("ARRIERO_ADVERTISE") or "",
+        )
 
 
 class _Reader:

@@ -179,6 +179,45 @@ async def test_a_cancelled_run_stops_within_seconds_and_its_operations_are_told(
     assert (await home.runs.cancel(run.id)).state == pb.RUN_STATE_CANCELLED
 
 
+async def test_a_paused_run_holds_what_runs_and_starts_no_more(home):
+    home.rooms.held = {"one"}
+    run = await create(home, *WIDE[:3], WIDE[4])
+    await home.rooms.started("one")
+    (operation,) = home.rooms.of("one")
+    assert (await home.runs.pause(run.id, paused=True)).paused
+    await _until(lambda: operation.paused)
+    home.rooms.release("one")
+    await _until(lambda: states(home.runs.get(run.id))["one"] == "SUCCEEDED")
+    await asyncio.sleep(0.3)
+    assert home.rooms.of("merged-one") == []
+    assert home.runs.get(run.id).state == pb.RUN_STATE_RUNNING
+
+    assert not (await home.runs.pause(run.id, paused=False)).paused
+    assert (await home.ended(run.id)).state == pb.RUN_STATE_SUCCEEDED
+    with pytest.raises(FailedPrecondition, match="has ended"):
+        await home.runs.pause(run.id, paused=True)
+
+
+async def test_a_service_that_missed_a_pause_is_told_by_its_next_word(home):
+    home.rooms.held = {"one"}
+    run = await create(home, *WIDE[:3])
+    await home.rooms.started("one")
+    (operation,) = home.rooms.of("one")
+    await home.runs.pause(run.id, paused=True)
+    await _until(lambda: operation.paused)
+    operation.paused = False  # a service that forgot
+    await _until(lambda: operation.paused)
+    await home.runs.cancel(run.id)
+    assert (await home.ended(run.id)).state == pb.RUN_STATE_CANCELLED
+
+
+async def _until(condition, seconds=10.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.02)
+
+
 async def test_a_cancelled_run_can_be_retried(home):
     home.rooms.held = {"one"}
     run = await create(home, *WIDE)

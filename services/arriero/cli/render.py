@@ -164,7 +164,9 @@ def gates_text(gates: Sequence[types_pb2.GateResult]) -> Text:
 def progress_text(stage: pb.StageStatus) -> Text:
     """What a running stage says of itself in one line."""
     progress = stage.metadata.progress
-    parts: list[str] = []
+    parts: list[str] = ["paused"] if stage.metadata.paused else []
+    if stage.error.message:  # what it waits out
+        return Text("  ".join([*parts, stage.error.message]), style="yellow")
     if progress.phase:
         parts.append(progress.phase)
     if progress.total_steps:
@@ -225,7 +227,7 @@ def run_view(run: pb.Run) -> RenderableType:
             bar,
             note,
         )
-    state = run_state(run.state)
+    state = "PAUSED" if run.paused else run_state(run.state)
     took = elapsed(run.create_time, run.end_time)
     head = Text.assemble(
         (run.id, "bold"),

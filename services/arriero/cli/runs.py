@@ -20,7 +20,7 @@ from arriero.client import load_pipeline, pipeline_schema
 from arriero.errors import InvalidArgument
 from arriero.v1 import orchestrator_pb2 as pb
 
-app = typer.Typer(no_args_is_help=True, help="Runs: list, follow, cancel, retry.")
+app = typer.Typer(no_args_is_help=True, help="Runs: list, follow, pause, cancel, retry.")
 
 RunId = Annotated[str, typer.Argument(help="The run's ID, as `arriero runs list` shows it.")]
 
@@ -238,6 +238,24 @@ def cancel(run_id: RunId, output: Output = Format.TABLE) -> None:
         api.cancel_run(run_id)
         ended = api.wait(run_id, timeout=30)
     show(ended, lambda: f"{ended.id} {render.run_state(ended.state)}")
+
+
+@app.command()
+@command
+def pause(run_id: RunId, output: Output = Format.TABLE) -> None:
+    """Hold a run: jobs save and give their resources back, no more start."""
+    with client() as api:
+        held = api.pause_run(run_id)
+    show(held, lambda: f"{held.id} is paused; go on: arriero runs resume {held.id}")
+
+
+@app.command()
+@command
+def resume(run_id: RunId, output: Output = Format.TABLE) -> None:
+    """Let a paused run go on from where it was held."""
+    with client() as api:
+        going = api.resume_run(run_id)
+    show(going, lambda: f"{going.id} goes on")
 
 
 @app.command()

@@ -53,14 +53,15 @@ def view(run: pb.Run, curves: dict[str, Curve]) -> RenderableType:
 
 def _lines(updates: Iterable[pb.Run]) -> pb.Run | None:
     """One line per change of a stage's state, and per tenth of its progress."""
-    seen: dict[str, tuple[str, int]] = {}
+    seen: dict[str, tuple[str, int, str]] = {}
     last: pb.Run | None = None
     for last in updates:
         for stage in last.stages:
             state = render.stage_state(stage.state)
             progress = stage.metadata.progress
             tenth = 10 * progress.step // progress.total_steps if progress.total_steps else 0
-            mark = (state, tenth if state == "RUNNING" else 0)
+            running = state == "RUNNING"
+            mark = (state, tenth if running else 0, stage.error.message if running else "")
             if seen.get(stage.name) == mark:
                 continue
             seen[stage.name] = mark

@@ -173,6 +173,16 @@ class AsyncClient:
         with rpc.translated():
             return (await self._runs.CancelRun(pb.CancelRunRequest(id=run))).run
 
+    async def pause_run(self, run: str) -> pb.Run:
+        """Hold a run: what runs saves and gives its resources back, no more starts."""
+        with rpc.translated():
+            return (await self._runs.PauseRun(pb.PauseRunRequest(id=run))).run
+
+    async def resume_run(self, run: str) -> pb.Run:
+        """Let a paused run go on from where it was held."""
+        with rpc.translated():
+            return (await self._runs.ResumeRun(pb.ResumeRunRequest(id=run))).run
+
     async def retry_run(
         self,
         run: str,

@@ -263,7 +263,7 @@ def _stage(
         _raise(reader.violations)
     index = names.index(parts[1])
     stage, path, rest = pipeline.stages[index], f"stages[{index}]", parts[2:]
-    if rest[0] in ("name", "force"):
+    if rest[0] in ("name", "force", "resources"):
         return stage, path, rest
     kind = stage.WhichOneof("work")
     assert kind is not None, "the file was checked"

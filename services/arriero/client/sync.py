@@ -153,6 +153,14 @@ class Client:
         """Stop a run; it is CANCELLED within seconds of the answer."""
         return self._thread.run(self._client.cancel_run(run))
 
+    def pause_run(self, run: str) -> pb.Run:
+        """Hold a run: what runs saves and gives its resources back, no more starts."""
+        return self._thread.run(self._client.pause_run(run))
+
+    def resume_run(self, run: str) -> pb.Run:
+        """Let a paused run go on from where it was held."""
+        return self._thread.run(self._client.resume_run(run))
+
     def retry_run(
         self,
         run: str,

@@ -1,8 +1,8 @@
 """The life of one execution: attempt after attempt, until something is final.
 
-Responsibility: start jobs, judge their ends, retry, resume after a restart of
-the service, publish. Never two jobs of an execution at once. Does not know
-operations, that is, who waits.
+Responsibility: start jobs, hold and judge them, retry, take up what an earlier
+service left, publish. Never two jobs of an execution at once. Does not know
+operations, that is, who waits, nor where jobs run.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from arriero.errors import ArrieroError, Cancelled, Internal, Unavailable
+from arriero.errors import ArrieroError, Cancelled, Internal
 from arriero.operations import logs
 from arriero.operations.delivery import failure
 from arriero.operations.endings import Ending, Next, ending_of, reason_of
 from arriero.operations.handoff import EXIT_FAILED, Assignment, Outcome, to_json, type_name
 from arriero.operations.kinds import WorkKind
-from arriero.operations.memory import oom_kills
 from arriero.operations.publishing import publish
+from arriero.operations.queue import JobQueue, Place
 from arriero.operations.records import ExecutionRecord, JobRecord, Records, Result, State, now
-from arriero.operations.runner import Handle, Launch, Runner
+from arriero.operations.runner import Exit, Handle, Launch, Runner
 from arriero.rpc.parent import ProcessId
 from arriero.rpc.status import to_status
 from arriero.store import Store
@@ -47,12 +47,17 @@ class Execution:
     """An execution while the service runs.
 
     `stop` is set to interrupt whatever it waits for: because it is cancelled
-    (then the record says so) or because the service ends.
+    (then the record says so) or because the service ends. `turned` is set when it
+    was paused or resumed. `waits_for` says what its job waits for before it runs.
+    `received` counts the lines that came from each machine of the current attempt.
     """
 
     record: ExecutionRecord
     stop: asyncio.Event = field(default_factory=asyncio.Event)
+    turned: asyncio.Event = field(default_factory=asyncio.Event)
     token: str = ""
+    waits_for: ArrieroError | None = None
+    received: dict[int, int] = field(default_factory=dict)
     publishing: bool = False
     task: asyncio.Task[None] | None = None
 
@@ -67,7 +72,7 @@ class Attempts:
 
     Attributes:
         service: name, for the store's directories.
-        slots: how many jobs may run at once.
+        queue: who may start a job now.
         backoff: seconds to wait after the n-th counted attempt.
         job_grace: seconds that a job gets to save when the service ends.
         report_address: where jobs report; empty for nowhere.
@@ -79,7 +84,7 @@ class Attempts:
     records: Records
     kinds: Mapping[str, WorkKind]
     runner: Runner
-    slots: asyncio.Semaphore
+    queue: JobQueue
     ended: Callable[[Execution], None]
     backoff: Callable[[int], float] = default_backoff
     job_grace: float = 15.0
@@ -112,25 +117,56 @@ class Attempts:
 
     async def _attempt(self, execution: Execution) -> bool:
         record = execution.record
-        await self._unless_stopped(execution, self.slots.acquire())
+        await self._while_paused(execution)
+        place = self._place(execution)
         try:
-            self._check(execution)
+            await self._unless_stopped(execution, self.queue.take(place))
+            if record.paused:
+                return False
             await asyncio.to_thread(self.store.preflight, record.disk_bytes)
             self._check(execution)
-            kills = oom_kills()
-            code = await self._run_job(execution)
-            killed = None if kills is None else (oom_kills() or 0) > kills
+            left = await self._run_job(execution, place)
         finally:
-            self.slots.release()
+            execution.waits_for = None
+            self.queue.give_back(place)
         self._check(execution, outcome=self._outcome(record))
-        return await self._conclude(execution, code, oom_killed=killed)
+        return await self._conclude(execution, left)
 
-    async def _run_job(self, execution: Execution) -> int:
+    def _place(self, execution: Execution) -> Place:
         record = execution.record
-        kind = self.kinds[record.kind]
+        demand = self.runner.demand(record.profile, record.nodes)
+        return self.queue.place(record.owner, demand, self._teller(execution))
+
+    async def _run_job(self, execution: Execution, place: Place) -> Exit:
+        record = execution.record
         record.attempt += 1
         execution.token = secrets.token_urlsafe(24)
-        assignment = Assignment(
+        execution.received = {0: 0}
+        assignment = self._assignment(execution)
+        with os_errors(assignment.directory):
+            assignment.write()
+        self._mark(record, f"attempt {record.attempt} starts", "INFO")
+        job = JobRecord(record.attempt, now())
+        record.jobs.append(job)
+        record.state = State.RUNNING
+        record.start_time = record.start_time or job.start_time
+        # On disk before there is a job: a restart must know that there may be one.
+        self.records.save(record)
+        try:
+            handle = await self.runner.start(self._to_launch(execution))
+        except ArrieroError as error:
+            failure(record.attempt, error, _log).write(assignment.directory)
+            job.end_time = now()
+            return Exit(EXIT_FAILED)
+        job.process = handle.process
+        self.records.save(record)
+        return await self._see_out(execution, handle, place)
+
+    def _assignment(self, execution: Execution) -> Assignment:
+        record = execution.record
+        kind = self.kinds[record.kind]
+        outlives = self.runner.detached
+        return Assignment(
             service=self.service,
             kind=record.kind,
             spec_type=type_name(kind.spec_type),
@@ -144,46 +180,88 @@ class Attempts:
             stage=record.stage,
             report_address=self.report_address,
             report_token=execution.token,
-            service_process=ProcessId.of(os.getpid()),
+            service_process=None if outlives else ProcessId.of(os.getpid()),
+            watch_service=not outlives,
             last_failure=reason_of(record.jobs[-1].status) if record.jobs else "",
         )
-        log = self.records.log_path(record.id)
-        with os_errors(assignment.directory):
-            launch = Launch(kind.job_module, assignment.write(), record.id, log)
-        self._mark(record, f"attempt {record.attempt} starts", "INFO")
-        job = JobRecord(record.attempt, now())
-        record.jobs.append(job)
-        record.state = State.RUNNING
-        record.start_time = record.start_time or job.start_time
-        # On disk before there is a job: a restart must know that there may be one.
-        self.records.save(record)
-        try:
-            handle = await self.runner.start(launch)
-        except Unavailable as error:
-            failure(record.attempt, error, _log).write(assignment.directory)
-            job.end_time = now()
-            return EXIT_FAILED
-        job.process = handle.process
-        self.records.save(record)
-        code = await self._watch(execution, handle)
-        job.end_time = now()
-        return code
 
-    async def _watch(self, execution: Execution, handle: Handle) -> int:
-        """Wait for a job's end; stop it when the execution is to stop."""
+    def _to_launch(self, execution: Execution) -> Launch:
+        record = execution.record
+        return Launch(
+            self.kinds[record.kind].job_module,
+            self._staging(record) / "attempts" / str(record.attempt) / "assignment.json",
+            record.id,
+            self.records.log_path(record.id),
+            attempt=record.attempt,
+            profile=record.profile,
+            nodes=record.nodes,
+            facts={"run": record.run, "stage": record.stage, "owner": record.owner},
+            tell=self._teller(execution),
+        )
+
+    def _teller(self, execution: Execution) -> Callable[[ArrieroError | None], None]:
+        """Keeps what a job waits for, and writes it to the log when it changed."""
+
+        def tell(waits_for: ArrieroError | None) -> None:
+            if waits_for is not None and str(waits_for) != str(execution.waits_for):
+                self._mark(execution.record, waits_for.message, "WARNING")
+            execution.waits_for = waits_for
+
+        return tell
+
+    async def _see_out(self, execution: Execution, handle: Handle, place: Place) -> Exit:
+        """Wait for a job's end; hold it while it is paused, stop it when it is to stop."""
+        record = execution.record
         waiting = asyncio.ensure_future(handle.wait())
         stopped = asyncio.ensure_future(execution.stop.wait())
+        held = False
         try:
-            await asyncio.wait({waiting, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            if not waiting.done() and not execution.record.cancelled:
-                handle.terminate()
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(asyncio.shield(waiting), self.job_grace)
+            while not waiting.done() and not execution.stop.is_set():
+                if record.paused and not held:
+                    held = await handle.suspend()
+                    if not held:
+                        await self._send_away(handle, waiting)
+                        return replace(await waiting, evicted="its run was paused")
+                    self.queue.give_back(place)
+                elif held and not record.paused:
+                    await self._unless_stopped(execution, self.queue.take(place))
+                    self._forget_outcome(record)
+                    await handle.resume()
+                    held = False
+                turned = asyncio.ensure_future(execution.turned.wait())
+                await asyncio.wait({waiting, stopped, turned}, return_when=asyncio.FIRST_COMPLETED)
+                turned.cancel()
+                execution.turned.clear()
             if not waiting.done():
-                await handle.kill()
-            return await waiting
+                if record.cancelled:
+                    await handle.kill()
+                elif self.runner.detached:
+                    raise _Suspended
+                else:
+                    await self._send_away(handle, waiting)
+            left = await waiting
+            record.jobs[-1].end_time = now()
+            return left
         finally:
+            execution.waits_for = None
             stopped.cancel()
+            if not waiting.done():
+                waiting.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await waiting
+
+    async def _send_away(self, handle: Handle, waiting: asyncio.Future[Exit]) -> None:
+        """Let a job save and leave; end it when it does not."""
+        await handle.terminate()
+        await asyncio.wait({waiting}, timeout=self.job_grace)
+        if not waiting.done():
+            await handle.kill()
+        await asyncio.wait({waiting})
+
+    async def _while_paused(self, execution: Execution) -> None:
+        while execution.record.paused:
+            await self._unless_stopped(execution, execution.turned.wait())
+            execution.turned.clear()
 
     # What follows
 
@@ -191,22 +269,41 @@ class Attempts:
         """Take up what an earlier service left; whether that ended it."""
         record = execution.record
         job = record.jobs[-1]
+        left = Exit(None)
         if not job.end_time:
-            await self.runner.clear(record.id, job.process, _WATCHDOG_SECONDS)
+            launch = self._to_launch(execution)
+            handle = await self.runner.adopt(launch, job.process, _WATCHDOG_SECONDS)
+            if handle is not None:
+                self._mark(record, f"attempt {record.attempt} goes on after a restart", "INFO")
+                execution.token = self._token(record)
+                place = self._place(execution)
+                self.queue.hold(place)
+                try:
+                    left = await self._see_out(execution, handle, place)
+                finally:
+                    self.queue.give_back(place)
             job.end_time = now()
         self._check(execution, outcome=self._outcome(record))
         if job.status is not None and self._outcome(record) is None:
             return False  # judged already: the next attempt was due
-        return await self._conclude(execution, None)
+        return await self._conclude(execution, left)
 
-    async def _conclude(
-        self, execution: Execution, code: int | None, *, oom_killed: bool | None = None
-    ) -> bool:
+    async def _conclude(self, execution: Execution, left: Exit) -> bool:
         """Judge the newest attempt; whether that ended the execution."""
         record = execution.record
         outcome = self._outcome(record)
-        lines = [] if outcome else logs.tail(self.records.log_path(record.id))
-        ending = ending_of(code, outcome, lines, oom_killed=oom_killed)
+        lines: Sequence[str] = []
+        if outcome is None:
+            self._fill_in(execution, left)
+            lines = logs.tail(self.records.log_path(record.id)) or left.lines[-3:]
+        ending = ending_of(
+            left.code,
+            outcome,
+            lines,
+            oom_killed=left.oom_killed,
+            evicted=left.evicted,
+            problem=left.problem,
+        )
         job = record.jobs[-1]
         job.status, job.counted = ending.status, ending.counted
         if ending.next is Next.PUBLISH:
@@ -287,6 +384,26 @@ class Attempts:
         """The newest attempt's outcome; one of an earlier attempt is never looked at."""
         outcome = Outcome.read(Outcome.path(self._staging(record), record.attempt))
         return outcome if outcome is not None and outcome.attempt == record.attempt else None
+
+    def _fill_in(self, execution: Execution, left: Exit) -> None:
+        """Keep a job's last words that did not arrive before it died."""
+        received = execution.received.get(0)
+        if left.lines and received is not None and len(left.lines) > received:
+            rest = [line.encode() for line in left.lines[received:]]
+            with contextlib.suppress(OSError):
+                logs.append(self.records.log_path(execution.record.id), rest)
+
+    def _forget_outcome(self, record: ExecutionRecord) -> None:
+        """Of a job that left to be held: it is to speak again when it goes on."""
+        Outcome.path(self._staging(record), record.attempt).unlink(missing_ok=True)
+
+    def _token(self, record: ExecutionRecord) -> str:
+        """What the running attempt reports with, by its own assignment."""
+        directory = self._staging(record) / "attempts" / str(record.attempt)
+        try:
+            return Assignment.read(directory / "assignment.json").report_token
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
 
     def _staging(self, record: ExecutionRecord) -> Path:
         return self.store.staging(self.service, record.id)

@@ -52,6 +52,8 @@ def ending_of(
     last_lines: Sequence[str] = (),
     *,
     oom_killed: bool | None = None,
+    evicted: str = "",
+    problem: ArrieroError | None = None,
 ) -> Ending:
     """The verdict on a job.
 
@@ -63,6 +65,8 @@ def ending_of(
         outcome: what the job wrote, if it got that far.
         last_lines: of its log, for jobs that wrote no outcome.
         oom_killed: whether the kernel killed for memory meanwhile; None: not known.
+        evicted: why the place took the job away, where that was not the job's doing.
+        problem: why it never ran, or what the place knows better than the exit code.
     """
     if outcome is not None:
         if outcome.ok:
@@ -73,6 +77,14 @@ def ending_of(
             dict(outcome.status),
             counted=not outcome.preempted,
         )
+    if evicted:
+        return _again(
+            Preempted(f"the job was taken away ({evicted}); it goes on from its checkpoint"),
+            counted=False,
+        )
+    if problem is not None:
+        following = Next.AGAIN if problem.retryable else Next.FAIL
+        return Ending(following, to_json(to_status(problem)))
     if code is None or code == EXIT_TRY_AGAIN:
         return _again(
             Preempted("the job ended with its service; it starts again from its checkpoint"),

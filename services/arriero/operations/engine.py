@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import logging
 import secrets
-import time
 import uuid
 import weakref
 from collections.abc import Callable, Sequence
@@ -25,10 +23,8 @@ from arriero.errors import (
     ArrieroError,
     Cancelled,
     DataLoss,
-    FailedPrecondition,
     InvalidArgument,
     NotFound,
-    Unauthenticated,
     Unavailable,
 )
 from arriero.operations import intake
@@ -36,6 +32,7 @@ from arriero.operations.attempts import Attempts, Execution, default_backoff, in
 from arriero.operations.handoff import to_json
 from arriero.operations.intake import Work
 from arriero.operations.kinds import WorkKind
+from arriero.operations.queue import JobQueue
 from arriero.operations.records import (
     ExecutionRecord,
     OperationRecord,
@@ -44,6 +41,7 @@ from arriero.operations.records import (
     State,
     now,
 )
+from arriero.operations.reports import Reports
 from arriero.operations.runner import LocalProcess, Runner
 from arriero.operations.views import fill_result, operation_message, result_of
 from arriero.rpc.auth import caller
@@ -53,11 +51,10 @@ from arriero.store import Store
 from arriero.v1 import types_pb2
 
 _log = logging.getLogger(__name__)
-_PROGRESS_SECONDS = 2.0
 
 
 class Engine:
-    """The operations of one service; its records' only writer.
+    """The operations of one service; its records' only writer. `reports` takes what jobs say.
 
     Args:
         service: name, for the store's directories.
@@ -66,6 +63,8 @@ class Engine:
         sources: files that rooms may read.
         runner: where jobs run; default: on this machine.
         max_jobs: jobs at once; more wait as PENDING.
+        gpus: of all jobs together; 0: as many as they ask for.
+        per_owner: jobs of one owner at once; 0: as many as there may be.
         backoff: seconds to wait after the n-th failed attempt.
         job_grace: seconds that a job gets to save when the service ends.
 
@@ -82,6 +81,8 @@ class Engine:
         sources: SourceSettings,
         runner: Runner | None = None,
         max_jobs: int = 2,
+        gpus: int = 0,
+        per_owner: int = 0,
         backoff: Callable[[int], float] = default_backoff,
         job_grace: float = 15.0,
     ) -> None:
@@ -90,13 +91,15 @@ class Engine:
         self._kinds = {kind.name: kind for kind in kinds}
         self._sources = sources
         self._records = Records(store.record_dir(service))
+        self._runner = runner or LocalProcess()
+        self._queue = JobQueue(max_jobs, gpus=gpus, per_owner=per_owner)
         self._attempts = Attempts(
             service=service,
             store=store,
             records=self._records,
             kinds=self._kinds,
-            runner=runner or LocalProcess(),
-            slots=asyncio.Semaphore(max_jobs),
+            runner=self._runner,
+            queue=self._queue,
             ended=self._on_end,
             backoff=backoff,
             job_grace=job_grace,
@@ -106,8 +109,8 @@ class Engine:
             weakref.WeakValueDictionary()
         )
         self._done: dict[str, asyncio.Event] = {}
-        self._saved: dict[str, float] = {}
         self._executions = {r.id: Execution(r) for r in self._records.executions()}
+        self.reports = Reports(self._records, self._executions)
         self._operations = {r.id: r for r in self._records.operations()}
         self._reconcile()
 
@@ -140,6 +143,7 @@ class Engine:
         for execution in self._executions.values():
             execution.stop.set()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._runner.close()
 
     def _reconcile(self) -> None:
         """Bring operations and executions together again after a crash between two writes."""
@@ -188,6 +192,7 @@ class Engine:
         request_id = context.request_id or str(uuid.uuid4())
         operation_id = intake.operation_id(self._service, request_id)
         digest = intake.request_digest(kind, spec, context)
+        profile, nodes = self._resources(spec, context)
         lock = self._starting.setdefault(operation_id, asyncio.Lock())
         async with lock:
             record = self._operations.get(operation_id)
@@ -209,7 +214,14 @@ class Engine:
                 )
                 # gc must see the inputs held before it is looked whether they are there.
                 with self._store.lease("operations", intake.named_digests(spec)):
-                    record = await self._accept(template, known_kind, spec, force=context.force)
+                    record = await self._accept(
+                        template,
+                        known_kind,
+                        spec,
+                        force=context.force,
+                        profile=profile,
+                        nodes=nodes,
+                    )
             elif record.request_digest != digest:
                 raise AlreadyExists(
                     f"request_id {request_id!r} was used for other work ({record.name}, "
@@ -219,9 +231,26 @@ class Engine:
                 )
             return self._view(record)
 
+    def _resources(self, spec: Message, context: types_pb2.StageContext) -> tuple[str, int]:
+        """Name of the resource profile, and machines asked for (0: the work uses one).
+
+        Raises:
+            InvalidArgument: two names, no such profile, or one that does not fit.
+        """
+        own = str(getattr(spec, "resources", ""))
+        if own and context.resources and own != context.resources:
+            raise InvalidArgument.field(
+                "resources", f"is {own!r} here and {context.resources!r} for the stage; name one"
+            )
+        profile = context.resources or own
+        nodes = int(getattr(spec, "nodes", 0)) or ("nodes" in spec.DESCRIPTOR.fields_by_name)
+        self._queue.check(self._runner.demand(profile, int(nodes)))
+        return profile, int(nodes)
+
     async def _validate(
         self, kind: WorkKind, spec: Message, context: types_pb2.StageContext
     ) -> operations_pb2.Operation:
+        self._resources(spec, context)
         work = await asyncio.to_thread(intake.resolve, kind, spec, self._store, self._sources)
         known = intake.known_result(self._store, self._service, work, force=context.force)
         metadata = types_pb2.OperationMetadata(
@@ -241,7 +270,14 @@ class Engine:
         return operation
 
     async def _accept(
-        self, record: OperationRecord, kind: WorkKind, spec: Message, *, force: bool
+        self,
+        record: OperationRecord,
+        kind: WorkKind,
+        spec: Message,
+        *,
+        force: bool,
+        profile: str,
+        nodes: int,
     ) -> OperationRecord:
         work = await asyncio.to_thread(intake.resolve, kind, spec, self._store, self._sources)
         record.result_key = work.key
@@ -252,7 +288,7 @@ class Engine:
             await asyncio.to_thread(self._store.preflight, work.resolved.disk_bytes)
             # Meanwhile somebody may have begun, or ended, the same work.
             if not self._answer(record, work, force=force):
-                self._execute(record, work, force=force)
+                self._execute(record, work, force=force, profile=profile, nodes=nodes)
         return record
 
     def _answer(self, record: OperationRecord, work: Work, *, force: bool) -> bool:
@@ -271,10 +307,13 @@ class Engine:
             joinable = not other.state.ended and not other.cancelled and other.cacheable
             if joinable and work.resolved.cacheable and other.result_key == work.key:
                 self._join(record, other)
+                self._hold(execution)
                 return True
         return False
 
-    def _execute(self, record: OperationRecord, work: Work, *, force: bool) -> None:
+    def _execute(
+        self, record: OperationRecord, work: Work, *, force: bool, profile: str, nodes: int
+    ) -> None:
         execution = Execution(
             ExecutionRecord(
                 id=secrets.token_hex(10),
@@ -282,6 +321,8 @@ class Engine:
                 result_key=work.key,
                 spec=to_json(work.resolved.spec),
                 inputs=work.inputs,
+                profile=profile,
+                nodes=nodes,
                 run=record.run,
                 stage=record.stage,
                 owner=record.owner,
@@ -324,7 +365,7 @@ class Engine:
         for operation in self._operations.values():
             if operation.execution == execution.record.id and not operation.state.ended:
                 self._adopt_end(operation, execution.record)
-        self._saved.pop(execution.record.id, None)
+        self.reports.forget(execution.record.id)
 
     def _adopt_end(self, operation: OperationRecord, record: ExecutionRecord) -> None:
         if operation.cancel_requested and record.state is not State.CANCELLED:
@@ -365,11 +406,37 @@ class Engine:
         operation.cancel_requested = True
         if self._waiting(execution.record.id):
             self._finish_cancelled(operation)
+            self._hold(execution)
             return
         self._records.save(operation)
         execution.record.cancelled = True
         self._records.save(execution.record)
         execution.stop.set()
+
+    def pause(self, name: str, *, paused: bool) -> None:
+        """Hold an operation's work, or let it go on; nothing happens to one that ended.
+
+        Work that several wait for is held when all of them have paused it.
+
+        Raises:
+            NotFound: no such operation.
+        """
+        operation = self._find(name)
+        if operation.state.ended or operation.paused == paused:
+            return
+        operation.paused = paused
+        self._records.save(operation)
+        self._hold(self._executions[operation.execution])
+
+    def _hold(self, execution: Execution) -> None:
+        """Make an execution as paused as those who wait for it."""
+        record = execution.record
+        waiting = self._waiting(record.id)
+        paused = bool(waiting) and all(operation.paused for operation in waiting)
+        if paused != record.paused and not record.state.ended:
+            record.paused = paused
+            self._records.save(record)
+            execution.turned.set()
 
     def _waiting(self, execution: str) -> list[OperationRecord]:
         return [
@@ -440,31 +507,6 @@ class Engine:
 
     def _view(self, record: OperationRecord) -> operations_pb2.Operation:
         execution = self._executions.get(record.execution)
-        return operation_message(record, execution.record if execution else None)
-
-    # Progress
-
-    def report(
-        self, execution_id: str, attempt: int, token: str, progress: types_pb2.Progress
-    ) -> None:
-        """Take a job's progress; kept in memory, and on disk every two seconds.
-
-        Raises:
-            Unauthenticated: not the token of the current attempt.
-            FailedPrecondition: the attempt is not the current one.
-        """
-        execution = self._executions.get(execution_id)
-        if execution is None or execution.record.state.ended:
-            raise FailedPrecondition(f"execution {execution_id!r} does not run here")
-        record = execution.record
-        if attempt != record.attempt:
-            raise FailedPrecondition(
-                f"attempt {attempt} is over, the current one is {record.attempt}"
-            )
-        if not execution.token or not hmac.compare_digest(token.encode(), execution.token.encode()):
-            raise Unauthenticated("not the token of this attempt")
-        record.progress = to_json(progress)
-        if time.monotonic() - self._saved.get(record.id, 0.0) >= _PROGRESS_SECONDS:
-            self._saved[record.id] = time.monotonic()
-            with contextlib.suppress(ArrieroError):
-                self._records.save(record, durable=False)
+        if execution is None:
+            return operation_message(record, None)
+        return operation_message(record, execution.record, execution.waits_for)

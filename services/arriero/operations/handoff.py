@@ -19,7 +19,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,7 @@ class Assignment:
         _check_format(data, path)
         if data["service_process"] is not None:
             data["service_process"] = ProcessId(**data["service_process"])
-        return cls(**data)
+        return cls(**_known(cls, data))
 
 
 def type_name(spec_type: type[Message]) -> str:
@@ -197,7 +197,7 @@ class Outcome:
         _check_format(data, path)
         data["outputs"] = tuple(_output(item) for item in data["outputs"])
         data["gates"] = gates_from_json(data["gates"])
-        return cls(**data)
+        return cls(**_known(cls, data))
 
 
 def _output(data: dict[str, Any]) -> OutputFiles:
@@ -206,7 +206,16 @@ def _output(data: dict[str, Any]) -> OutputFiles:
     data["metrics"] = {key: float(value) for key, value in data["metrics"].items()}
     data["parents"] = tuple(data["parents"])
     data["licenses"] = tuple(data["licenses"])
-    return OutputFiles(**data)
+    return OutputFiles(**_known(OutputFiles, data))
+
+
+def _known(record: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """Without fields of a later build: within a format they say nothing one must know.
+
+    A job keeps the image that it started with, while its service may be updated.
+    """
+    names = {item.name for item in fields(record)}
+    return {key: value for key, value in data.items() if key in names}
 
 
 def _number(value: float) -> float | str:

@@ -254,6 +254,8 @@ def _run(assignment: Assignment, handlers: Mapping[str, Handler]) -> int:
     _listen(on_sigterm)
     log = logging.getLogger("arriero.job")
     outcome: Outcome
+    if not rank:  # of a pod that was held, and goes on as the same attempt
+        Outcome.path(Path(assignment.staging), assignment.attempt).unlink(missing_ok=True)
     try:
         handler = handlers.get(assignment.kind)
         if handler is None:

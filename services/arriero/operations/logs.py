@@ -7,7 +7,7 @@ it grows. Does not know who writes to it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,21 @@ def mark(path: Path, message: str, *, attempt: int, stage: str, level: str = "IN
         if file.tell() and not _ends_with_newline(path):
             file.write(b"\n")
         file.write(canonical(line) + b"\n")
+
+
+def append(path: Path, lines: Sequence[bytes], *, node: int = 0, lost: int = 0) -> None:
+    """Append lines of a job on another machine; `lost` ones before them are counted.
+
+    Raw lines of other machines than the first say which; JSON lines say it themselves.
+    """
+    with path.open("ab") as file:
+        if file.tell() and not _ends_with_newline(path):
+            file.write(b"\n")
+        if lost:
+            file.write(b"(%d lines did not arrive)\n" % lost)
+        for line in lines:
+            mine = b"" if node == 0 or line.startswith(b"{") else b"[node %d] " % node
+            file.write(mine + line + b"\n")
 
 
 def _ends_with_newline(path: Path) -> bool:

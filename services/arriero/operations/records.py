@@ -93,6 +93,7 @@ class OperationRecord:
     labels: dict[str, str] = field(default_factory=dict)
     cached: bool = False
     cancel_requested: bool = False
+    paused: bool = False
     state: State = State.PENDING
     create_time: str = ""
     start_time: str = ""
@@ -113,7 +114,8 @@ class ExecutionRecord:
     """Work that runs or ran.
 
     `cancelled` is the marker of a cancellation: set before the job is killed,
-    so that a restart does not take the work up again.
+    so that a restart does not take the work up again. `paused` holds it, `profile`
+    and `nodes` say with what its jobs run.
     """
 
     id: str
@@ -121,6 +123,9 @@ class ExecutionRecord:
     result_key: str
     spec: dict[str, Any]
     inputs: dict[str, list[str]]
+    profile: str = ""
+    nodes: int = 1
+    paused: bool = False
     run: str = ""
     stage: str = ""
     owner: str = ""

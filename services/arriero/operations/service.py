@@ -79,9 +79,38 @@ class JobServicer(job_pb2_grpc.JobServiceServicer):
         self, request: job_pb2.ReportProgressRequest, context: _Context
     ) -> job_pb2.ReportProgressResponse:
         """Take a job's progress, if the job is who it says."""
-        token = next((v for k, v in context.invocation_metadata() or () if k == TOKEN_KEY), "")
-        self._engine.report(request.execution, request.attempt, str(token), request.progress)
+        self._engine.reports.progress(
+            request.execution, request.attempt, _token(context), request.progress
+        )
         return job_pb2.ReportProgressResponse()
+
+    async def AppendLogs(
+        self, request: job_pb2.AppendLogsRequest, context: _Context
+    ) -> job_pb2.AppendLogsResponse:
+        """Keep lines of a job on another machine."""
+        received = self._engine.reports.lines(
+            request.execution,
+            request.attempt,
+            _token(context),
+            node=request.node,
+            first=request.first,
+            lines=request.lines,
+        )
+        return job_pb2.AppendLogsResponse(received=received)
+
+    async def PauseOperation(
+        self, request: job_pb2.PauseOperationRequest, context: _Context
+    ) -> job_pb2.PauseOperationResponse:
+        """Hold an operation's work."""
+        self._engine.pause(request.operation, paused=True)
+        return job_pb2.PauseOperationResponse()
+
+    async def ResumeOperation(
+        self, request: job_pb2.ResumeOperationRequest, context: _Context
+    ) -> job_pb2.ResumeOperationResponse:
+        """Let it go on."""
+        self._engine.pause(request.operation, paused=False)
+        return job_pb2.ResumeOperationResponse()
 
     async def ReadLogs(
         self, request: job_pb2.ReadLogsRequest, context: _Context
@@ -105,3 +134,8 @@ class JobServicer(job_pb2_grpc.JobServiceServicer):
             if ended or not request.follow:
                 return
             await asyncio.sleep(_FOLLOW_SECONDS)
+
+
+def _token(context: _Context) -> str:
+    """What a job proves itself with."""
+    return str(next((v for k, v in context.invocation_metadata() or () if k == TOKEN_KEY), ""))

@@ -17,9 +17,10 @@ from google.longrunning import operations_pb2_grpc
 from arriero.errors import ArrieroError, InvalidArgument
 from arriero.operations.engine import Engine
 from arriero.operations.kinds import WorkKind
+from arriero.operations.runner import Runner
 from arriero.operations.service import JobServicer, OperationsServicer
 from arriero.rpc import Server, logs
-from arriero.settings import ServerSettings, SourceSettings, StoreSettings
+from arriero.settings import ClusterSettings, ServerSettings, SourceSettings, StoreSettings
 from arriero.store import Store
 from arriero.v1 import job_pb2_grpc
 
@@ -31,8 +32,10 @@ Register = Callable[[Server, Engine], None]
 def serve(*, service: str, kinds: Sequence[WorkKind], register: Register) -> None:
     """Run a room's service until SIGTERM; settings come from the environment.
 
-    Besides what the settings classes read: `ARRIERO_MAX_JOBS` (2), the jobs that
-    run at once.
+    Besides what the settings classes read: `ARRIERO_MAX_JOBS` (2; 16 on a cluster),
+    the jobs that run at once; `ARRIERO_GPU_BUDGET` (0: no limit), the GPUs of all of
+    them; `ARRIERO_MAX_JOBS_PER_OWNER` (0: no limit); `ARRIERO_RUNNER` (`local` or
+    `kubernetes`), where jobs run, and `ARRIERO_RUNNER_DIR`, its templates.
 
     Args:
         service: name of the service and of its records in the store.
@@ -50,13 +53,17 @@ def serve(*, service: str, kinds: Sequence[WorkKind], register: Register) -> Non
 async def _serve(service: str, kinds: Sequence[WorkKind], register: Register) -> None:
     settings = ServerSettings.from_env()
     store = Store.open(StoreSettings.from_env().url)
+    runner, advertised = _runner(service)
     with store.lock(service):
         engine = Engine(
             service=service,
             store=store,
             kinds=kinds,
             sources=SourceSettings.from_env(),
-            max_jobs=_max_jobs(),
+            runner=runner,
+            max_jobs=_number("ARRIERO_MAX_JOBS", 2 if runner is None else 16, least=1),
+            gpus=_number("ARRIERO_GPU_BUDGET", 0),
+            per_owner=_number("ARRIERO_MAX_JOBS_PER_OWNER", 0),
             job_grace=settings.drain_seconds,
         )
         server = Server(settings, name=service)
@@ -72,16 +79,50 @@ async def _serve(service: str, kinds: Sequence[WorkKind], register: Register) ->
         )
         register(server, engine)
         address = await server.start()
-        await engine.recover(_reachable(address))
+        await engine.recover(advertised or _reachable(address))
         server.set_ready(True)
         await server.run_until_signal()
         await engine.close()
 
 
-def _max_jobs() -> int:
-    text = os.environ.get("ARRIERO_MAX_JOBS", "2")
-    if not text.isdecimal() or int(text) < 1:
-        raise InvalidArgument.field("ARRIERO_MAX_JOBS", f"{text!r} is not a number from 1 up")
+def _runner(service: str) -> tuple[Runner | None, str]:
+    """Where jobs run (None: on this machine), and the address that they report to.
+
+    Raises:
+        InvalidArgument, FailedPrecondition: settings or templates are wrong, or there
+            is no cluster.
+    """
+    where = os.environ.get("ARRIERO_RUNNER") or "local"
+    if where == "local":
+        return None, ""
+    if where != "kubernetes":
+        raise InvalidArgument.field("ARRIERO_RUNNER", f"{where!r} is not one of local, kubernetes")
+    from arriero.kubernetes import Api
+    from arriero.operations.cluster import KubernetesJobs
+    from arriero.operations.profiles import Templates
+
+    settings = ClusterSettings.from_env("ARRIERO_RUNNER_DIR")
+    if not settings.advertise:
+        raise InvalidArgument.field(
+            "ARRIERO_ADVERTISE", "is not set; jobs report to the service's address in the cluster"
+        )
+    templates = Templates.read(settings.directory)
+    api = Api.connect(settings.namespace)
+    runner = KubernetesJobs(
+        api,
+        templates,
+        room=service,
+        owner=api.owner(settings.owner) if settings.owner else None,
+        image=settings.image,
+        start_seconds=_number("ARRIERO_JOB_START_SECONDS", 300, least=1),
+    )
+    return runner, settings.advertise
+
+
+def _number(name: str, default: int, *, least: int = 0) -> int:
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal() or int(text) < least:
+        raise InvalidArgument.field(name, f"{text!r} is not a number from {least} up")
     return int(text)
 
 

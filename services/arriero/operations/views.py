@@ -14,9 +14,11 @@ from google.protobuf import json_format
 from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import status_pb2
 
+from arriero.errors import ArrieroError
 from arriero.gates import GateResult
 from arriero.operations.handoff import to_json
 from arriero.operations.records import ExecutionRecord, OperationRecord, Result, State
+from arriero.rpc.status import to_status
 from arriero.store import Artifact
 from arriero.v1 import types_pb2
 
@@ -56,7 +58,9 @@ def output_message(name: str, artifact: Artifact) -> types_pb2.StageOutput:
 
 
 def operation_message(
-    record: OperationRecord, execution: ExecutionRecord | None
+    record: OperationRecord,
+    execution: ExecutionRecord | None,
+    waits_for: ArrieroError | None = None,
 ) -> operations_pb2.Operation:
     """An operation as it is now; `execution` is None when the store had the result."""
     metadata = types_pb2.OperationMetadata(
@@ -67,7 +71,10 @@ def operation_message(
         run=record.run,
         stage=record.stage,
         estimate=types_pb2.Estimate(disk_bytes=record.disk_bytes, memory_bytes=record.memory_bytes),
+        paused=record.paused and not record.state.ended,
     )
+    if waits_for is not None and not record.state.ended:
+        metadata.waits_for.CopyFrom(to_status(waits_for))
     _time(metadata.create_time, record.create_time)
     _time(metadata.end_time, record.end_time)
     fill_result(metadata, record.result)

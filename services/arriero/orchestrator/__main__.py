@@ -23,14 +23,23 @@ from prometheus_client import CollectorRegistry
 
 from arriero import metrics
 from arriero.errors import ArrieroError, InvalidArgument
+from arriero.kubernetes import Api
 from arriero.orchestrator.clients import Replicas, Rooms, addresses_from_env
+from arriero.orchestrator.cluster import KubernetesPlatform
 from arriero.orchestrator.endpoints import Endpoints
 from arriero.orchestrator.platform import LocalPlatform
 from arriero.orchestrator.records import Records
 from arriero.orchestrator.runs import Runs
 from arriero.orchestrator.service import register
+from arriero.orchestrator.stamping import Stamp, Templates
 from arriero.rpc import Server, logs
-from arriero.settings import ClientSettings, ServerSettings, StoreSettings, home
+from arriero.settings import (
+    ClientSettings,
+    ClusterSettings,
+    ServerSettings,
+    StoreSettings,
+    home,
+)
 from arriero.store import Store
 
 _log = logging.getLogger(__name__)
@@ -42,6 +51,8 @@ class OrchestratorSettings:
 
     database_url: str
     """`sqlite:///path` or a PostgreSQL URL; never on the store's volume."""
+    platform: str
+    """Where replicas run: `local` or `kubernetes`."""
     platform_dir: Path
     """Directory that is shared with the local supervisor."""
     retention_seconds: float
@@ -58,14 +69,17 @@ class OrchestratorSettings:
         """
         env = os.environ if env is None else env
         platform = env.get("ARRIERO_PLATFORM") or "local"
-        if platform != "local":
-            raise InvalidArgument.field("ARRIERO_PLATFORM", f"{platform!r} is not known: local")
+        if platform not in ("local", "kubernetes"):
+            raise InvalidArgument.field(
+                "ARRIERO_PLATFORM", f"{platform!r} is not one of local, kubernetes"
+            )
         days = env.get("ARRIERO_RETENTION_DAYS") or "7"
         if not days.replace(".", "", 1).isdigit():
             raise InvalidArgument.field("ARRIERO_RETENTION_DAYS", f"{days!r} is no number of days")
         url = env.get("ARRIERO_DATABASE_URL") or f"sqlite:///{home(env) / 'orchestrator.db'}"
         return cls(
             database_url=url,
+            platform=platform,
             platform_dir=Path(env.get("ARRIERO_PLATFORM_DIR") or home(env) / "platform"),
             retention_seconds=float(days) * 24 * 3600,
             addresses=addresses_from_env(env),
@@ -80,7 +94,8 @@ async def serve() -> None:
     store = Store.open(StoreSettings.from_env().url)
     with store.lock("orchestrator"):
         records = Records(settings.database_url)
-        platform = LocalPlatform(settings.platform_dir)
+        local = settings.platform == "local"
+        platform = LocalPlatform(settings.platform_dir) if local else on_kubernetes()
         endpoints = Endpoints(records, store, platform, Replicas(clients))
         page = metrics.Metrics(
             CollectorRegistry(), endpoints=endpoints.figures, store_bytes=store.usage
@@ -99,6 +114,8 @@ async def serve() -> None:
         address, stop_metrics = metrics.serve(page.registry)
         _log.info("metrics at http://%s/metrics", address)
         endpoints.load()
+        if isinstance(platform, KubernetesPlatform):
+            await platform.start()
         await runs.open()
         try:
             await server.start()
@@ -107,9 +124,25 @@ async def serve() -> None:
         finally:
             await runs.close()
             await endpoints.close()
+            if isinstance(platform, KubernetesPlatform):
+                await platform.close()
             await rooms.close()
             stop_metrics()
             records.close()
+
+
+def on_kubernetes() -> KubernetesPlatform:
+    """The cluster that this process is in.
+
+    Raises:
+        InvalidArgument, FailedPrecondition: settings or templates are wrong, or there
+            is no cluster.
+    """
+    settings = ClusterSettings.from_env("ARRIERO_PLATFORM_DIR")
+    templates = Templates.read(settings.directory)
+    api = Api.connect(settings.namespace)
+    owner = api.owner(settings.owner) if settings.owner else None
+    return KubernetesPlatform(api, Stamp(templates, settings.release, owner))
 
 
 def main() -> None:

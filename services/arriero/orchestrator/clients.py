@@ -201,6 +201,19 @@ class Rooms:
                 operations_pb2.CancelOperationRequest(name=name), timeout=timeout
             )
 
+    async def pause(self, kind: str, name: str, *, paused: bool, timeout: float = 3.0) -> None:
+        """Hold an operation's work, or let it go on."""
+        stub = job_pb2_grpc.JobServiceStub(self._channel(kind))
+        with _asking(room_of(kind)):
+            if paused:
+                await stub.PauseOperation(
+                    job_pb2.PauseOperationRequest(operation=name), timeout=timeout
+                )
+            else:
+                await stub.ResumeOperation(
+                    job_pb2.ResumeOperationRequest(operation=name), timeout=timeout
+                )
+
     async def read_logs(
         self, kind: str, name: str, after: int, *, follow: bool
     ) -> AsyncIterator[job_pb2.LogLine]:

@@ -31,6 +31,7 @@ from arriero.orchestrator.endpoints import Endpoints
 from arriero.orchestrator.inputs import Published
 from arriero.orchestrator.ledger import Ledger
 from arriero.orchestrator.live import LiveRun, attempt_of
+from arriero.orchestrator.pausing import Pauses
 from arriero.orchestrator.records import ENDED_STAGE
 from arriero.orchestrator.stages import News, Outcome, failed, follow_operation, patiently
 from arriero.rpc.status import to_status
@@ -55,6 +56,7 @@ class Driver:
 
     Attributes:
         cancellations: runs on their way to an early end.
+        pauses: runs that are held.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Driver:
             database_url, {RUN_WORKFLOW: self._run_workflow, STAGE_WORKFLOW: self._stage_workflow}
         )
         self.cancellations = Cancellations(ledger, rooms, self._workflows)
+        self.pauses = Pauses(ledger, rooms)
 
     async def open(self) -> None:
         """Recover: every active run goes on where it was.
@@ -85,6 +88,7 @@ class Driver:
     async def close(self) -> None:
         """Stop waiting; operations go on, and `open` attaches to them again."""
         await self.cancellations.close()
+        await self.pauses.close()
         await self._workflows.close()
 
     async def start(self, live: LiveRun) -> None:
@@ -189,6 +193,7 @@ class Driver:
         def report(news: News) -> None:
             self._report(live, stage, number, news)
 
+        await self.pauses.over(live)
         if node.kind != "deploy":
             context = types_pb2.StageContext(
                 request_id=request_id,
@@ -196,6 +201,7 @@ class Driver:
                 stage=stage,
                 owner=owner,
                 force=node.stage.force,
+                resources=node.stage.resources,
                 labels=live.record.run.pipeline.labels,
             )
             return await follow_operation(
@@ -250,6 +256,8 @@ class Driver:
         current = attempt_of(status) == number and status.state not in ENDED_STAGE
         if current:
             self._ledger.report(live, status, news)
+            if news.metadata is not None:
+                self.pauses.heard(live, status)
         if news.operation and live.record.cancel_requested and attempt_of(status) == number:
             self.cancellations.owe(live, stage, news.operation)
 

@@ -204,9 +204,11 @@ class Endpoints:
 
         Raises:
             NotFound: no such endpoint. InvalidArgument: not a number of replicas.
+            FailedPrecondition: an autoscaler has other bounds.
         """
         record = self._record(name)
         check_replicas(replicas)
+        self._platform.check(name, replicas)
         record.endpoint.desired_replicas = record.endpoint.spec.replicas = replicas
         self._save(record)
         self._want(record)
@@ -298,6 +300,7 @@ class Endpoints:
     ) -> EndpointRecord:
         resolved = await asyncio.to_thread(self._deployments.resolve, spec)
         name = spec.endpoint
+        self._platform.check(name, resolved.replicas)
         now = Timestamp()
         now.GetCurrentTime()
         old = self._known.get(name)

@@ -160,6 +160,7 @@ class Ledger:
         record.run.state = pb.RUN_STATE_RUNNING
         record.run.ClearField("end_time")
         record.run.ClearField("error")
+        record.run.paused = False
         record.rounds.append(request_id)
         try:
             self.save(live)
@@ -215,6 +216,8 @@ class Ledger:
         """Show progress; only the operation's name is worth a write."""
         if news.waits_for is not None:
             status.error.CopyFrom(news.waits_for)
+        elif news.metadata is not None and news.metadata.HasField("waits_for"):
+            status.error.CopyFrom(news.metadata.waits_for)
         else:
             status.ClearField("error")
         if news.metadata is not None:

@@ -163,6 +163,7 @@ class Planner:
             stage=node.name,
             owner=owner,
             force=node.stage.force,
+            resources=node.stage.resources,
             validate_only=True,
         )
         try:

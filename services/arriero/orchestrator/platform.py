@@ -60,7 +60,9 @@ class Desired:
 class ObservedReplica:
     """One replica; `state` is STARTING, READY, DRAINING or FAILED.
 
-    `metrics` is the `host:port` of its Prometheus page, where it is known.
+    `metrics` is the `host:port` of its Prometheus page, where it is known. `final`
+    says of a FAILED one that waiting is in vain, `current` whether it is made of the
+    newest desire.
     """
 
     name: str
@@ -69,19 +71,25 @@ class ObservedReplica:
     digest: str
     detail: str = ""
     metrics: str = ""
+    final: bool = True
+    current: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """What the platform says; `generation` is the newest desire that it has read."""
+    """What the platform says; `generation` is the newest desire that it has read.
+
+    `elastic`: an autoscaler may have more replicas than are desired.
+    """
 
     name: str
     replicas: tuple[ObservedReplica, ...] = ()
     generation: int = 0
+    elastic: bool = False
 
     def ready(self, digest: str) -> list[ObservedReplica]:
-        """The replicas that serve this artifact now."""
-        return [r for r in self.replicas if r.state == "READY" and r.digest == digest]
+        """The replicas that serve this artifact now, as it is desired."""
+        return [r for r in self.replicas if r.state == "READY" and r.digest == digest and r.current]
 
     def complete(self, digest: str, count: int) -> bool:
         """Whether just `count` replicas are there, all serving this artifact.
@@ -90,15 +98,25 @@ class Observed:
         the same artifact may be served by old replicas for a while.
         """
         staying = [r for r in self.replicas if r.state != "DRAINING"]
+        if self.elastic:
+            return count <= len(self.ready(digest)) and all(r.current for r in staying)
         return len(staying) == count == len(self.ready(digest))
 
     def failed(self, digest: str) -> list[ObservedReplica]:
         """The replicas of this artifact that gave up."""
-        return [r for r in self.replicas if r.state == "FAILED" and r.digest == digest]
+        return [r for r in self.replicas if r.state == "FAILED" and r.digest == digest and r.final]
 
 
 class Platform(Protocol):
     """What runs replicas."""
+
+    def check(self, name: str, replicas: int) -> None:
+        """Refuse a number of replicas that it would not make.
+
+        Raises:
+            FailedPrecondition: an autoscaler has other bounds.
+        """
+        ...
 
     def apply(self, desired: Desired) -> None:
         """Make it so, in time; replicas are replaced one after the other."""
@@ -123,6 +141,22 @@ class Platform(Protocol):
         ...
 
 
+async def until_observed(
+    platform: Platform, name: str, until: Callable[[Observed], bool], *, timeout: float
+) -> Observed:
+    """`Platform.wait`, by looking again and again."""
+    clock = asyncio.get_running_loop()
+    deadline = clock.time() + timeout
+    while True:
+        observed = platform.observe(name)
+        if until(observed):
+            return observed
+        left = deadline - clock.time()
+        if left <= 0:
+            raise DeadlineExceeded(f"endpoint {name}: not there after {timeout:g} s")
+        await asyncio.sleep(min(_POLL_SECONDS, left))
+
+
 class LocalPlatform:
     """Replicas are processes of the supervisor that shares `directory` with us."""
 
@@ -131,6 +165,9 @@ class LocalPlatform:
         self._actual = directory / "actual"
         self._desired.mkdir(parents=True, exist_ok=True)
         self._actual.mkdir(parents=True, exist_ok=True)
+
+    def check(self, name: str, replicas: int) -> None:
+        """Any number goes."""
 
     def apply(self, desired: Desired) -> None:
         """See `Platform`."""
@@ -164,16 +201,7 @@ class LocalPlatform:
         self, name: str, until: Callable[[Observed], bool], *, timeout: float
     ) -> Observed:
         """See `Platform`."""
-        clock = asyncio.get_running_loop()
-        deadline = clock.time() + timeout
-        while True:
-            observed = self.observe(name)
-            if until(observed):
-                return observed
-            left = deadline - clock.time()
-            if left <= 0:
-                raise DeadlineExceeded(f"endpoint {name}: not there after {timeout:g} s")
-            await asyncio.sleep(min(_POLL_SECONDS, left))
+        return await until_observed(self, name, until, timeout=timeout)
 
     @staticmethod
     def _file(directory: Path, name: str) -> Path:

@@ -61,6 +61,7 @@ def endpoint_figures(endpoint: pb.Endpoint) -> EndpointFigures:
 def shortage(record: EndpointRecord, observed: Observed) -> str:
     """How many replicas are ready, of how many, and what the failed ones said."""
     ready = len(observed.ready(record.endpoint.spec.model))
-    details = [f"{r.name}: {r.detail}" for r in observed.failed(record.endpoint.spec.model)]
+    model = record.endpoint.spec.model
+    details = [f"{r.name}: {r.detail}" for r in observed.replicas if r.detail and r.digest == model]
     said = f" ({'; '.join(details)})" if details else ""
     return f"{ready} of {record.endpoint.desired_replicas} replicas are ready{said}"

@@ -173,6 +173,17 @@ class Runs:
         self._driver.cancellations.request(live)
         return live.record.seen()
 
+    async def pause(self, run_id: str, *, paused: bool) -> pb.Run:
+        """Hold a run, or let it go on; operations follow as they are heard of.
+
+        Raises:
+            NotFound: no such run.
+            FailedPrecondition: it has ended.
+        """
+        live = self._ledger.of(run_id)
+        self._driver.pauses.request(live, paused=paused)
+        return live.record.seen()
+
     async def retry(
         self,
         run_id: str,

@@ -63,6 +63,14 @@ class RunServicer(orchestrator_pb2_grpc.RunServiceServicer):
         """Record the wish; the rest follows."""
         return pb.CancelRunResponse(run=await self._runs.cancel(request.id))
 
+    async def PauseRun(self, request: pb.PauseRunRequest, _: _Context) -> pb.PauseRunResponse:
+        """Record the wish; operations follow."""
+        return pb.PauseRunResponse(run=await self._runs.pause(request.id, paused=True))
+
+    async def ResumeRun(self, request: pb.ResumeRunRequest, _: _Context) -> pb.ResumeRunResponse:
+        """Record the wish; operations follow."""
+        return pb.ResumeRunResponse(run=await self._runs.pause(request.id, paused=False))
+
     async def RetryRun(self, request: pb.RetryRunRequest, _: _Context) -> pb.RetryRunResponse:
         """Again from what did not succeed."""
         if request.waivers:

@@ -41,7 +41,9 @@ _HEALTH = "/grpc.health.v1.Health"
 OPEN = frozenset({f"{_HEALTH}/Check", f"{_HEALTH}/List", f"{_HEALTH}/Watch"})
 
 # Checked by the servicer against a token of its own.
-AUTHENTICATES_ITSELF = frozenset({"/arriero.v1.JobService/ReportProgress"})
+AUTHENTICATES_ITSELF = frozenset(
+    {"/arriero.v1.JobService/ReportProgress", "/arriero.v1.JobService/AppendLogs"}
+)
 
 # Wait for news and may be asked again at any time: a draining server ends them
 # with UNAVAILABLE at once, since they would use up the whole drain.
@@ -62,6 +64,7 @@ _NOT_AUDITED = frozenset(
         "/arriero.v1.InferenceService/Generate",
         "/arriero.v1.InferenceService/Chat",
         "/arriero.v1.JobService/ReportProgress",
+        "/arriero.v1.JobService/AppendLogs",
     }
 )
 

@@ -55,6 +55,7 @@ class FakeOperation:
     gates: list[types_pb2.GateResult] = field(default_factory=list)
     progress: types_pb2.Progress = field(default_factory=types_pb2.Progress)
     cached: bool = False
+    paused: bool = False
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -195,6 +196,10 @@ class FakeRooms:
             operation.error = Cancelled("cancelled")
             operation.ended.set()
 
+    def pause(self, name: str, *, paused: bool) -> None:
+        """Hold it, or not; it goes on all the same."""
+        self._of(name).paused = paused
+
     def lines(self, name: str) -> list[job_pb2.LogLine]:
         """Two lines that name the stage."""
         stage = self._of(name).stage
@@ -214,6 +219,7 @@ class FakeRooms:
             cached=operation.cached,
             stage=operation.stage,
             progress=operation.progress,
+            paused=operation.paused,
         )
         answer = operations_pb2.Operation(name=operation.name, done=done)
         if done:
@@ -424,6 +430,17 @@ class _Jobs(job_pb2_grpc.JobServiceServicer):
 
     async def ReportProgress(self, request: Any, _: Any) -> job_pb2.ReportProgressResponse:
         return job_pb2.ReportProgressResponse()
+
+    async def AppendLogs(self, request: Any, _: Any) -> job_pb2.AppendLogsResponse:
+        return job_pb2.AppendLogsResponse()
+
+    async def PauseOperation(self, request: Any, _: Any) -> job_pb2.PauseOperationResponse:
+        self._fake.pause(request.operation, paused=True)
+        return job_pb2.PauseOperationResponse()
+
+    async def ResumeOperation(self, request: Any, _: Any) -> job_pb2.ResumeOperationResponse:
+        self._fake.pause(request.operation, paused=False)
+        return job_pb2.ResumeOperationResponse()
 
     async def ReadLogs(self, request: Any, _: Any) -> AsyncIterator[job_pb2.ReadLogsResponse]:
         lines = [

@@ -88,6 +88,18 @@ class FakeRuns(stubs.RunServiceServicer):
             _move(run, pb.RUN_STATE_CANCELLED)
         return pb.CancelRunResponse(run=run)
 
+    async def PauseRun(self, request: pb.PauseRunRequest, context: Any) -> pb.PauseRunResponse:
+        """At once."""
+        run = self._get(request.id)
+        run.paused = True
+        return pb.PauseRunResponse(run=run)
+
+    async def ResumeRun(self, request: pb.ResumeRunRequest, context: Any) -> pb.ResumeRunResponse:
+        """At once."""
+        run = self._get(request.id)
+        run.paused = False
+        return pb.ResumeRunResponse(run=run)
+
     async def RetryRun(self, request: pb.RetryRunRequest, context: Any) -> pb.RetryRunResponse:
         """Ended runs alone."""
         run = self._get(request.id)

@@ -26,25 +26,43 @@ from arriero.v1 import types_pb2 as arriero_dot_v1_dot_types__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x61rriero/v1/job.proto\x12\narriero.v1\x1a\x16\x61rriero/v1/types.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"c\n\x15ReportProgressRequest\x12\x11\n\texecution\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12&\n\x08progress\x18\x03 \x01(\x0b\x32\x14.arriero.v1.Progress\"\x18\n\x16ReportProgressResponse\"C\n\x0fReadLogsRequest\x12\x11\n\toperation\x18\x01 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x03\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\"6\n\x10ReadLogsResponse\x12\"\n\x05lines\x18\x01 \x03(\x0b\x32\x13.arriero.v1.LogLine\"\x83\x01\n\x07LogLine\x12\x0e\n\x06number\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05level\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x05 \x01(\x05\x12\r\n\x05stage\x18\x06 \x01(\t2\xb3\x01\n\nJobService\x12W\n\x0eReportProgress\x12!.arriero.v1.ReportProgressRequest\x1a\".arriero.v1.ReportProgressResponse\x12L\n\x08ReadLogs\x12\x1b.arriero.v1.ReadLogsRequest\x1a\x1c.arriero.v1.ReadLogsResponse\"\x03\x90\x02\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x61rriero/v1/job.proto\x12\narriero.v1\x1a\x16\x61rriero/v1/types.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"c\n\x15ReportProgressRequest\x12\x11\n\texecution\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12&\n\x08progress\x18\x03 \x01(\x0b\x32\x14.arriero.v1.Progress\"\x18\n\x16ReportProgressResponse\"c\n\x11\x41ppendLogsRequest\x12\x11\n\texecution\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12\x0c\n\x04node\x18\x03 \x01(\x05\x12\r\n\x05\x66irst\x18\x04 \x01(\x03\x12\r\n\x05lines\x18\x05 \x03(\x0c\"&\n\x12\x41ppendLogsResponse\x12\x10\n\x08received\x18\x01 \x01(\x03\"*\n\x15PauseOperationRequest\x12\x11\n\toperation\x18\x01 \x01(\t\"\x18\n\x16PauseOperationResponse\"+\n\x16ResumeOperationRequest\x12\x11\n\toperation\x18\x01 \x01(\t\"\x19\n\x17ResumeOperationResponse\"C\n\x0fReadLogsRequest\x12\x11\n\toperation\x18\x01 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x03\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\"6\n\x10ReadLogsResponse\x12\"\n\x05lines\x18\x01 \x03(\x0b\x32\x13.arriero.v1.LogLine\"\x83\x01\n\x07LogLine\x12\x0e\n\x06number\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05level\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x05 \x01(\x05\x12\r\n\x05stage\x18\x06 \x01(\t2\xc4\x03\n\nJobService\x12W\n\x0eReportProgress\x12!.arriero.v1.ReportProgressRequest\x1a\".arriero.v1.ReportProgressResponse\x12P\n\nAppendLogs\x12\x1d.arriero.v1.AppendLogsRequest\x1a\x1e.arriero.v1.AppendLogsResponse\"\x03\x90\x02\x02\x12\\\n\x0ePauseOperation\x12!.arriero.v1.PauseOperationRequest\x1a\".arriero.v1.PauseOperationResponse\"\x03\x90\x02\x02\x12_\n\x0fResumeOperation\x12\".arriero.v1.ResumeOperationRequest\x1a#.arriero.v1.ResumeOperationResponse\"\x03\x90\x02\x02\x12L\n\x08ReadLogs\x12\x1b.arriero.v1.ReadLogsRequest\x1a\x1c.arriero.v1.ReadLogsResponse\"\x03\x90\x02\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'arriero.v1.job_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_JOBSERVICE'].methods_by_name['AppendLogs']._loaded_options = None
+  _globals['_JOBSERVICE'].methods_by_name['AppendLogs']._serialized_options = b'\220\002\002'
+  _globals['_JOBSERVICE'].methods_by_name['PauseOperation']._loaded_options = None
+  _globals['_JOBSERVICE'].methods_by_name['PauseOperation']._serialized_options = b'\220\002\002'
+  _globals['_JOBSERVICE'].methods_by_name['ResumeOperation']._loaded_options = None
+  _globals['_JOBSERVICE'].methods_by_name['ResumeOperation']._serialized_options = b'\220\002\002'
   _globals['_JOBSERVICE'].methods_by_name['ReadLogs']._loaded_options = None
   _globals['_JOBSERVICE'].methods_by_name['ReadLogs']._serialized_options = b'\220\002\001'
   _globals['_REPORTPROGRESSREQUEST']._serialized_start=93
   _globals['_REPORTPROGRESSREQUEST']._serialized_end=192
   _globals['_REPORTPROGRESSRESPONSE']._serialized_start=194
   _globals['_REPORTPROGRESSRESPONSE']._serialized_end=218
-  _globals['_READLOGSREQUEST']._serialized_start=220
-  _globals['_READLOGSREQUEST']._serialized_end=287
-  _globals['_READLOGSRESPONSE']._serialized_start=289
-  _globals['_READLOGSRESPONSE']._serialized_end=343
-  _globals['_LOGLINE']._serialized_start=346
-  _globals['_LOGLINE']._serialized_end=477
-  _globals['_JOBSERVICE']._serialized_start=480
-  _globals['_JOBSERVICE']._serialized_end=659
+  _globals['_APPENDLOGSREQUEST']._serialized_start=220
+  _globals['_APPENDLOGSREQUEST']._serialized_end=319
+  _globals['_APPENDLOGSRESPONSE']._serialized_start=321
+  _globals['_APPENDLOGSRESPONSE']._serialized_end=359
+  _globals['_PAUSEOPERATIONREQUEST']._serialized_start=361
+  _globals['_PAUSEOPERATIONREQUEST']._serialized_end=403
+  _globals['_PAUSEOPERATIONRESPONSE']._serialized_start=405
+  _globals['_PAUSEOPERATIONRESPONSE']._serialized_end=429
+  _globals['_RESUMEOPERATIONREQUEST']._serialized_start=431
+  _globals['_RESUMEOPERATIONREQUEST']._serialized_end=474
+  _globals['_RESUMEOPERATIONRESPONSE']._serialized_start=476
+  _globals['_RESUMEOPERATIONRESPONSE']._serialized_end=501
+  _globals['_READLOGSREQUEST']._serialized_start=503
+  _globals['_READLOGSREQUEST']._serialized_end=570
+  _globals['_READLOGSRESPONSE']._serialized_start=572
+  _globals['_READLOGSRESPONSE']._serialized_end=626
+  _globals['_LOGLINE']._serialized_start=629
+  _globals['_LOGLINE']._serialized_end=760
+  _globals['_JOBSERVICE']._serialized_start=763
+  _globals['_JOBSERVICE']._serialized_end=1215
 # @@protoc_insertion_point(module_scope)

@@ -41,6 +41,21 @@ class JobServiceStub:
                 request_serializer=arriero_dot_v1_dot_job__pb2.ReportProgressRequest.SerializeToString,
                 response_deserializer=arriero_dot_v1_dot_job__pb2.ReportProgressResponse.FromString,
                 _registered_method=True)
+        self.AppendLogs = channel.unary_unary(
+                '/arriero.v1.JobService/AppendLogs',
+                request_serializer=arriero_dot_v1_dot_job__pb2.AppendLogsRequest.SerializeToString,
+                response_deserializer=arriero_dot_v1_dot_job__pb2.AppendLogsResponse.FromString,
+                _registered_method=True)
+        self.PauseOperation = channel.unary_unary(
+                '/arriero.v1.JobService/PauseOperation',
+                request_serializer=arriero_dot_v1_dot_job__pb2.PauseOperationRequest.SerializeToString,
+                response_deserializer=arriero_dot_v1_dot_job__pb2.PauseOperationResponse.FromString,
+                _registered_method=True)
+        self.ResumeOperation = channel.unary_unary(
+                '/arriero.v1.JobService/ResumeOperation',
+                request_serializer=arriero_dot_v1_dot_job__pb2.ResumeOperationRequest.SerializeToString,
+                response_deserializer=arriero_dot_v1_dot_job__pb2.ResumeOperationResponse.FromString,
+                _registered_method=True)
         self.ReadLogs = channel.unary_stream(
                 '/arriero.v1.JobService/ReadLogs',
                 request_serializer=arriero_dot_v1_dot_job__pb2.ReadLogsRequest.SerializeToString,
@@ -63,6 +78,31 @@ class JobServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AppendLogs(self, request, context):
+        """Called from beside a job that runs on another machine, with the same token:
+        lines that it wrote. Idempotent by `first`: lines that arrived already are
+        left out. Errors as of ReportProgress.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PauseOperation(self, request, context):
+        """Holds an operation's work without losing any of it: a job that runs saves and
+        gives its resources back. Work that others wait for as well goes on until all
+        have paused it. Idempotent, safe to retry; does nothing to one that ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeOperation(self, request, context):
+        """Lets it go on from where it was held. Idempotent, safe to retry.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ReadLogs(self, request, context):
         """Log lines of all attempts of an operation, oldest first, also after its
         end. Read-only and safe to retry with `after`; cancelling ends the stream
@@ -79,6 +119,21 @@ def add_JobServiceServicer_to_server(servicer, server):
                     servicer.ReportProgress,
                     request_deserializer=arriero_dot_v1_dot_job__pb2.ReportProgressRequest.FromString,
                     response_serializer=arriero_dot_v1_dot_job__pb2.ReportProgressResponse.SerializeToString,
+            ),
+            'AppendLogs': grpc.unary_unary_rpc_method_handler(
+                    servicer.AppendLogs,
+                    request_deserializer=arriero_dot_v1_dot_job__pb2.AppendLogsRequest.FromString,
+                    response_serializer=arriero_dot_v1_dot_job__pb2.AppendLogsResponse.SerializeToString,
+            ),
+            'PauseOperation': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseOperation,
+                    request_deserializer=arriero_dot_v1_dot_job__pb2.PauseOperationRequest.FromString,
+                    response_serializer=arriero_dot_v1_dot_job__pb2.PauseOperationResponse.SerializeToString,
+            ),
+            'ResumeOperation': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeOperation,
+                    request_deserializer=arriero_dot_v1_dot_job__pb2.ResumeOperationRequest.FromString,
+                    response_serializer=arriero_dot_v1_dot_job__pb2.ResumeOperationResponse.SerializeToString,
             ),
             'ReadLogs': grpc.unary_stream_rpc_method_handler(
                     servicer.ReadLogs,
@@ -115,6 +170,87 @@ class JobService:
             '/arriero.v1.JobService/ReportProgress',
             arriero_dot_v1_dot_job__pb2.ReportProgressRequest.SerializeToString,
             arriero_dot_v1_dot_job__pb2.ReportProgressResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AppendLogs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/arriero.v1.JobService/AppendLogs',
+            arriero_dot_v1_dot_job__pb2.AppendLogsRequest.SerializeToString,
+            arriero_dot_v1_dot_job__pb2.AppendLogsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseOperation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/arriero.v1.JobService/PauseOperation',
+            arriero_dot_v1_dot_job__pb2.PauseOperationRequest.SerializeToString,
+            arriero_dot_v1_dot_job__pb2.PauseOperationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeOperation(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/arriero.v1.JobService/ResumeOperation',
+            arriero_dot_v1_dot_job__pb2.ResumeOperationRequest.SerializeToString,
+            arriero_dot_v1_dot_job__pb2.ResumeOperationResponse.FromString,
             options,
             channel_credentials,
             insecure,

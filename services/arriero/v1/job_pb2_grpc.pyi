@@ -41,6 +41,18 @@ class JobServiceStub:
     replaces it. UNAUTHENTICATED with another token; FAILED_PRECONDITION when
     the attempt is no longer the current one (the job then ends itself).
     """
+    AppendLogs: _grpc.UnaryUnaryMultiCallable[_job_pb2.AppendLogsRequest, _job_pb2.AppendLogsResponse]
+    """Called from beside a job that runs on another machine, with the same token:
+    lines that it wrote. Idempotent by `first`: lines that arrived already are
+    left out. Errors as of ReportProgress.
+    """
+    PauseOperation: _grpc.UnaryUnaryMultiCallable[_job_pb2.PauseOperationRequest, _job_pb2.PauseOperationResponse]
+    """Holds an operation's work without losing any of it: a job that runs saves and
+    gives its resources back. Work that others wait for as well goes on until all
+    have paused it. Idempotent, safe to retry; does nothing to one that ended.
+    """
+    ResumeOperation: _grpc.UnaryUnaryMultiCallable[_job_pb2.ResumeOperationRequest, _job_pb2.ResumeOperationResponse]
+    """Lets it go on from where it was held. Idempotent, safe to retry."""
     ReadLogs: _grpc.UnaryStreamMultiCallable[_job_pb2.ReadLogsRequest, _job_pb2.ReadLogsResponse]
     """Log lines of all attempts of an operation, oldest first, also after its
     end. Read-only and safe to retry with `after`; cancelling ends the stream
@@ -60,6 +72,18 @@ class JobServiceAsyncStub(JobServiceStub):
     replaces it. UNAUTHENTICATED with another token; FAILED_PRECONDITION when
     the attempt is no longer the current one (the job then ends itself).
     """
+    AppendLogs: _aio.UnaryUnaryMultiCallable[_job_pb2.AppendLogsRequest, _job_pb2.AppendLogsResponse]  # type: ignore[assignment]
+    """Called from beside a job that runs on another machine, with the same token:
+    lines that it wrote. Idempotent by `first`: lines that arrived already are
+    left out. Errors as of ReportProgress.
+    """
+    PauseOperation: _aio.UnaryUnaryMultiCallable[_job_pb2.PauseOperationRequest, _job_pb2.PauseOperationResponse]  # type: ignore[assignment]
+    """Holds an operation's work without losing any of it: a job that runs saves and
+    gives its resources back. Work that others wait for as well goes on until all
+    have paused it. Idempotent, safe to retry; does nothing to one that ended.
+    """
+    ResumeOperation: _aio.UnaryUnaryMultiCallable[_job_pb2.ResumeOperationRequest, _job_pb2.ResumeOperationResponse]  # type: ignore[assignment]
+    """Lets it go on from where it was held. Idempotent, safe to retry."""
     ReadLogs: _aio.UnaryStreamMultiCallable[_job_pb2.ReadLogsRequest, _job_pb2.ReadLogsResponse]  # type: ignore[assignment]
     """Log lines of all attempts of an operation, oldest first, also after its
     end. Read-only and safe to retry with `after`; cancelling ends the stream
@@ -82,6 +106,36 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         replaces it. UNAUTHENTICATED with another token; FAILED_PRECONDITION when
         the attempt is no longer the current one (the job then ends itself).
         """
+
+    @_abc_1.abstractmethod
+    def AppendLogs(
+        self,
+        request: _job_pb2.AppendLogsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_pb2.AppendLogsResponse, _abc.Awaitable[_job_pb2.AppendLogsResponse]]:
+        """Called from beside a job that runs on another machine, with the same token:
+        lines that it wrote. Idempotent by `first`: lines that arrived already are
+        left out. Errors as of ReportProgress.
+        """
+
+    @_abc_1.abstractmethod
+    def PauseOperation(
+        self,
+        request: _job_pb2.PauseOperationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_pb2.PauseOperationResponse, _abc.Awaitable[_job_pb2.PauseOperationResponse]]:
+        """Holds an operation's work without losing any of it: a job that runs saves and
+        gives its resources back. Work that others wait for as well goes on until all
+        have paused it. Idempotent, safe to retry; does nothing to one that ended.
+        """
+
+    @_abc_1.abstractmethod
+    def ResumeOperation(
+        self,
+        request: _job_pb2.ResumeOperationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_pb2.ResumeOperationResponse, _abc.Awaitable[_job_pb2.ResumeOperationResponse]]:
+        """Lets it go on from where it was held. Idempotent, safe to retry."""
 
     @_abc_1.abstractmethod
     def ReadLogs(

@@ -60,6 +60,16 @@ class RunServiceStub:
                 request_serializer=arriero_dot_v1_dot_orchestrator__pb2.RetryRunRequest.SerializeToString,
                 response_deserializer=arriero_dot_v1_dot_orchestrator__pb2.RetryRunResponse.FromString,
                 _registered_method=True)
+        self.PauseRun = channel.unary_unary(
+                '/arriero.v1.RunService/PauseRun',
+                request_serializer=arriero_dot_v1_dot_orchestrator__pb2.PauseRunRequest.SerializeToString,
+                response_deserializer=arriero_dot_v1_dot_orchestrator__pb2.PauseRunResponse.FromString,
+                _registered_method=True)
+        self.ResumeRun = channel.unary_unary(
+                '/arriero.v1.RunService/ResumeRun',
+                request_serializer=arriero_dot_v1_dot_orchestrator__pb2.ResumeRunRequest.SerializeToString,
+                response_deserializer=arriero_dot_v1_dot_orchestrator__pb2.ResumeRunResponse.FromString,
+                _registered_method=True)
         self.WatchRun = channel.unary_stream(
                 '/arriero.v1.RunService/WatchRun',
                 request_serializer=arriero_dot_v1_dot_orchestrator__pb2.WatchRunRequest.SerializeToString,
@@ -121,6 +131,22 @@ class RunServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PauseRun(self, request, context):
+        """Holds a run: stages that run save and give their resources back, no more
+        start. Idempotent; returns when it is recorded. FAILED_PRECONDITION when the
+        run has ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeRun(self, request, context):
+        """Lets a paused run go on from where it was held. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchRun(self, request, context):
         """The run as it is, then again whenever it changed (at most twice a second),
         until it ends. Read-only, safe to retry; cancelling ends the stream alone.
@@ -172,6 +198,16 @@ def add_RunServiceServicer_to_server(servicer, server):
                     servicer.RetryRun,
                     request_deserializer=arriero_dot_v1_dot_orchestrator__pb2.RetryRunRequest.FromString,
                     response_serializer=arriero_dot_v1_dot_orchestrator__pb2.RetryRunResponse.SerializeToString,
+            ),
+            'PauseRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.PauseRun,
+                    request_deserializer=arriero_dot_v1_dot_orchestrator__pb2.PauseRunRequest.FromString,
+                    response_serializer=arriero_dot_v1_dot_orchestrator__pb2.PauseRunResponse.SerializeToString,
+            ),
+            'ResumeRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeRun,
+                    request_deserializer=arriero_dot_v1_dot_orchestrator__pb2.ResumeRunRequest.FromString,
+                    response_serializer=arriero_dot_v1_dot_orchestrator__pb2.ResumeRunResponse.SerializeToString,
             ),
             'WatchRun': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchRun,
@@ -325,6 +361,60 @@ class RunService:
             '/arriero.v1.RunService/RetryRun',
             arriero_dot_v1_dot_orchestrator__pb2.RetryRunRequest.SerializeToString,
             arriero_dot_v1_dot_orchestrator__pb2.RetryRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PauseRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/arriero.v1.RunService/PauseRun',
+            arriero_dot_v1_dot_orchestrator__pb2.PauseRunRequest.SerializeToString,
+            arriero_dot_v1_dot_orchestrator__pb2.PauseRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/arriero.v1.RunService/ResumeRun',
+            arriero_dot_v1_dot_orchestrator__pb2.ResumeRunRequest.SerializeToString,
+            arriero_dot_v1_dot_orchestrator__pb2.ResumeRunResponse.FromString,
             options,
             channel_credentials,
             insecure,

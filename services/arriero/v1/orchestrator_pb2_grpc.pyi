@@ -51,6 +51,13 @@ class RunServiceStub:
     """Starts again from what failed or was cancelled; what succeeded is kept.
     Idempotent by `request_id`. FAILED_PRECONDITION while the run is active.
     """
+    PauseRun: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.PauseRunRequest, _orchestrator_pb2.PauseRunResponse]
+    """Holds a run: stages that run save and give their resources back, no more
+    start. Idempotent; returns when it is recorded. FAILED_PRECONDITION when the
+    run has ended.
+    """
+    ResumeRun: _grpc.UnaryUnaryMultiCallable[_orchestrator_pb2.ResumeRunRequest, _orchestrator_pb2.ResumeRunResponse]
+    """Lets a paused run go on from where it was held. Idempotent."""
     WatchRun: _grpc.UnaryStreamMultiCallable[_orchestrator_pb2.WatchRunRequest, _orchestrator_pb2.WatchRunResponse]
     """The run as it is, then again whenever it changed (at most twice a second),
     until it ends. Read-only, safe to retry; cancelling ends the stream alone.
@@ -86,6 +93,13 @@ class RunServiceAsyncStub(RunServiceStub):
     """Starts again from what failed or was cancelled; what succeeded is kept.
     Idempotent by `request_id`. FAILED_PRECONDITION while the run is active.
     """
+    PauseRun: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.PauseRunRequest, _orchestrator_pb2.PauseRunResponse]  # type: ignore[assignment]
+    """Holds a run: stages that run save and give their resources back, no more
+    start. Idempotent; returns when it is recorded. FAILED_PRECONDITION when the
+    run has ended.
+    """
+    ResumeRun: _aio.UnaryUnaryMultiCallable[_orchestrator_pb2.ResumeRunRequest, _orchestrator_pb2.ResumeRunResponse]  # type: ignore[assignment]
+    """Lets a paused run go on from where it was held. Idempotent."""
     WatchRun: _aio.UnaryStreamMultiCallable[_orchestrator_pb2.WatchRunRequest, _orchestrator_pb2.WatchRunResponse]  # type: ignore[assignment]
     """The run as it is, then again whenever it changed (at most twice a second),
     until it ends. Read-only, safe to retry; cancelling ends the stream alone.
@@ -148,6 +162,25 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         """Starts again from what failed or was cancelled; what succeeded is kept.
         Idempotent by `request_id`. FAILED_PRECONDITION while the run is active.
         """
+
+    @_abc_1.abstractmethod
+    def PauseRun(
+        self,
+        request: _orchestrator_pb2.PauseRunRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_orchestrator_pb2.PauseRunResponse, _abc.Awaitable[_orchestrator_pb2.PauseRunResponse]]:
+        """Holds a run: stages that run save and give their resources back, no more
+        start. Idempotent; returns when it is recorded. FAILED_PRECONDITION when the
+        run has ended.
+        """
+
+    @_abc_1.abstractmethod
+    def ResumeRun(
+        self,
+        request: _orchestrator_pb2.ResumeRunRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_orchestrator_pb2.ResumeRunResponse, _abc.Awaitable[_orchestrator_pb2.ResumeRunResponse]]:
+        """Lets a paused run go on from where it was held. Idempotent."""
 
     @_abc_1.abstractmethod
     def WatchRun(

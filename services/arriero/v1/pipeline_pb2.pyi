@@ -120,10 +120,15 @@ class Stage(_message.Message):
     TRANSFORM_FIELD_NUMBER: _builtins.int
     EXPORT_FIELD_NUMBER: _builtins.int
     FORCE_FIELD_NUMBER: _builtins.int
+    RESOURCES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Lower case letters, digits, dashes and underscores; unique in the pipeline."""
     force: _builtins.bool
     """Do the work even when the store has its result."""
+    resources: _builtins.str
+    """Name of an administrator's resource profile, such as `gpu-4`: with what the
+    stage's jobs run on a cluster. One machine runs them without.
+    """
     @_builtins.property
     def dataset(self) -> _dataset_pb2.DatasetSpec: ...
     @_builtins.property
@@ -156,10 +161,11 @@ class Stage(_message.Message):
         transform: _dataset_pb2.TransformSpec | None = ...,
         export: _merging_pb2.ExportSpec | None = ...,
         force: _builtins.bool = ...,
+        resources: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset", "deploy", b"deploy", "evaluate", b"evaluate", "export", b"export", "extend_tokenizer", b"extend_tokenizer", "import", b"import", "merge", b"merge", "quantize", b"quantize", "train", b"train", "transform", b"transform", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset", "deploy", b"deploy", "evaluate", b"evaluate", "export", b"export", "extend_tokenizer", b"extend_tokenizer", "force", b"force", "import", b"import", "merge", b"merge", "name", b"name", "quantize", b"quantize", "train", b"train", "transform", b"transform", "work", b"work"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset", "deploy", b"deploy", "evaluate", b"evaluate", "export", b"export", "extend_tokenizer", b"extend_tokenizer", "force", b"force", "import", b"import", "merge", b"merge", "name", b"name", "quantize", b"quantize", "resources", b"resources", "train", b"train", "transform", b"transform", "work", b"work"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_work: _TypeAlias = _typing.Literal["import", "dataset", "train", "merge", "quantize", "evaluate", "deploy", "extend_tokenizer", "transform", "export"]  # noqa: Y015
     _WhichOneofArgType_work: _TypeAlias = _typing.Literal["work", b"work"]  # noqa: Y015

@@ -140,7 +140,7 @@ class TrainSpec(_message.Message):
     save_total_limit: _builtins.int
     gradient_checkpointing: _builtins.bool
     resources: _builtins.str
-    """Name of an administrator's resource profile; not part of the result key."""
+    """As the stage's own `resources`; not part of the result key."""
     method: _builtins.str
     """`lora`, or `full`: every weight is trained."""
     load_in_4bit: _builtins.bool

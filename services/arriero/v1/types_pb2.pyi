@@ -480,6 +480,7 @@ class StageContext(_message.Message):
     FORCE_FIELD_NUMBER: _builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    RESOURCES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Client-chosen. A second start with the same ID returns the first operation
     (AIP-155), also after a restart of the service.
@@ -493,6 +494,10 @@ class StageContext(_message.Message):
     """Do the work even when the store has its result."""
     validate_only: _builtins.bool
     """Resolve, check and price the work; start nothing (AIP-163)."""
+    resources: _builtins.str
+    """Name of an administrator's resource profile; empty for the default one. Not
+    part of the result key.
+    """
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Copied to every artifact that the work makes; not part of the result key."""
@@ -507,10 +512,11 @@ class StageContext(_message.Message):
         force: _builtins.bool = ...,
         validate_only: _builtins.bool = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        resources: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["force", b"force", "labels", b"labels", "owner", b"owner", "request_id", b"request_id", "run", b"run", "stage", b"stage", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["force", b"force", "labels", b"labels", "owner", b"owner", "request_id", b"request_id", "resources", b"resources", "run", b"run", "stage", b"stage", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -537,6 +543,8 @@ class OperationMetadata(_message.Message):
     GATES_FIELD_NUMBER: _builtins.int
     JOBS_FIELD_NUMBER: _builtins.int
     ESTIMATE_FIELD_NUMBER: _builtins.int
+    WAITS_FOR_FIELD_NUMBER: _builtins.int
+    PAUSED_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
     """Stage kind, such as `train`."""
     state: Global___OperationState.ValueType
@@ -548,6 +556,8 @@ class OperationMetadata(_message.Message):
     """The result came from the store; no job ran."""
     run: _builtins.str
     stage: _builtins.str
+    paused: _builtins.bool
+    """It is held until it is resumed."""
     @_builtins.property
     def progress(self) -> Global___Progress: ...
     @_builtins.property
@@ -570,6 +580,12 @@ class OperationMetadata(_message.Message):
     def estimate(self) -> Global___Estimate:
         """Only of `validate_only` calls and of started work: what it is expected to need."""
 
+    @_builtins.property
+    def waits_for(self) -> _status_pb2.Status:
+        """What its job waits for before it can run, such as a GPU, an image or a place
+        in the queue; absent while it runs.
+        """
+
     def __init__(
         self,
         *,
@@ -588,10 +604,12 @@ class OperationMetadata(_message.Message):
         gates: _abc.Iterable[Global___GateResult] | None = ...,
         jobs: _abc.Iterable[Global___JobInterval] | None = ...,
         estimate: Global___Estimate | None = ...,
+        waits_for: _status_pb2.Status | None = ...,
+        paused: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "estimate", b"estimate", "progress", b"progress", "start_time", b"start_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "estimate", b"estimate", "progress", b"progress", "start_time", b"start_time", "waits_for", b"waits_for"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cached", b"cached", "create_time", b"create_time", "end_time", b"end_time", "estimate", b"estimate", "gates", b"gates", "jobs", b"jobs", "kind", b"kind", "outputs", b"outputs", "progress", b"progress", "result_key", b"result_key", "run", b"run", "stage", b"stage", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cached", b"cached", "create_time", b"create_time", "end_time", b"end_time", "estimate", b"estimate", "gates", b"gates", "jobs", b"jobs", "kind", b"kind", "outputs", b"outputs", "paused", b"paused", "progress", b"progress", "result_key", b"result_key", "run", b"run", "stage", b"stage", "start_time", b"start_time", "state", b"state", "waits_for", b"waits_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

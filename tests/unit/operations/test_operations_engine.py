@@ -287,7 +287,7 @@ async def test_attempts_end_and_the_last_error_names_the_killer(make_engine, mon
     from toyroom_service import KINDS
 
     kills = iter([7, 8])  # before and after the job, by the kernel's own count
-    monkeypatch.setattr("arriero.operations.attempts.oom_kills", lambda: next(kills))
+    monkeypatch.setattr("arriero.operations.runner.oom_kills", lambda: next(kills))
     engine = make_engine(kinds=[replace(KINDS[0], max_attempts=1)])
     await engine.recover()
     spec = order(steps=2, kill_at=1)
@@ -302,7 +302,7 @@ async def test_an_attempt_knows_how_the_one_before_ended(
     make_engine, monkeypatch, tmp_path, grown, reason
 ):
     kills = iter([7, 7 + grown, 9, 9])
-    monkeypatch.setattr("arriero.operations.attempts.oom_kills", lambda: next(kills))
+    monkeypatch.setattr("arriero.operations.runner.oom_kills", lambda: next(kills))
     engine = make_engine()
     await engine.recover()
     spec = order(steps=2, kill_at=1, reasons=str(tmp_path / "reasons"))
@@ -481,19 +481,19 @@ async def test_reports_are_taken_from_the_current_attempt_alone(make_engine, tmp
     (execution,) = engine._executions
     token = engine._executions[execution].token
     progress = types_pb2.Progress(phase="training", step=3, total_steps=9, loss=1.5)
-    engine.report(execution, 1, token, progress)
+    engine.reports.progress(execution, 1, token, progress)
     seen = metadata_of(engine.get(started.name)).progress
     assert (seen.phase, seen.step, seen.loss) == ("training", 3, 1.5)
     with pytest.raises(errors.Unauthenticated):
-        engine.report(execution, 1, "guess", progress)
+        engine.reports.progress(execution, 1, "guess", progress)
     with pytest.raises(errors.FailedPrecondition):
-        engine.report(execution, 2, token, progress)
+        engine.reports.progress(execution, 2, token, progress)
     with pytest.raises(errors.FailedPrecondition):
-        engine.report("nobody", 1, token, progress)
+        engine.reports.progress("nobody", 1, token, progress)
     await engine.cancel(started.name)
     await engine.wait(started.name, 5)
     with pytest.raises(errors.FailedPrecondition):
-        engine.report(execution, 1, token, progress)
+        engine.reports.progress(execution, 1, token, progress)
 
 
 async def test_lists_are_paged_newest_first(make_engine):
@@ -522,3 +522,74 @@ async def test_records_hold_neither_tokens_nor_more_than_json(make_engine, store
         assert token not in path.read_text()
         for line in path.read_text().splitlines():
             assert line == "a raw line" or json.loads(line)
+
+
+async def test_a_pause_lets_a_job_save_and_leave_and_a_resume_goes_on(make_engine, tmp_path):
+    engine = make_engine()
+    await engine.recover()
+    trace = tmp_path / "trace"
+    spec = order(steps=12, seconds=0.1, save=True, trace=str(trace))
+    started = await engine.start("import", spec, asked("a"))
+    await until(lambda: len(trace_of(trace)) > 2, "some steps are done")
+    (execution,) = engine._executions
+    engine.pause(started.name, paused=True)
+    await until(lambda: not list(marked(execution)), "its process is gone")
+    held = len(trace_of(trace))
+    assert metadata_of(engine.get(started.name)).paused
+    await engine.close()  # a restart leaves it held
+
+    again = make_engine()
+    await again.recover()
+    await asyncio.sleep(0.3)
+    assert len(trace_of(trace)) == held
+    again.pause(started.name, paused=False)
+    done = await again.wait(started.name, 20)
+    assert result_of(done).outputs
+    assert [step for _, _, step in trace_of(trace)] == list(range(1, 13))
+    assert [job.counted for job in again._executions[execution].record.jobs] == [False, True]
+
+
+async def test_shared_work_is_held_when_all_who_wait_have_paused_it(make_engine, tmp_path):
+    engine = make_engine()
+    await engine.recover()
+    trace = tmp_path / "trace"
+    spec = order(steps=200, seconds=0.05, trace=str(trace))
+    first = await engine.start("import", spec, asked("a"))
+    second = await engine.start("import", spec, asked("b"))
+    await until(lambda: trace_of(trace), "the job runs")
+    (execution,) = engine._executions
+    engine.pause(first.name, paused=True)
+    await asyncio.sleep(0.2)
+    assert list(marked(execution))
+    engine.pause(second.name, paused=True)
+    await until(lambda: not list(marked(execution)), "its process is gone")
+    await engine.cancel(first.name)
+    assert not list(marked(execution))
+    await engine.cancel(second.name)
+    done = await engine.wait(second.name, 10)
+    assert metadata_of(done).state == CANCELLED
+
+
+async def test_who_waits_for_a_place_is_told_why(make_engine, tmp_path):
+    engine = make_engine(max_jobs=1)
+    await engine.recover()
+    long = await engine.start("import", order(steps=100, seconds=0.05), asked("a"))
+    short = await engine.start("import", order(steps=1), asked("b"))
+    said = lambda: metadata_of(engine.get(short.name)).waits_for.message  # noqa: E731
+    await until(lambda: "1 of 1 jobs are at work" in said(), "it is told")
+    await engine.cancel(long.name)
+    assert result_of(await engine.wait(short.name, 20)).outputs
+
+
+def test_jobs_of_another_build_are_read_within_a_format(tmp_path):
+    from arriero.operations.handoff import Assignment, Outcome
+
+    known = Assignment("s", "k", "m:T", {}, {}, "store", str(tmp_path), "e", 1)
+    path = known.write()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"of_tomorrow": 1}))
+    assert Assignment.read(path) == known
+    outcome = Outcome(1, {}, "2026-01-01T00:00:00Z")
+    outcome.write(tmp_path)
+    data = json.loads((tmp_path / "outcome.json").read_text())
+    (tmp_path / "outcome.json").write_text(json.dumps(data | {"of_tomorrow": 1}))
+    assert Outcome.read(tmp_path / "outcome.json") == outcome
