@@ -160,6 +160,8 @@ class ReplicaSettings:
     """Layers to put on a GPU; -1 for all."""
     mmap: bool = True
     """Map the file, so that replicas share its pages."""
+    repack: bool = True
+    """Lay out weights of some types for the CPU, in memory of each replica's own."""
     mlock: bool = False
     """Keep the weights from being swapped out."""
     cache_type_k: str = "F16"

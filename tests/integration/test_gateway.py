@@ -171,6 +171,20 @@ def test_tools_go_to_the_model_and_its_calls_come_back(
     assert parts[-1].choices[0].finish_reason == "tool_calls"
 
 
+def test_embeddings_as_numbers_and_packed(client: openai.OpenAI, platform: FakePlatform) -> None:
+    for packed in ({}, {"encoding_format": "float"}):  # the client asks for base64 by itself
+        found = client.embeddings.create(model="faq", input=["one", "three"], **packed)  # type: ignore[arg-type]
+        assert [item.embedding for item in found.data] == [[3.0, 1.0], [5.0, 1.0]]
+        assert [item.index for item in found.data] == [0, 1]
+    assert client.embeddings.create(model="faq:poems", input="x").data[0].embedding[0] == 1
+    assert platform.inference.requests[-1].adapter == "poems"
+    wrong: dict[str, Any]
+    for wrong in ({"input": [1, 2]}, {"input": []}, {"input": "x", "dimensions": 5}):
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.embeddings.create(model="faq", **wrong)
+        assert refused.value.param == ("dimensions" if "dimensions" in wrong else "input")
+
+
 def test_adapters_are_models_of_their_own(client: openai.OpenAI, platform: FakePlatform) -> None:
     adapters = platform.endpoints.endpoints["faq"].spec.adapters
     adapters.add(name="poems", adapter="sha256:1")

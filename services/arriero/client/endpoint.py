@@ -205,6 +205,28 @@ class AsyncEndpoint:
             lambda replica: inference_pb2_grpc.InferenceServiceStub(replica.channel).Score(request)
         )
 
+    async def embed(
+        self, texts: Sequence[str], *, adapter: str = "", normalize: bool = True
+    ) -> inference_pb2.EmbedResponse:
+        """A vector for each text: `embeddings[i].values`, and what it took.
+
+        Args:
+            texts: each fits into the context.
+            adapter: name of a LoRA adapter of the endpoint; empty: the model alone.
+            normalize: to a length of 1.
+
+        Raises:
+            InvalidArgument: a text is empty or does not fit.
+        """
+        request = inference_pb2.EmbedRequest(
+            texts=list(texts), adapter=adapter, normalize=normalize
+        )
+        return await self._unary(
+            lambda replica: inference_pb2_grpc.InferenceServiceStub(replica.channel).Embed(
+                request, timeout=GENERATE_SECONDS
+            )
+        )
+
     async def tokenize(
         self, text: str, *, add_special: bool = True, parse_special: bool = False
     ) -> list[int]:

@@ -118,6 +118,21 @@ class Endpoint:
         """
         return self._thread.run(self._endpoint.score(golden))
 
+    def embed(
+        self, texts: Sequence[str], *, adapter: str = "", normalize: bool = True
+    ) -> inference_pb2.EmbedResponse:
+        """A vector for each text: `embeddings[i].values`, and what it took.
+
+        Args:
+            texts: each fits into the context.
+            adapter: name of a LoRA adapter of the endpoint; empty: the model alone.
+            normalize: to a length of 1.
+
+        Raises:
+            InvalidArgument: a text is empty or does not fit.
+        """
+        return self._thread.run(self._endpoint.embed(texts, adapter=adapter, normalize=normalize))
+
     def tokenize(
         self, text: str, *, add_special: bool = True, parse_special: bool = False
     ) -> list[int]:

@@ -1,16 +1,18 @@
 """Answers as OpenAI's clients read them.
 
-Responsibility: bodies and events of chat and text completions, models and
+Responsibility: bodies and events of chat and text completions, embeddings, models and
 errors (the shapes of OpenAI's API reference). Does not know HTTP or where text
 comes from.
 """
 
 from __future__ import annotations
 
+import base64
 import json
+import struct
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,9 +30,9 @@ from arriero.errors import (
     Unavailable,
     Unimplemented,
 )
-from arriero.v1.inference_pb2 import TokenLogprob, ToolCall
+from arriero.v1.inference_pb2 import EmbedResponse, TokenLogprob, ToolCall
 
-__all__ = ["DONE", "Answer", "Choice", "error_body", "event", "http_status", "models"]
+__all__ = ["DONE", "Answer", "Choice", "embeddings", "error_body", "event", "http_status", "models"]
 
 DONE = b"data: [DONE]\n\n"
 
@@ -82,6 +84,26 @@ def models(names: Iterable[tuple[str, int]]) -> dict[str, Any]:
 def model(name: str, created: int) -> dict[str, Any]:
     """One model."""
     return {"id": name, "object": "model", "created": created, "owned_by": "arriero"}
+
+
+def embeddings(model: str, found: EmbedResponse, *, as_base64: bool) -> dict[str, Any]:
+    """The body of vectors, as numbers or as float32 in base64."""
+
+    def vector(values: Sequence[float]) -> list[float] | str:
+        if not as_base64:
+            return list(values)
+        return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
+
+    used = found.usage.prompt_tokens
+    return {
+        "object": "list",
+        "data": [
+            {"object": "embedding", "index": index, "embedding": vector(item.values)}
+            for index, item in enumerate(found.embeddings)
+        ],
+        "model": model,
+        "usage": {"prompt_tokens": used, "total_tokens": used},
+    }
 
 
 @dataclass(slots=True)

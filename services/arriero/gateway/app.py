@@ -30,7 +30,13 @@ from arriero.errors import (
 )
 from arriero.gateway import answers
 from arriero.gateway.answers import Answer, Choice
-from arriero.gateway.asked import Ask, read_chat, read_completion, split_model
+from arriero.gateway.asked import (
+    Ask,
+    read_chat,
+    read_completion,
+    read_embedding,
+    split_model,
+)
 from arriero.gateway.settings import GatewaySettings
 from arriero.metrics import GatewayMetrics
 from arriero.rpc.auth import TokenFile, authenticate
@@ -76,6 +82,7 @@ def build(
         Route("/v1/models", gateway.guarded(gateway.models), methods=["GET"]),
         Route("/v1/models/{name}", gateway.guarded(gateway.model), methods=["GET"]),
         Route("/v1/chat/completions", gateway.guarded(gateway.chat), methods=["POST"]),
+        Route("/v1/embeddings", gateway.guarded(gateway.embeddings), methods=["POST"]),
         Route("/v1/completions", gateway.guarded(gateway.completion), methods=["POST"]),
     ]
     return Starlette(routes=routes, exception_handlers={HTTPException: _no_route})
@@ -172,6 +179,14 @@ class _Gateway:
             for sampling in ask.samplings()
         ]
         return await self._answer(request, ask, Answer(ask.model, chat=False), streams)
+
+    async def embeddings(self, request: Request) -> Response:
+        """`/v1/embeddings`."""
+        ask = read_embedding(await self._read(request))
+        endpoint = self._client.endpoint(ask.endpoint)
+        found = await _while_listening(request, endpoint.embed(ask.texts, adapter=ask.adapter))
+        self._page.tokens(ask.model, found.usage.prompt_tokens, 0)
+        return JSONResponse(answers.embeddings(ask.model, found, as_base64=ask.base64))
 
     def _authenticate(self, request: Request) -> None:
         try:
@@ -355,7 +370,7 @@ async def _no_route(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     what = (
         f"{request.method} {request.url.path} is not part of this API; it has /v1/models, "
-        "/v1/chat/completions and /v1/completions"
+        "/v1/chat/completions, /v1/completions and /v1/embeddings"
     )
     body = {
         "error": {"message": what, "type": "invalid_request_error", "param": None, "code": None}

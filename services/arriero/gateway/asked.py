@@ -16,7 +16,14 @@ from typing import Any, cast
 from arriero.client import Sampling
 from arriero.errors import InvalidArgument
 
-__all__ = ["Ask", "read_chat", "read_completion", "split_model"]
+__all__ = [
+    "Ask",
+    "EmbeddingAsk",
+    "read_chat",
+    "read_completion",
+    "read_embedding",
+    "split_model",
+]
 
 Body = Mapping[str, Any]
 
@@ -73,6 +80,7 @@ _CHAT = frozenset({"messages", "max_completion_tokens", "top_logprobs", "tools",
 _SEEDS = 2**32
 _MAX_CHOICES = 16
 _MAX_PROMPTS = 64
+_MAX_TEXTS = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +117,48 @@ class Ask:
         if seed is None:
             return [self.sampling] * self.n
         return [{**self.sampling, "seed": (seed + i) % _SEEDS} for i in range(self.n)]
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingAsk:
+    """A request for vectors.
+
+    Attributes:
+        model: as the client named it.
+        endpoint: its name.
+        adapter: of that endpoint; empty: the model alone.
+        texts: one vector each.
+        base64: float32 in base64 instead of numbers.
+    """
+
+    model: str
+    endpoint: str
+    adapter: str
+    texts: tuple[str, ...]
+    base64: bool
+
+
+def read_embedding(data: bytes) -> EmbeddingAsk:
+    """A body of `/v1/embeddings`.
+
+    Raises:
+        InvalidArgument: as `read_chat`.
+    """
+    body = _object(data)
+    for name, value in body.items():
+        if name not in {"model", "input", "encoding_format", "user"} and value is not None:
+            raise InvalidArgument.field(name, "is not a parameter that this server obeys")
+    given = body.get("input")
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
+        raise InvalidArgument.field("input", "expected a text or a list of texts (no token ids)")
+    if not 1 <= len(texts) <= _MAX_TEXTS:
+        raise InvalidArgument.field("input", f"{len(texts)} texts; expected 1 to {_MAX_TEXTS}")
+    wanted = body.get("encoding_format") or "float"
+    if wanted not in ("float", "base64"):
+        raise InvalidArgument.field("encoding_format", f"{wanted!r}; expected float or base64")
+    model = _model(body)
+    return EmbeddingAsk(model, *split_model(model), tuple(texts), wanted == "base64")
 
 
 def read_chat(data: bytes) -> Ask:
@@ -154,11 +204,7 @@ def read_completion(data: bytes) -> Ask:
 
 
 def _ask(body: Body, logprobs: int | None, **what: Any) -> Ask:
-    model = body.get("model")
-    if not isinstance(model, str) or not model:
-        raise InvalidArgument.field(
-            "model", "is missing; expected the name of an endpoint, or endpoint:adapter"
-        )
+    model = _model(body)
     options = body.get("stream_options") or {}
     if not isinstance(options, dict):
         raise InvalidArgument.field("stream_options", "expected an object")
@@ -173,6 +219,15 @@ def _ask(body: Body, logprobs: int | None, **what: Any) -> Ask:
         n=_choices(body, len(what.get("prompts", ()))),
         **what,
     )
+
+
+def _model(body: Body) -> str:
+    model = body.get("model")
+    if not isinstance(model, str) or not model:
+        raise InvalidArgument.field(
+            "model", "is missing; expected the name of an endpoint, or endpoint:adapter"
+        )
+    return model
 
 
 def split_model(model: str) -> tuple[str, str]:
@@ -204,13 +259,18 @@ def _tools(body: Body) -> tuple[Mapping[str, Any], ...]:
     return () if choice == "none" else tuple(tools)
 
 
-def _body(data: bytes, *, own: frozenset[str]) -> Body:
+def _object(data: bytes) -> Body:
     try:
         body = json.loads(data)
     except (ValueError, RecursionError):
         raise InvalidArgument("the body is not JSON in UTF-8") from None
     if not isinstance(body, dict):
         raise InvalidArgument("the body is not a JSON object")
+    return body
+
+
+def _body(data: bytes, *, own: frozenset[str]) -> Body:
+    body = _object(data)
     for name, value in body.items():
         if name in _COMMON or name in own or name in _NUMBERS or name in _HARMLESS:
             continue

@@ -423,6 +423,7 @@ def main() -> None:
                 n_gpu_layers=settings.gpu_layers,
                 use_mmap=settings.mmap,
                 use_mlock=settings.mlock,
+                use_extra_bufts=settings.repack,
             ) as model,
             open_contexts(model, settings) as contexts,
         ):

@@ -209,6 +209,7 @@ class DeploySpec(_message.Message):
     SLOTS_FIELD_NUMBER: _builtins.int
     GPU_LAYERS_FIELD_NUMBER: _builtins.int
     MMAP_FIELD_NUMBER: _builtins.int
+    REPACK_FIELD_NUMBER: _builtins.int
     MLOCK_FIELD_NUMBER: _builtins.int
     CACHE_TYPE_K_FIELD_NUMBER: _builtins.int
     CACHE_TYPE_V_FIELD_NUMBER: _builtins.int
@@ -238,6 +239,10 @@ class DeploySpec(_message.Message):
     mmap: _builtins.bool
     """Map the file instead of reading it, so that replicas on one machine share
     its pages.
+    """
+    repack: _builtins.bool
+    """Let llama.cpp lay out weights of some types (Q4_0, say) for the CPU: faster,
+    and a private copy in each replica.
     """
     mlock: _builtins.bool
     """Keep the weights in memory: they are never swapped out."""
@@ -273,6 +278,7 @@ class DeploySpec(_message.Message):
         slots: _builtins.int | None = ...,
         gpu_layers: _builtins.int | None = ...,
         mmap: _builtins.bool | None = ...,
+        repack: _builtins.bool | None = ...,
         mlock: _builtins.bool | None = ...,
         cache_type_k: _builtins.str | None = ...,
         cache_type_v: _builtins.str | None = ...,
@@ -282,9 +288,9 @@ class DeploySpec(_message.Message):
         queue: _builtins.int | None = ...,
         adapters: _abc.Iterable[_inference_pb2.AdapterSpec] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_cache_type_k", b"_cache_type_k", "_cache_type_v", b"_cache_type_v", "_context", b"_context", "_flash_attention", b"_flash_attention", "_golden", b"_golden", "_gpu_layers", b"_gpu_layers", "_mlock", b"_mlock", "_mmap", b"_mmap", "_queue", b"_queue", "_replicas", b"_replicas", "_slots", b"_slots", "_threads", b"_threads", "_timeout_seconds", b"_timeout_seconds", "cache_type_k", b"cache_type_k", "cache_type_v", b"cache_type_v", "context", b"context", "flash_attention", b"flash_attention", "golden", b"golden", "gpu_layers", b"gpu_layers", "mlock", b"mlock", "mmap", b"mmap", "queue", b"queue", "replicas", b"replicas", "rope", b"rope", "slots", b"slots", "threads", b"threads", "timeout_seconds", b"timeout_seconds"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cache_type_k", b"_cache_type_k", "_cache_type_v", b"_cache_type_v", "_context", b"_context", "_flash_attention", b"_flash_attention", "_golden", b"_golden", "_gpu_layers", b"_gpu_layers", "_mlock", b"_mlock", "_mmap", b"_mmap", "_queue", b"_queue", "_repack", b"_repack", "_replicas", b"_replicas", "_slots", b"_slots", "_threads", b"_threads", "_timeout_seconds", b"_timeout_seconds", "cache_type_k", b"cache_type_k", "cache_type_v", b"cache_type_v", "context", b"context", "flash_attention", b"flash_attention", "golden", b"golden", "gpu_layers", b"gpu_layers", "mlock", b"mlock", "mmap", b"mmap", "queue", b"queue", "repack", b"repack", "replicas", b"replicas", "rope", b"rope", "slots", b"slots", "threads", b"threads", "timeout_seconds", b"timeout_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cache_type_k", b"_cache_type_k", "_cache_type_v", b"_cache_type_v", "_context", b"_context", "_flash_attention", b"_flash_attention", "_golden", b"_golden", "_gpu_layers", b"_gpu_layers", "_mlock", b"_mlock", "_mmap", b"_mmap", "_queue", b"_queue", "_replicas", b"_replicas", "_slots", b"_slots", "_threads", b"_threads", "_timeout_seconds", b"_timeout_seconds", "adapters", b"adapters", "cache_type_k", b"cache_type_k", "cache_type_v", b"cache_type_v", "context", b"context", "endpoint", b"endpoint", "flash_attention", b"flash_attention", "gates", b"gates", "golden", b"golden", "gpu_layers", b"gpu_layers", "mlock", b"mlock", "mmap", b"mmap", "model", b"model", "queue", b"queue", "replicas", b"replicas", "rope", b"rope", "slots", b"slots", "threads", b"threads", "timeout_seconds", b"timeout_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cache_type_k", b"_cache_type_k", "_cache_type_v", b"_cache_type_v", "_context", b"_context", "_flash_attention", b"_flash_attention", "_golden", b"_golden", "_gpu_layers", b"_gpu_layers", "_mlock", b"_mlock", "_mmap", b"_mmap", "_queue", b"_queue", "_repack", b"_repack", "_replicas", b"_replicas", "_slots", b"_slots", "_threads", b"_threads", "_timeout_seconds", b"_timeout_seconds", "adapters", b"adapters", "cache_type_k", b"cache_type_k", "cache_type_v", b"cache_type_v", "context", b"context", "endpoint", b"endpoint", "flash_attention", b"flash_attention", "gates", b"gates", "golden", b"golden", "gpu_layers", b"gpu_layers", "mlock", b"mlock", "mmap", b"mmap", "model", b"model", "queue", b"queue", "repack", b"repack", "replicas", b"replicas", "rope", b"rope", "slots", b"slots", "threads", b"threads", "timeout_seconds", b"timeout_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cache_type_k: _TypeAlias = _typing.Literal["cache_type_k"]  # noqa: Y015
     _WhichOneofArgType__cache_type_k: _TypeAlias = _typing.Literal["_cache_type_k", b"_cache_type_k"]  # noqa: Y015
@@ -304,6 +310,8 @@ class DeploySpec(_message.Message):
     _WhichOneofArgType__mmap: _TypeAlias = _typing.Literal["_mmap", b"_mmap"]  # noqa: Y015
     _WhichOneofReturnType__queue: _TypeAlias = _typing.Literal["queue"]  # noqa: Y015
     _WhichOneofArgType__queue: _TypeAlias = _typing.Literal["_queue", b"_queue"]  # noqa: Y015
+    _WhichOneofReturnType__repack: _TypeAlias = _typing.Literal["repack"]  # noqa: Y015
+    _WhichOneofArgType__repack: _TypeAlias = _typing.Literal["_repack", b"_repack"]  # noqa: Y015
     _WhichOneofReturnType__replicas: _TypeAlias = _typing.Literal["replicas"]  # noqa: Y015
     _WhichOneofArgType__replicas: _TypeAlias = _typing.Literal["_replicas", b"_replicas"]  # noqa: Y015
     _WhichOneofReturnType__slots: _TypeAlias = _typing.Literal["slots"]  # noqa: Y015
@@ -330,6 +338,8 @@ class DeploySpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__mmap) -> _WhichOneofReturnType__mmap | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__queue) -> _WhichOneofReturnType__queue | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__repack) -> _WhichOneofReturnType__repack | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__replicas) -> _WhichOneofReturnType__replicas | None: ...
     @_typing.overload
