@@ -253,6 +253,8 @@ class _Job:
         self._pods_seen = self._pods_seen or bool(found)
         condition = _finished(job)
         if condition is not None:
+            # The two watches are not in step: a Job's end may be seen before its pods'.
+            found = await self._pods_now() or found
             if any(status.phase(pod) in ("Pending", "Running") for pod in found):
                 return None  # being ended
             return await self._conclude(condition, found)
@@ -359,6 +361,14 @@ class _Job:
         own = self._place.pods.labelled(f"{PREFIX}execution", self._launch.execution)
         number = str(self._launch.attempt)
         return [pod for pod in own if pod["metadata"]["labels"].get(f"{PREFIX}attempt") == number]
+
+    async def _pods_now(self) -> list[Object]:
+        """The Job's pods, asked for; none when the API is away."""
+        own = {"execution": self._launch.execution, "attempt": str(self._launch.attempt)}
+        selector = ",".join(f"{PREFIX}{key}={value}" for key, value in own.items())
+        with contextlib.suppress(ArrieroError):
+            return (await asyncio.to_thread(self._place.api.list, PODS, labels=selector))[0]
+        return []
 
     async def _is_gone(self) -> bool:
         """Whether the cluster has no such Job, asked for itself: a watch may be late."""

@@ -147,8 +147,9 @@ class KubernetesPlatform:
         generation = self._applied.get(name, 0)
         if deployment is not None and not _noticed(deployment):
             generation -= 1  # the cluster itself has not read it yet
+        count = int((deployment or {}).get("spec", {}).get("replicas") or 0)
         elastic = self._autoscaler(name) is not None
-        return Observed(name, tuple(replicas), generation, elastic=elastic)
+        return Observed(name, tuple(replicas), generation, elastic=elastic, scaled_to=count)
 
     async def wait(
         self, name: str, until: Callable[[Observed], bool], *, timeout: float

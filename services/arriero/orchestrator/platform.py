@@ -79,13 +79,14 @@ class ObservedReplica:
 class Observed:
     """What the platform says; `generation` is the newest desire that it has read.
 
-    `elastic`: an autoscaler may have more replicas than are desired.
+    `elastic`: an autoscaler may want more replicas than are desired, `scaled_to`.
     """
 
     name: str
     replicas: tuple[ObservedReplica, ...] = ()
     generation: int = 0
     elastic: bool = False
+    scaled_to: int = 0
 
     def ready(self, digest: str) -> list[ObservedReplica]:
         """The replicas that serve this artifact now, as it is desired."""

@@ -41,6 +41,8 @@ def endpoint_message(record: EndpointRecord, observed: Observed) -> pb.Endpoint:
             seen.kl_divergence = score.kl_divergence
             seen.top1_agreement = score.top1_agreement
     endpoint.ready_replicas = len(observed.ready(endpoint.spec.model))
+    if observed.elastic:
+        endpoint.desired_replicas = max(endpoint.desired_replicas, observed.scaled_to)
     return endpoint
 
 
