@@ -32,7 +32,7 @@ KINDS = (
         name="merge",
         job_module=_JOB,
         spec_type=merging_pb2.MergeSpec,
-        semantics=2,
+        semantics=3,
         resolve=resolve_merge,
         check=check_merge,
     ),

@@ -33,7 +33,8 @@ def delta(
     import torch
 
     product = torch.mm(left.float(), right.float(), out=out)
-    product *= scale
+    if scale != 1.0:
+        product *= scale
     return product
 
 

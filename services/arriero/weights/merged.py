@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from arriero.errors import FailedPrecondition
 from arriero.weights.config import CONV1D_TYPES, is_tied, read_config
-from arriero.weights.layout import TORCH_NAMES, TensorInfo, TensorPlan, dtype_name
+from arriero.weights.layout import DTYPES, TORCH_NAMES, TensorInfo, TensorPlan, dtype_name
 from arriero.weights.lora import LoraAdapter
 from arriero.weights.reader import Weights
 from arriero.weights.roundtrip import Packing, RoundTrip
@@ -234,7 +234,8 @@ class MergedWeights(Mapping[str, TensorPlan]):
             term = Term(part.weight, base if whole is None else part.adapter.tensor(whole))
             if pair is not None:
                 magnitude = part.adapter.tensor(pair.magnitude) if pair.magnitude else None
-                term.add_pair(pair, part.adapter.factors(pair), magnitude)
+                rounded = DTYPES[self._plans[name].dtype] < DTYPES["F32"]
+                term.add_pair(pair, part.adapter.factors(pair), magnitude, rounded=rounded)
             terms.append(term)
         return terms
 

@@ -34,7 +34,7 @@ class Term:
         pair: its LoRA on this tensor.
         left: shape (rows, rank), float32.
         right: shape (rank, columns), float32.
-        scale: LoRA's, by the adapter's weight.
+        scale: LoRA's, by the adapter's weight; 1 where `left` is scaled already.
         magnitude: DoRA's m.
         norms: of the columns, where m scales columns.
     """
@@ -56,11 +56,24 @@ class Term:
         pair: LoraPair,
         factors: tuple[torch.Tensor, torch.Tensor],
         magnitude: torch.Tensor | None,
+        *,
+        rounded: bool,
     ) -> None:
-        """Take LoRA's matrices; norms of columns are computed here, once."""
+        """Take LoRA's matrices; norms of columns are computed here, once.
+
+        Args:
+            pair: what it is.
+            factors: left and right, as stored.
+            magnitude: DoRA's m.
+            rounded: the sum is rounded to fewer bits than float32 has.
+        """
         self.pair = pair
         self.left, self.right = (factor.float() for factor in factors)
         self.scale = pair.scale * self.weight
+        # PEFT scales the product, which is a pass over all of it. Scaling B instead is the
+        # same to the last bit for powers of two, and else off by what rounding hides.
+        if math.frexp(self.scale)[0] in (0.5, -0.5) or (rounded and not pair.embedding):
+            self.left, self.scale = self.left * self.scale, 1.0
         self.magnitude = None if magnitude is None else magnitude.float()
         if magnitude is not None and pair.transposed:
             self.norms = _column_norms(self)
@@ -76,18 +89,27 @@ class Room:
     def __init__(self) -> None:
         """Nothing is kept yet."""
         self._kept: list[torch.Tensor] = []
+        # Looking up is several times quicker than cutting to shape, block after block.
+        self._shaped: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
         self.used = 0
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor with whatever values."""
+        at, self.used = self.used, self.used + 1
+        found = self._shaped.get((at, shape))
+        if found is None or found.dtype != dtype:
+            found = self._shaped[at, shape] = self._shape(at, shape, dtype)
+        return found
+
+    def _shape(self, at: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         import torch
 
         size = math.prod(shape)
-        at, self.used = self.used, self.used + 1
         if at == len(self._kept):
             self._kept.append(torch.empty(size, dtype=dtype))
         elif self._kept[at].numel() < size or self._kept[at].dtype != dtype:
             self._kept[at] = torch.empty(size, dtype=dtype)
+            self._shaped = {key: value for key, value in self._shaped.items() if key[0] != at}
         return self._kept[at][:size].view(shape)
 
 
