@@ -253,6 +253,18 @@ def _outcome(stage: pb.StageStatus) -> Text:
     return text
 
 
+def usage_text(usage: types_pb2.JobUsage) -> str:
+    """`work 3.1 s, 170.2 MB; gates 11.4 s, 696.0 MB`; empty where nothing is known."""
+    parts = []
+    for what, took, memory in (
+        ("work", usage.work_seconds, usage.work_memory_bytes),
+        ("gates", usage.gate_seconds, usage.gate_memory_bytes),
+    ):
+        if took or memory:
+            parts.append(f"{what} {seconds(took)}" + (f", {size(memory)}" if memory else ""))
+    return "; ".join(parts)
+
+
 def summary(run: pb.Run) -> Table:
     """The closing table of a run: stages, times, gates, artifacts."""
     made = table("stage", "time", "figures", "gates", "artifacts")
@@ -268,12 +280,17 @@ def summary(run: pb.Run) -> Table:
             figures = f"{merged['rows']:.0f} rows"
         made.add_row(
             stage.name,
-            "reused" if stage.metadata.cached else seconds(took),
+            "reused" if stage.metadata.cached else _times(took, stage.metadata.usage),
             figures,
             gates_text(stage.metadata.gates),
             "\n".join(output_text(o) for o in stage.outputs),
         )
     return made
+
+
+def _times(took: float, usage: types_pb2.JobUsage) -> str:
+    """What a stage took, and below it its job's work and gates."""
+    return "\n".join([seconds(took), *filter(None, usage_text(usage).split("; "))])
 
 
 def fail(error: ArrieroError, *, as_json: bool = False) -> NoReturn:

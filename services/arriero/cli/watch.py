@@ -72,7 +72,9 @@ def _lines(updates: Iterable[pb.Run]) -> pb.Run | None:
                 note = render.progress_text(stage).plain
             elif state == "SUCCEEDED":
                 took = render.elapsed(stage.start_time, stage.end_time) or 0.0
+                usage = render.usage_text(stage.metadata.usage)
                 note = "reused" if stage.metadata.cached else render.seconds(took)
+                note += f" ({usage})" if usage else ""
             elif state == "FAILED":
                 note = stage.error.message
             render.console.print(

@@ -6,7 +6,6 @@ into a verdict. Does not know what any particular gate measures.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -14,6 +13,7 @@ from enum import StrEnum
 from typing import Any
 
 from arriero.errors import InvalidArgument
+from arriero.gates.cost import Cost, Meter
 
 __all__ = ["KNOWN_GATES", "GateResult", "Gates", "Mode", "Verdict", "check_modes", "remedy"]
 
@@ -64,7 +64,8 @@ class GateResult:
 
     `figure` is what was judged and `threshold` what it was judged by, both in
     `unit`; `detail` says what was found, what was expected and what to do;
-    `seconds` is what the proof took.
+    `seconds` is what the proof took, `memory_bytes` the job's private memory at its
+    peak meanwhile (mapped files apart).
     """
 
     gate: str
@@ -75,6 +76,7 @@ class GateResult:
     unit: str = ""
     detail: str = ""
     seconds: float = 0.0
+    memory_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -119,11 +121,13 @@ class Gates:
 
     Args:
         modes: what the spec asks for; the rest takes `KNOWN_GATES`' default.
+        meter: what proofs cost is read from; made where none is given.
     """
 
     modes: Mapping[str, Mode] = field(default_factory=dict)
     results: list[GateResult] = field(default_factory=list)
-    _seconds: float = 0.0
+    meter: Meter = field(default_factory=Meter)
+    _cost: Cost = field(default_factory=Cost)
 
     def mode(self, gate: str) -> Mode:
         """The mode that is in force for a gate."""
@@ -139,11 +143,8 @@ class Gates:
     @contextmanager
     def timed(self) -> Iterator[None]:
         """Everything inside is charged to the next `judge`."""
-        start = time.monotonic()
-        try:
+        with self.meter.charged(self._cost):
             yield
-        finally:
-            self._seconds += time.monotonic() - start
 
     def judge(
         self,
@@ -163,8 +164,10 @@ class Gates:
             verdict = Verdict.PASSED
         else:
             verdict = Verdict.FAILED if mode is Mode.ENFORCE else Verdict.WARNED
-        seconds, self._seconds = self._seconds, 0.0
-        result = GateResult(gate, mode, verdict, figure, threshold, unit, detail, seconds)
+        cost, self._cost = self._cost, Cost()
+        result = GateResult(
+            gate, mode, verdict, figure, threshold, unit, detail, cost.seconds, cost.memory_bytes
+        )
         self.results.append(result)
         return result
 

@@ -97,6 +97,7 @@ def describe(outputs: Sequence[Output], job: Job) -> Outcome:
         created=_now(),
         outputs=tuple(described),
         gates=tuple(job.gates.results),
+        work=job.gates.meter.read(),
     )
 
 

@@ -28,6 +28,7 @@ from google.protobuf.message import Message
 
 from arriero.errors import FailedPrecondition
 from arriero.gates import GateResult
+from arriero.gates.cost import Cost
 from arriero.rpc.parent import ProcessId
 from arriero.store.files import write_atomic
 from arriero.store.manifest import gates_from_json, gates_to_json
@@ -152,7 +153,7 @@ class Outcome:
 
     `status` is a `google.rpc.Status` as JSON (code 0: done); `created` is when,
     RFC 3339 in UTC, and becomes the artifacts' time, so that publishing again
-    after a crash makes the same digests.
+    after a crash makes the same digests. `work` is what it took without its proofs.
     """
 
     attempt: int
@@ -162,6 +163,7 @@ class Outcome:
     preempted: bool = False
     outputs: tuple[OutputFiles, ...] = ()
     gates: tuple[GateResult, ...] = ()
+    work: Cost | None = None
     format: int = FORMAT
 
     @property
@@ -197,6 +199,7 @@ class Outcome:
         _check_format(data, path)
         data["outputs"] = tuple(_output(item) for item in data["outputs"])
         data["gates"] = gates_from_json(data["gates"])
+        data["work"] = Cost(**data["work"]) if data.get("work") else None
         return cls(**_known(cls, data))
 
 

@@ -282,6 +282,7 @@ def _run(assignment: Assignment, handlers: Mapping[str, Handler]) -> int:
             rank=rank,
         )
         if not rank:
+            job.gates.meter.watch()
             sender = ProgressSender(assignment, job.meter)
             sender.start()
         outcome = describe(handler(job), job)

@@ -16,6 +16,7 @@ from pathlib import Path
 from arriero import refs
 from arriero.errors import GateFailed, Internal
 from arriero.gates import GateResult, Verdict, remedy
+from arriero.gates.cost import Cost
 from arriero.operations.handoff import Outcome, OutputFiles
 from arriero.operations.records import ExecutionRecord, Result
 from arriero.operations.views import result_of
@@ -33,6 +34,7 @@ class Published:
 
     artifacts: Mapping[str, Artifact]
     gates: Sequence[GateResult]
+    work: Cost | None = None
 
     @property
     def failed(self) -> list[GateResult]:
@@ -53,7 +55,7 @@ class Published:
 
     def result(self) -> Result:
         """As records have it; without an error."""
-        return result_of(self.artifacts, self.gates)
+        return result_of(self.artifacts, self.gates, self.work)
 
     def error(self) -> GateFailed | None:
         """Why the work is refused although it was done."""
@@ -99,7 +101,7 @@ def publish(
             artifacts.update(zip((output.name for output in ready), list(made), strict=True))
         left = [output for output in left if output.name not in artifacts]
     ordered = {output.name: artifacts[output.name] for output in outcome.outputs}
-    return Published(ordered, _all_gates(outcome))
+    return Published(ordered, _all_gates(outcome), outcome.work)
 
 
 def _siblings(output: OutputFiles) -> set[str]:

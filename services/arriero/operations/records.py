@@ -62,11 +62,12 @@ class JobRecord:
 
 @dataclass
 class Result:
-    """How work ended: outputs and gates are proto JSON of `StageOutput`, `GateResult`."""
+    """How work ended, as proto JSON: `StageOutput`, `GateResult` and `JobUsage`."""
 
     error: dict[str, Any] | None = None
     outputs: list[dict[str, Any]] = field(default_factory=list)
     gates: list[dict[str, Any]] = field(default_factory=list)
+    usage: dict[str, Any] | None = None
 
 
 @dataclass

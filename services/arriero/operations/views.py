@@ -16,6 +16,7 @@ from google.rpc import status_pb2
 
 from arriero.errors import ArrieroError
 from arriero.gates import GateResult
+from arriero.gates.cost import Cost
 from arriero.operations.handoff import to_json
 from arriero.operations.records import ExecutionRecord, OperationRecord, Result, State
 from arriero.rpc.status import to_status
@@ -42,6 +43,7 @@ def gate_message(result: GateResult) -> types_pb2.GateResult:
         unit=result.unit,
         detail=result.detail,
         seconds=result.seconds,
+        memory_bytes=result.memory_bytes,
     )
 
 
@@ -103,11 +105,13 @@ def operation_message(
 def fill_result(
     message: types_pb2.OperationMetadata | types_pb2.OperationResult, result: Result
 ) -> None:
-    """Put a result's outputs and gates into metadata or a response."""
+    """Put a result's outputs, gates and cost into metadata or a response."""
     for output in result.outputs:
         json_format.ParseDict(output, message.outputs.add())
     for gate in result.gates:
         json_format.ParseDict(gate, message.gates.add())
+    if result.usage is not None:
+        json_format.ParseDict(result.usage, message.usage)
 
 
 def _state(record: OperationRecord, execution: ExecutionRecord | None) -> State:
@@ -122,9 +126,21 @@ def _time(target: Timestamp, text: str) -> None:
         target.FromJsonString(text)
 
 
-def result_of(artifacts: Mapping[str, Artifact], gates: Sequence[GateResult]) -> Result:
-    """Artifacts by output name, and gates, as records have them."""
+def result_of(
+    artifacts: Mapping[str, Artifact], gates: Sequence[GateResult], work: Cost | None = None
+) -> Result:
+    """Artifacts by output name, gates, and what a job took, as records have them."""
     return Result(
         outputs=[to_json(output_message(name, item)) for name, item in artifacts.items()],
         gates=[to_json(gate_message(gate)) for gate in gates],
+        usage=to_json(_usage_message(work, gates)) if work is not None else None,
+    )
+
+
+def _usage_message(work: Cost, gates: Sequence[GateResult]) -> types_pb2.JobUsage:
+    return types_pb2.JobUsage(
+        work_seconds=work.seconds,
+        work_memory_bytes=work.memory_bytes,
+        gate_seconds=sum(gate.seconds for gate in gates),
+        gate_memory_bytes=max((gate.memory_bytes for gate in gates), default=0),
     )

@@ -165,6 +165,7 @@ class GateResult(_message.Message):
     UNIT_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     gate: _builtins.str
     """Such as `merge.logits`."""
     mode: Global___GateMode.ValueType
@@ -179,6 +180,10 @@ class GateResult(_message.Message):
     """What was found, what was expected, what to do."""
     seconds: _builtins.float
     """Seconds that the gate took."""
+    memory_bytes: _builtins.int
+    """Private memory (mapped files apart) of the job at its peak while the proof was
+    made; 0 where the host does not tell.
+    """
     def __init__(
         self,
         *,
@@ -190,10 +195,11 @@ class GateResult(_message.Message):
         unit: _builtins.str = ...,
         detail: _builtins.str = ...,
         seconds: _builtins.float = ...,
+        memory_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_figure", b"_figure", "_threshold", b"_threshold", "figure", b"figure", "threshold", b"threshold"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_figure", b"_figure", "_threshold", b"_threshold", "detail", b"detail", "figure", b"figure", "gate", b"gate", "mode", b"mode", "seconds", b"seconds", "threshold", b"threshold", "unit", b"unit", "verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_figure", b"_figure", "_threshold", b"_threshold", "detail", b"detail", "figure", b"figure", "gate", b"gate", "memory_bytes", b"memory_bytes", "mode", b"mode", "seconds", b"seconds", "threshold", b"threshold", "unit", b"unit", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__figure: _TypeAlias = _typing.Literal["figure"]  # noqa: Y015
     _WhichOneofArgType__figure: _TypeAlias = _typing.Literal["_figure", b"_figure"]  # noqa: Y015
@@ -205,6 +211,41 @@ class GateResult(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__threshold) -> _WhichOneofReturnType__threshold | None: ...
 
 Global___GateResult: _TypeAlias = GateResult  # noqa: Y015
+
+@_typing.final
+class JobUsage(_message.Message):
+    """What the job that made a result took: its proofs apart from its work."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORK_SECONDS_FIELD_NUMBER: _builtins.int
+    WORK_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    GATE_SECONDS_FIELD_NUMBER: _builtins.int
+    GATE_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    work_seconds: _builtins.float
+    """Seconds of the attempt that succeeded, without those of its gates."""
+    work_memory_bytes: _builtins.int
+    """Private memory (mapped files apart) of the job and its children at its peak,
+    gates apart; 0 where the host does not tell.
+    """
+    gate_seconds: _builtins.float
+    """The same of all gates together."""
+    gate_memory_bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        work_seconds: _builtins.float = ...,
+        work_memory_bytes: _builtins.int = ...,
+        gate_seconds: _builtins.float = ...,
+        gate_memory_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gate_memory_bytes", b"gate_memory_bytes", "gate_seconds", b"gate_seconds", "work_memory_bytes", b"work_memory_bytes", "work_seconds", b"work_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JobUsage: _TypeAlias = JobUsage  # noqa: Y015
 
 @_typing.final
 class Progress(_message.Message):
@@ -543,6 +584,7 @@ class OperationMetadata(_message.Message):
     GATES_FIELD_NUMBER: _builtins.int
     JOBS_FIELD_NUMBER: _builtins.int
     ESTIMATE_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
     WAITS_FOR_FIELD_NUMBER: _builtins.int
     PAUSED_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
@@ -581,6 +623,10 @@ class OperationMetadata(_message.Message):
         """Only of `validate_only` calls and of started work: what it is expected to need."""
 
     @_builtins.property
+    def usage(self) -> Global___JobUsage:
+        """What the job took; absent until it is done, and where the result was reused."""
+
+    @_builtins.property
     def waits_for(self) -> _status_pb2.Status:
         """What its job waits for before it can run, such as a GPU, an image or a place
         in the queue; absent while it runs.
@@ -604,12 +650,13 @@ class OperationMetadata(_message.Message):
         gates: _abc.Iterable[Global___GateResult] | None = ...,
         jobs: _abc.Iterable[Global___JobInterval] | None = ...,
         estimate: Global___Estimate | None = ...,
+        usage: Global___JobUsage | None = ...,
         waits_for: _status_pb2.Status | None = ...,
         paused: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "estimate", b"estimate", "progress", b"progress", "start_time", b"start_time", "waits_for", b"waits_for"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "estimate", b"estimate", "progress", b"progress", "start_time", b"start_time", "usage", b"usage", "waits_for", b"waits_for"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cached", b"cached", "create_time", b"create_time", "end_time", b"end_time", "estimate", b"estimate", "gates", b"gates", "jobs", b"jobs", "kind", b"kind", "outputs", b"outputs", "paused", b"paused", "progress", b"progress", "result_key", b"result_key", "run", b"run", "stage", b"stage", "start_time", b"start_time", "state", b"state", "waits_for", b"waits_for"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cached", b"cached", "create_time", b"create_time", "end_time", b"end_time", "estimate", b"estimate", "gates", b"gates", "jobs", b"jobs", "kind", b"kind", "outputs", b"outputs", "paused", b"paused", "progress", b"progress", "result_key", b"result_key", "run", b"run", "stage", b"stage", "start_time", b"start_time", "state", b"state", "usage", b"usage", "waits_for", b"waits_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -624,6 +671,7 @@ class OperationResult(_message.Message):
     OUTPUTS_FIELD_NUMBER: _builtins.int
     GATES_FIELD_NUMBER: _builtins.int
     CACHED_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
     cached: _builtins.bool
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageOutput]:
@@ -631,16 +679,21 @@ class OperationResult(_message.Message):
 
     @_builtins.property
     def gates(self) -> _containers.RepeatedCompositeFieldContainer[Global___GateResult]: ...
+    @_builtins.property
+    def usage(self) -> Global___JobUsage:
+        """What the job took; absent where the result was reused."""
+
     def __init__(
         self,
         *,
         outputs: _abc.Iterable[Global___StageOutput] | None = ...,
         gates: _abc.Iterable[Global___GateResult] | None = ...,
         cached: _builtins.bool = ...,
+        usage: Global___JobUsage | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "gates", b"gates", "outputs", b"outputs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "gates", b"gates", "outputs", b"outputs", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -253,6 +253,23 @@ async def test_a_failed_gate_quarantines_what_was_made_and_fails_the_operation(m
         await engine.start("merge", merging_pb2.MergeSpec(model=artifact.digest), asked("b"))
 
 
+async def test_what_gates_cost_is_told_apart_from_the_work(make_engine):
+    engine = make_engine()
+    await engine.recover()
+    size = 200_000_000
+    started = await engine.start("import", order(gate="pass", proof=size), asked("a"))
+    done = await engine.wait(started.name, 20)
+
+    usage = result_of(done).usage
+    assert usage == metadata_of(done).usage
+    assert usage.gate_seconds >= 0.3
+    assert usage.gate_memory_bytes >= size
+    assert 0 < usage.work_seconds
+    assert 0 < usage.work_memory_bytes < size
+    [gate] = result_of(done).gates
+    assert (gate.seconds, gate.memory_bytes) == (usage.gate_seconds, usage.gate_memory_bytes)
+
+
 async def test_a_waived_gate_lets_the_same_work_be_answered_from_the_store(make_engine, store):
     engine = make_engine()
     await engine.recover()

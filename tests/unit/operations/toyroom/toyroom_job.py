@@ -2,7 +2,7 @@
 
 Keys: steps, seconds (per step), trace (file that gets a line per step), save
 (checkpoint each step), fail (error class), message, bug (raises KeyError), gate
-("pass" | "fail"), kill_at and kill_attempt (SIGKILL itself at that step of that
+("pass" | "fail"), proof (bytes that the gate's proof holds), kill_at and kill_attempt (SIGKILL itself at that step of that
 attempt), reasons (file that gets how the attempt before ended), stubborn (ignores
 SIGTERM), deaf (never looks whether it is to leave), child (starts a process in a session
 of its own), text (content).
@@ -61,6 +61,12 @@ def work(job: Job) -> list[Output]:
         raise getattr(errors, name)(order.get("message", "as ordered"))
     if order.get("bug"):
         raise KeyError("bug")
+    if size := order.get("proof"):
+        with job.gates.timed():
+            held = b"\1" * size  # every page is touched
+            time.sleep(0.3)  # some looks
+            assert len(held) == size
+            del held
     if gate := order.get("gate"):
         job.gates.judge(
             GATE,
