@@ -20,7 +20,8 @@ from arriero.dataset.job import prepare
 from arriero.dataset.service import DATASET
 from arriero.errors import ArrieroError
 from arriero.gates import GateResult, Verdict
-from arriero.merging.job import import_source, merge
+from arriero.merging.importing import import_source
+from arriero.merging.merge import merge
 from arriero.merging.service import KINDS as MERGING
 from arriero.operations import intake
 from arriero.operations.delivery import _translate

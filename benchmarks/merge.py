@@ -236,7 +236,7 @@ def gates(place: Path, target: Path) -> Run:
 def _job(place: Path, target: Path, *, skip: bool) -> Run:
     import torch  # noqa: F401
 
-    from arriero.merging.job import merge
+    from arriero.merging.merge import merge
     from arriero.merging.specs import resolve_merge
     from arriero.operations.delivery import describe
     from arriero.operations.kinds import ResolveContext

@@ -7,9 +7,11 @@ logits, or with what.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +53,26 @@ class Golden:
             {"tokens": self.tokens, "lengths": self.lengths, "logprobs": self.logprobs}, str(path)
         )
         return path
+
+    def write_report(self, directory: Path, *, made_by: str, **facts: Any) -> None:
+        """Write `golden.safetensors`, and `report.json` that says what it is of.
+
+        Args:
+            directory: of the report.
+            made_by: `merge` or `quantize`.
+            facts: more for the report.
+        """
+        self.write(directory)
+        report = {
+            "report": "golden",
+            "made_by": made_by,
+            "tokens": int(self.tokens.size),
+            "sequences": int(self.lengths.size),
+            "vocabulary": int(self.logprobs.shape[1]),
+            **facts,
+        }
+        text = json.dumps(report, indent=2) + "\n"
+        (directory / "report.json").write_text(text, encoding="utf-8")
 
     @classmethod
     def read(cls, directory: Path) -> Golden:

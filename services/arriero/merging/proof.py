@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from arriero.weights import LoraPair, MergedWeights, Weights, spacing
-from arriero.weights.merged import Part
+from arriero.weights import MergedWeights, Weights, spacing
+from arriero.weights.expected import FLOAT32_ERROR, expected_rows
 from arriero.weights.reader import same_bytes
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MAX_ULP", "DeltaProof", "expected_rows", "prove_delta"]
+__all__ = ["MAX_ULP", "DeltaProof", "prove_delta"]
 
 Tick = Callable[[int, int], None]
 # Rounding to nearest is off by half a unit in the last place; the other half is slack.
@@ -27,8 +27,6 @@ MAX_ULP = 1.0
 # Elements of one tensor that are recomputed, in evenly spread rows: a wrong scale, sign
 # or orientation shows in any row, and damaged bytes are the store's business.
 _SAMPLE = 1 << 17
-# float32's relative error of one operation, doubled.
-_FLOAT32_ERROR = 2.0**-23
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,71 +145,12 @@ def _judge(merged: MergedWeights, name: str, written: torch.Tensor) -> tuple[flo
     found = written[rows].to(torch.float64)
     if not bool(torch.isfinite(found).all()):
         return math.inf, 0, found.numel()
-    off = ((found - expected).abs() - size * _FLOAT32_ERROR).clamp_min(0)
+    off = ((found - expected).abs() - size * FLOAT32_ERROR).clamp_min(0)
     ulp = off / spacing(torch.maximum(expected.abs(), found.abs()), written.dtype)
     old = rows < base.shape[0]  # rows that a resized vocabulary added differ from nothing
     different = int((written[rows[old]] != base[rows[old]].to(written.dtype)).sum())
     different += int((~old).sum()) * written[0].numel()
     return float(ulp.max()), different, found.numel()
-
-
-def expected_rows(
-    merged: MergedWeights, name: str, base: torch.Tensor, rows: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Some rows of a merged tensor in float64, and how large the summed numbers were."""
-    import torch
-
-    total: torch.Tensor | None = None
-    size = torch.zeros((), dtype=torch.float64)
-    for part in merged.parts(name):
-        whole = part.replaced.get(name)
-        own = base if whole is None else part.adapter.tensor(whole)
-        theirs = own[rows].to(torch.float64)
-        if own.shape != base.shape:
-            total = theirs.clone()
-        else:
-            before = base[rows].to(torch.float64)
-            total = before.clone() if total is None else total
-            total += part.weight * (theirs - before)
-            size = size + before.abs() * (1.0 if whole is None else 1.0 + abs(part.weight))
-        size = size + theirs.abs()
-        pair = part.adapter.pairs.get(name)
-        if pair is None:
-            continue
-        left, right = (factor.to(torch.float64) for factor in part.adapter.factors(pair))
-        factor = part.weight * pair.scale
-        change = factor * (left[rows] @ right)
-        total += change
-        # Rounding of a float32 sum of r products grows with their magnitudes.
-        size = size + abs(factor) * pair.rank * (left[rows].abs() @ right.abs())
-        if pair.embedding:  # PEFT rounds this delta to the output type before it is added
-            size = size + spacing(change, merged.dtype(name)) / (2 * _FLOAT32_ERROR)
-        if pair.magnitude is not None:
-            stretch = _stretch(part, pair, own, theirs + change, rows)
-            total *= stretch
-            # Norm, quotient and product round as well.
-            size = size * stretch.abs() + 4 * total.abs()
-    assert total is not None, "a merged tensor has parts"
-    return total, size
-
-
-def _stretch(
-    part: Part, pair: LoraPair, own: torch.Tensor, some: torch.Tensor, rows: torch.Tensor
-) -> torch.Tensor:
-    """DoRA's m / ||W + scale · B·A|| in float64, for rows or, transposed, for columns."""
-    import torch
-
-    assert pair.magnitude is not None
-    magnitude = part.adapter.tensor(pair.magnitude).to(torch.float64)
-    if not pair.transposed:
-        return (magnitude[rows] / some.norm(dim=1)).view(-1, 1)
-    left, right = (factor.to(torch.float64) for factor in part.adapter.factors(pair))
-    squares = torch.zeros(own.shape[1], dtype=torch.float64)
-    step = max(1, _SAMPLE // own.shape[1])
-    for start in range(0, own.shape[0], step):
-        change = part.weight * pair.scale * (left[start : start + step] @ right)
-        squares += (own[start : start + step] + change).square().sum(dim=0)
-    return (magnitude / squares.sqrt()).view(1, -1)
 
 
 def _same(merged: MergedWeights, name: str, written: Weights) -> bool:

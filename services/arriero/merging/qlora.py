@@ -83,7 +83,7 @@ def measure(
         dequantized: folded into the base as it was trained on.
         sequences: token ids.
     """
-    from arriero.merging import oracle
+    from arriero.weights import oracle
 
     trained = oracle.golden_of(dequantized, sequences)
     return Closeness(

@@ -67,7 +67,8 @@ def outputs_of(stage: pipeline_pb2.Stage) -> tuple[Output, ...]:
             )
             # Computed from rows; a report that was given is not published again.
             computed = (Output("imatrix", "report", certain=False),)
-            return (*files, *(computed if stage.quantize.HasField("imatrix") else ()))
+            made = (Output("golden", "report", certain=False),)
+            return (*files, *(computed if stage.quantize.HasField("imatrix") else ()), *made)
         case "export":
             # One of them: what was given.
             return tuple(Output(kind, kind, certain=False) for kind in _IMPORT_KINDS)

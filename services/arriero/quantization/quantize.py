@@ -7,13 +7,12 @@ how tensors are computed, nor how outputs are published.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-from arriero.errors import FailedPrecondition, NotFound, ResourceExhausted
-from arriero.gates.golden import Golden, compare
+from arriero.errors import FailedPrecondition, ResourceExhausted
+from arriero.gates.golden import compare
 from arriero.llama import (
     Header,
     Importance,
@@ -34,6 +33,7 @@ from arriero.quantization import adapter_file, bnb, converter, imatrix, limits, 
 from arriero.quantization.checkpoint import Checkpoint
 from arriero.quantization.converter import Conversion, Outline
 from arriero.quantization.evaluation import Measurement
+from arriero.quantization.golden import GoldenLogits
 from arriero.quantization.proof import prove_tokens
 from arriero.quantization.rows import sequences
 from arriero.quantization.template_proof import prove_rope, prove_template, trained_rows
@@ -56,17 +56,20 @@ def run_quantize(job: Job) -> list[Output]:
     """
     if job.spec.adapter_only:
         return _adapter_alone(job)
-    wide = {text: _checkpoint(job, text) for text in job.spec.types if text in bnb.TYPES}
-    made = {output.name: output for output in [*wide.values(), *_files(job)]}
-    # In the order asked for; an importance matrix comes last.
-    return [made.pop(text) for text in job.spec.types] + list(made.values())
+    golden = GoldenLogits(job)
+    wide = [_checkpoint(job, text, golden) for text in job.spec.types if text in bnb.TYPES]
+    made = {output.name: output for output in [*wide, *_files(job, golden)]}
+    # In the order asked for; an importance matrix and golden logits come last.
+    ordered = [made.pop(text) for text in job.spec.types]
+    return [*ordered, *made.values(), *golden.output()]
 
 
-def _files(job: Job) -> list[Output]:
+def _files(job: Job, golden: GoldenLogits) -> list[Output]:
     """The GGUF files."""
     kinds = [resolve_type(text) for text in job.spec.types if text not in bnb.TYPES]
     if not kinds:
         return []
+    judged = len(job.gates.results)
     work = _Work(job)
     method = work.method
     importance, matrix = work.importance()
@@ -75,22 +78,23 @@ def _files(job: Job) -> list[Output]:
     for kind, plan in zip(kinds, plans, strict=True):
         _check_plan(job, kind, plan, importance)
     job.progress(phase="comparing tokens", force=True)
-    golden = work.golden()
     prove_tokens(
         job.gates,
         model=work.view,
         gguf=work.outline.path,
-        golden=Golden.read(golden.path) if golden else None,
+        golden=golden.values if golden.artifact else None,
         log=job.log,
     )
     prove_template(
         job.gates,
         gguf=work.outline.path,
         recorded=work.template,
-        rows=trained_rows(job.store, golden),
+        rows=trained_rows(job.store, golden.artifact),
         log=job.log,
     )
     prove_rope(job.gates, config=work.view / "config.json", gguf=work.outline.path)
+    golden.judge_bases()
+    digest = golden.digest
     paths = [job.output_dir(k.name) / f"{work.name}.{k.name}.gguf" for k in kinds]
     if method == ONEPASS:
         _in_one_pass(work, kinds, plans, recipe, paths)
@@ -117,7 +121,8 @@ def _files(job: Job) -> list[Output]:
                 path=path.parent,
                 artifact_name=work.name,
                 parents=work.parents,
-                golden=golden.digest if golden else None,
+                golden=digest,
+                gates=job.gates.results[judged:],
                 metrics={
                     "size_bytes": header.size,
                     "bits_per_weight": header.bits_per_weight,
@@ -169,9 +174,9 @@ def _adapter_alone(job: Job) -> list[Output]:
     return outputs
 
 
-def _checkpoint(job: Job, kind: str) -> Output:
+def _checkpoint(job: Job, kind: str, golden: GoldenLogits) -> Output:
     """A checkpoint of bitsandbytes, judged by the golden logits."""
-    model = job.input("model")
+    model, judged = job.input("model"), len(job.gates.results)
     job.check_preempted()
     job.progress(phase=f"quantizing {kind}", force=True)
     directory = job.output_dir(kind)
@@ -179,11 +184,10 @@ def _checkpoint(job: Job, kind: str) -> Output:
     size = sum(path.stat().st_size for path in directory.iterdir())
     measured = Measurement(model.manifest.name, "", kind, size, 0.0)
     metrics = {"size_bytes": float(size)}
-    if job.spec.golden:
+    if golden.values is not None:
         job.progress(phase=f"measuring {kind}", force=True)
-        golden = Golden.read(job.store.get(job.spec.golden).path)
         with job.gates.timed():
-            found = compare(golden, bnb.golden_logits(directory, golden))
+            found = compare(golden.values, bnb.golden_logits(directory, golden.values))
         measured.kl_divergence = found.kl_divergence
         metrics |= {"kl_divergence": found.kl_divergence, "top1_agreement": found.top1_agreement}
         job.log.info("%s: KL %.5f nats per token", kind, found.kl_divergence)
@@ -194,7 +198,8 @@ def _checkpoint(job: Job, kind: str) -> Output:
         path=directory,
         artifact_name=model.manifest.name or "model",
         parents=(model.digest,),
-        golden=job.spec.golden or None,
+        golden=golden.digest,
+        gates=job.gates.results[judged:],
         metrics=metrics,
         labels={"quant_type": kind},
     )
@@ -350,6 +355,7 @@ class _Work:
             parents=(*self.parents[:-1], rows.digest),
             metrics={"sequences": found.sequences},
             labels={"report": "imatrix"},
+            gates=(),
         )
 
     @property
@@ -358,21 +364,6 @@ class _Work:
         given = self.job.optional_input("imatrix")
         made_of = (self.model, *self.adapters, *([given] if given else []))
         return tuple(artifact.digest for artifact in made_of)
-
-    def golden(self) -> Artifact | None:
-        """The golden report that travels with the files, if there is one."""
-        named = self.job.optional_input("golden")
-        if named is not None:
-            return named
-        # With several adapters nobody knows what the model should say.
-        carriers = self.adapters or [self.model]
-        carried = carriers[0].manifest.golden if len(carriers) == 1 else None
-        if not carried:
-            return None
-        with suppress(NotFound):
-            return self.job.store.get(carried)
-        self.job.log.warning("the golden logits %s are gone", carried)
-        return None
 
 
 def _longest_first(override: tuple[str, str]) -> tuple[int, str]:

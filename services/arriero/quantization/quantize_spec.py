@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 import re
 
-from arriero.errors import FailedPrecondition, InvalidArgument, NotFound
+from arriero.errors import FailedPrecondition, InvalidArgument
 from arriero.llama import expected_size, resolve_tensor_type, resolve_type
 from arriero.operations.defaults import with_defaults
 from arriero.operations.kinds import ResolveContext, Resolved
 from arriero.quantization import adapter_file, bnb, converter
 from arriero.quantization.checkpoint import Checkpoint, read_checkpoint
+from arriero.quantization.golden import carried
 from arriero.v1 import quantization_pb2 as pb
 from arriero.weights import LoraAdapter, MergedWeights
 
@@ -35,12 +36,11 @@ def resolve_quantize(spec: pb.QuantizeSpec, context: ResolveContext) -> Resolved
     converter.locate()
     model = context.inputs["model"][0]
     adapters = context.inputs.get("adapters", [])
-    carriers = adapters or [model]
-    if not spec.HasField("golden") and len(carriers) == 1 and carriers[0].manifest.golden:
-        try:
-            resolved.golden = context.store.get(carriers[0].manifest.golden).digest
-        except NotFound:
-            resolved.ClearField("golden")
+    if not spec.HasField("golden"):
+        manifests = [adapter.manifest for adapter in adapters]
+        found = carried(context.store, model.manifest, manifests, list(resolved.weights))
+        if found is not None:
+            resolved.golden = found.digest
     if adapters:
         paths = [adapter.path for adapter in adapters]
         checkpoint = Checkpoint.of(

@@ -1,7 +1,7 @@
 """Tensors on disk, and the arithmetic of LoRA adapters.
 
 Responsibility: read and write safetensors one tensor at a time, and fold
-adapters into weights. Does not know jobs, artifacts or what a model computes;
+adapters into weights; `oracle` runs them. Does not know jobs or artifacts;
 torch is imported only where a tensor is asked for.
 """
 

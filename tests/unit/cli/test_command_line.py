@@ -101,7 +101,10 @@ def test_durations_are_for_people(value: float, text: str) -> None:
 
 def test_a_stages_cost_is_told_work_and_gates_apart():
     usage = types_pb2.JobUsage(
-        work_seconds=3, work_memory_bytes=170_000_000, gate_seconds=11, gate_memory_bytes=696_000_000
+        work_seconds=3,
+        work_memory_bytes=170_000_000,
+        gate_seconds=11,
+        gate_memory_bytes=696_000_000,
     )
     assert render.usage_text(usage) == "work 3.0 s, 170.0 MB; gates 11 s, 696.0 MB"
     assert render.usage_text(types_pb2.JobUsage()) == ""

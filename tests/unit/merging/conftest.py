@@ -8,7 +8,8 @@ import pytest
 
 from arriero.merging.export import export
 from arriero.merging.export_spec import resolve_export
-from arriero.merging.job import import_source, merge
+from arriero.merging.importing import import_source
+from arriero.merging.merge import merge
 from arriero.merging.specs import resolve_import, resolve_merge
 from arriero.operations.job import Job, Output
 from arriero.operations.kinds import ResolveContext

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from arriero.errors import FailedPrecondition, InvalidArgument
 from arriero.gates import GateResult, Mode, Verdict
 from arriero.gates.golden import Golden
-from arriero.merging import oracle
 from arriero.merging.fold import write_merged
 from arriero.merging.proof import prove_delta
 from arriero.operations.kinds import ResolveContext
@@ -23,7 +22,7 @@ from arriero.store import Artifact
 from arriero.testing.adapters import tiny_adapter
 from arriero.testing.models import tiny_llama
 from arriero.v1 import merging_pb2, types_pb2
-from arriero.weights import MergedWeights, Weights
+from arriero.weights import MergedWeights, Weights, oracle
 
 if TYPE_CHECKING:
     from conftest import Room
@@ -198,16 +197,51 @@ def test_with_another_weight_golden_logits_are_made_anew(
     assert set(room.verdicts().values()) == {"passed"}
 
 
-def test_another_base_is_warned_about_and_golden_logits_are_made_anew(
+def test_an_equal_base_of_another_digest_is_told_by_the_golden_logits(
     room: "Room", base: Artifact, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     stranger = "sha256:" + "a" * 64
     directory = tiny_adapter(tmp_path / "a", base.path, base_model_name_or_path=stranger)
     report = golden_report(room, base.path, directory, tmp_path / "g")
     adapter = room.publish(directory, "adapter", golden=report.digest)
+    [model] = room.merge(base, [adapter])
+    assert model.golden == report.digest
+    assert f"was trained on {stranger}" in caplog.text
+    assert set(room.verdicts().values()) == {"passed"}
+    room.merge(base, [adapter], weights=[0.5])
+    assert set(room.verdicts().values()) == {"passed"}
+
+
+def test_a_wrong_base_is_refused_by_what_came_with_the_adapter(
+    room: "Room", base: Artifact, tmp_path: Path
+) -> None:
+    # As a training with load_in_4bit leaves it: golden logits of the base as it is stored.
+    trained_on = {"model": base.digest, "load_in_4bit": True}
+    directory = tiny_adapter(tmp_path / "a", base.path, base_model_name_or_path=base.digest)
+    report = golden_report(room, base.path, directory, tmp_path / "g")
+    adapter = room.publish(directory, "adapter", golden=report.digest, spec=trained_on)
+    wrong = room.publish(tiny_llama(tmp_path / "other", seed=5), "model")
+    for weights, qlora_base in (([1.0], "full"), ([0.5], "full"), ([1.0], "dequantized")):
+        room.merge(wrong, [adapter], weights=weights, qlora_base=qlora_base)
+        found = result(room, "merge.logits")
+        assert found.verdict is Verdict.FAILED
+        assert "merge it into th" in found.detail or "merge into the model" in found.detail
+    second = room.publish(tiny_adapter(tmp_path / "b", base.path, seed=2), "adapter")
+    room.merge(wrong, [second, adapter], qlora_base="full")
+    assert result(room, "merge.logits").verdict is Verdict.FAILED
+    # On the base that it was trained on the same blends are healthy.
+    room.merge(base, [second, adapter], qlora_base="full")
+    assert set(room.verdicts().values()) == {"passed"}
+
+
+def test_golden_logits_that_are_gone_are_made_anew(
+    room: "Room", base: Artifact, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = tiny_adapter(tmp_path / "a", base.path, base_model_name_or_path=base.digest)
+    adapter = room.publish(directory, "adapter", golden="sha256:" + "b" * 64)
     outputs = room.merge(base, [adapter])
     assert [output.name for output in outputs] == ["model", "golden"]
-    assert f"was trained on {stranger}" in caplog.text
+    assert "are gone" in caplog.text
 
 
 def test_golden_logits_of_another_model_fail_the_gate(

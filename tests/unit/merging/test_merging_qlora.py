@@ -10,12 +10,11 @@ import torch
 
 from arriero.errors import FailedPrecondition, InvalidArgument
 from arriero.gates.golden import compare
-from arriero.merging import oracle
 from arriero.merging.qlora import packing_for
 from arriero.store import Artifact
 from arriero.testing.adapters import tiny_adapter
 from arriero.testing.models import tiny_llama
-from arriero.weights import MergedWeights, Weights
+from arriero.weights import MergedWeights, Weights, oracle
 from arriero.weights.roundtrip import Packing, RoundTrip
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from arriero.errors import InvalidArgument
 from arriero.gates import Verdict
 from arriero.operations.job import Job
 from arriero.operations.kinds import ResolveContext
+from arriero.quantization import limits
 from arriero.quantization.quantize import run_quantize
 from arriero.quantization.quantize_spec import resolve_quantize
 from arriero.settings import SourceSettings
@@ -54,6 +55,21 @@ def test_transformers_loads_what_was_written_and_it_says_nearly_the_same(
     ids = AutoTokenizer.from_pretrained(nf4.path)("Lima", return_tensors="pt").input_ids
     with torch.inference_mode():
         assert bool(torch.isfinite(loaded(ids).logits).all())
+
+
+def test_each_output_is_judged_by_its_own_gates(
+    model: Artifact, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "LIMITS", {**limits.LIMITS, "BNB_NF4": 1e-9})
+    spec = resolved(model, store, types=["Q8_0", "BNB_NF4", "BNB_INT8"])
+    outputs = run_job(run_quantize, "quantize", spec, {"model": model}, store, tmp_path)
+    verdicts = {
+        output.name: {gate.gate: gate.verdict for gate in output.gates or ()} for output in outputs
+    }
+    assert verdicts["BNB_NF4"] == {"quant.kld": Verdict.FAILED}
+    assert verdicts["BNB_INT8"] == {"quant.kld": Verdict.PASSED}
+    assert set(verdicts["Q8_0"]) == {"gguf.tokens", "gguf.template", "gguf.rope"}
+    assert Verdict.FAILED not in verdicts["Q8_0"].values()
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,10 @@
 
 Keys: steps, seconds (per step), trace (file that gets a line per step), save
 (checkpoint each step), fail (error class), message, bug (raises KeyError), gate
-("pass" | "fail"), proof (bytes that the gate's proof holds), kill_at and kill_attempt (SIGKILL itself at that step of that
-attempt), reasons (file that gets how the attempt before ended), stubborn (ignores
-SIGTERM), deaf (never looks whether it is to leave), child (starts a process in a session
-of its own), text (content).
+("pass" | "fail"), proof (bytes that the gate's proof holds), kill_at and kill_attempt
+(SIGKILL itself at that step of that attempt), reasons (file that gets how the attempt
+before ended), stubborn (ignores SIGTERM), deaf (never looks whether it is to leave),
+child (starts a process in a session of its own), text (content).
 """
 
 import json

@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from arriero.errors import FailedPrecondition
-from arriero.merging import oracle
 from arriero.testing.models import tiny_llama
-from arriero.weights import MergedWeights, Weights
+from arriero.weights import MergedWeights, Weights, oracle
 
 IDS = [[3, 9, 27, 81], list(range(40, 104)), [7, 5], [11, 12, 13]]
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -16,15 +16,17 @@ import numpy as np
 import numpy.typing as npt
 
 from arriero.errors import FailedPrecondition
-from arriero.gates.golden import TOKENS, Golden, log_softmax, probe_sequences
-from arriero.merging.proof import expected_rows
-from arriero.weights import MergedWeights, Weights, delta
+from arriero.gates.golden import TOKENS, Golden, compare, log_softmax, probe_sequences
+from arriero.weights.arithmetic import delta
 from arriero.weights.config import read_config
+from arriero.weights.expected import expected_rows
+from arriero.weights.merged import MergedWeights
+from arriero.weights.reader import Weights
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["PROBE_TEXT", "golden_of", "logits_of", "logits_of_merge", "probe_ids"]
+__all__ = ["PROBE_TEXT", "foreign_base", "golden_of", "logits_of", "logits_of_merge", "probe_ids"]
 
 Sequences = Sequence[npt.NDArray[np.int32] | list[int]]
 
@@ -41,6 +43,8 @@ PROBE_TEXT: tuple[str, ...] = (
     "The model answers the question, then it stops. Nothing else is written after the last line "
     "of the report, because every figure in it was measured before the work was handed on.",
 )
+# Mean KL divergence in nats per token: what rounding to 16 bits costs, at most.
+MAX_FOREIGN_KL = 5e-3
 # float32 bytes of a layer's rows that are in memory at once.
 _BLOCK = 1 << 25
 
@@ -97,6 +101,27 @@ def golden_of(merged: MergedWeights, sequences: Sequences) -> Golden:
         tokens=np.array([i for ids in sequences for i in ids], dtype=np.int32),
         lengths=np.array([len(ids) for ids in sequences], dtype=np.int32),
         logprobs=np.stack([log_softmax(row[None])[0].astype(np.float16) for row in logits]),
+    )
+
+
+def foreign_base(merged: MergedWeights, golden: Golden) -> str:
+    """Why an adapter was not trained on this base; empty when it was, or on its equal.
+
+    Args:
+        merged: the base and the one adapter, with weight 1; nothing is merged for this.
+        golden: that came with the adapter.
+    """
+    try:
+        logits = _run(merged.config, _Adapted(merged), golden.sequences)
+        found = compare(golden, logits)
+    except FailedPrecondition as error:
+        return f"{error.message}; merge it into the model that it was trained on"
+    if found.kl_divergence <= MAX_FOREIGN_KL:  # NaN is not
+        return ""
+    return (
+        f"on this base it is {found.kl_divergence:.2e} nats per token away from the golden logits "
+        f"that came with it, expected at most {MAX_FOREIGN_KL:g}: it was trained on another model; "
+        "merge it into that one"
     )
 
 
