@@ -8,6 +8,7 @@ the logits. Does not know the conversion that it judges.
 from __future__ import annotations
 
 import base64
+import math
 import json
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,17 @@ def hidden_dim(params: dict[str, Any]) -> int:
     return multiple * ((inner + multiple - 1) // multiple)
 
 
+def scaled(frequencies: torch.Tensor) -> torch.Tensor:
+    """Llama 3.1's scaled rope, with the figures that Meta's code has built in.
+
+    Waves that are long beside the context that was trained on are slowed down by 8,
+    short ones stay, and those between are blended.
+    """
+    turns = 8192 * frequencies / (2 * math.pi)  # in the context that was trained on
+    share = ((turns - 1.0) / (4.0 - 1.0)).clamp(0, 1)
+    return (1 - share) * frequencies / 8.0 + share * frequencies
+
+
 def logits(params: dict[str, Any], state: dict[str, Any], ids: list[int]) -> torch.Tensor:
     """float32 logits, one row a token."""
     state = {name: tensor.float() for name, tensor in state.items()}
@@ -122,6 +134,8 @@ def logits(params: dict[str, Any], state: dict[str, Any], ids: list[int]) -> tor
     groups, head = params.get("n_kv_heads", heads), dim // heads
     theta = params.get("rope_theta", 10000.0)
     frequencies = 1.0 / theta ** (torch.arange(0, head, 2).float() / head)
+    if params.get("use_scaled_rope"):
+        frequencies = scaled(frequencies)
     angles = torch.outer(torch.arange(len(ids)).float(), frequencies)
     rotation = torch.polar(torch.ones_like(angles), angles)[:, None, :]
 

@@ -45,12 +45,12 @@ def checkpoint(tiny_llama_dir: Path, tmp_path: Path) -> Path:
     return directory
 
 
-def logits_of(path: Path) -> torch.Tensor:
+def logits_of(path: Path, ids: list[int] = IDS) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32)
     with torch.inference_mode():
-        found: torch.Tensor = model(torch.tensor([IDS])).logits[0]
+        found: torch.Tensor = model(torch.tensor([ids])).logits[0]
     return found
 
 
@@ -75,6 +75,23 @@ def test_the_converted_model_says_what_metas_code_says(
     meta_source.convert(source, target, tokenizer=None, tick=lambda done, total: None)
     found, expected = logits_of(target), reference.logits(params, state, IDS)
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_scaled_rope_computes_what_metas_code_computes(tmp_path: Path) -> None:
+    # Of four frequencies one stays, one is blended and two are slowed down.
+    params = {**PARAMS, "rope_theta": 500000.0, "use_scaled_rope": True}
+    state = reference.random_state(params, INNER, VOCABULARY)
+    ids = (torch.arange(700) * 37 % VOCABULARY).tolist()
+    source, target = tmp_path / "meta", tmp_path / "hf"
+    reference.save(source, params, state, ranks=2)
+    target.mkdir()
+    meta_source.convert(source, target, tokenizer=None, tick=lambda done, total: None)
+    found = logits_of(target, ids)
+    expected = reference.logits(params, state, ids)
+    unscaled = reference.logits({**params, "use_scaled_rope": False}, state, ids)
+    limit = 1e-4 * expected.abs().max()
+    assert (found - expected).abs().max() < limit
+    assert (found - unscaled).abs().max() > 10 * limit  # it makes a difference here
 
 
 def test_a_checkpoint_is_imported_with_its_tokenizer(
