@@ -8,8 +8,8 @@ the logits. Does not know the conversion that it judges.
 from __future__ import annotations
 
 import base64
-import math
 import json
+import math
 from pathlib import Path
 from typing import Any
 
