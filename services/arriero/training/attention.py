@@ -15,6 +15,8 @@ import torch
 from torch.nn import functional
 from transformers import AttentionInterface
 
+from arriero.training.products import attend
+
 __all__ = ["NAME", "register", "sample_attention"]
 
 NAME = "arriero_samples"
@@ -63,9 +65,10 @@ def _attend(
         sliding_window = None
     # Weights in float32 under autocast: rotating by float32 angles widens these two.
     query, key = query.to(value.dtype), key.to(value.dtype)
-    if query.device.type == "cpu" and sliding_window is None and not dropout:
-        out: torch.Tensor = _CpuAttention.apply(query, key, value, lengths, scale)
-        return out
+    plain = sliding_window is None and not dropout and query.shape[-1] == value.shape[-1]
+    if query.device.type == "cpu" and plain:
+        q, k, v = (item[0].transpose(0, 1) for item in (query, key, value))
+        return attend(q, k, v, lengths, scale).transpose(0, 1)[None]
     return sample_attention(query, key, value, lengths, scale, dropout, sliding_window)
 
 
@@ -113,54 +116,6 @@ def sample_attention(
     return torch.cat(parts, dim=2)
 
 
-class _CpuAttention(torch.autograd.Function):  # type: ignore[misc]
-    """The same with a backward pass of matrix products.
-
-    torch's backward kernel for the CPU takes three times as long as these
-    products in bfloat16, which the hardware multiplies. The probabilities are
-    computed again there instead of being kept.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        lengths: tuple[int, ...],
-        scale: float,
-    ) -> torch.Tensor:
-        out = sample_attention(query, key, value, lengths, scale)
-        ctx.save_for_backward(query, key, value, out)
-        ctx.lengths, ctx.scale = lengths, scale
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, out = ctx.saved_tensors
-        (grad,) = gradients
-        scale = ctx.scale
-        # Of each token: what its output's gradient says about the sum of its probabilities.
-        shift = (grad * out).sum(-1, keepdim=True)
-        d_query, d_key, d_value = (torch.empty_like(item) for item in (query, key, value))
-        for begin, count, length in _runs(ctx.lengths):
-            groups = query.shape[1] // key.shape[1]
-            q, g, s = (
-                _grouped(_batched(item, begin, count, length), groups)
-                for item in (query, grad, shift)
-            )
-            k, v = (_batched(item, begin, count, length).flatten(0, 1) for item in (key, value))
-            future = torch.full((length, length), -torch.inf, dtype=q.dtype).triu_(1)
-            scores = torch.baddbmm(future.repeat(groups, 1), q, k.transpose(1, 2), alpha=scale)
-            weights = torch.softmax(scores, dim=-1)
-            _put(d_value, torch.bmm(weights.transpose(1, 2), g), begin, count)
-            g = g * scale
-            errors = torch.baddbmm(s * scale, g, v.transpose(1, 2), beta=-1).mul_(weights)
-            _put(d_key, torch.bmm(errors.transpose(1, 2), q), begin, count)
-            _put(d_query, torch.bmm(errors, k), begin, count)
-        return d_query, d_key, d_value, None, None
-
-
 def _runs(lengths: Sequence[int]) -> Iterator[tuple[int, int, int]]:
     """(first token, samples, tokens of each) of neighbours of one length: one product for all."""
     begin = 0
@@ -174,18 +129,3 @@ def _batched(item: torch.Tensor, begin: int, count: int, length: int) -> torch.T
     """(1, heads, tokens, size) to (samples, heads, length, size) of one run."""
     part = item[0, :, begin : begin + count * length]
     return part.unflatten(1, (count, length)).transpose(0, 1)
-
-
-def _grouped(item: torch.Tensor, groups: int) -> torch.Tensor:
-    """(samples, heads, length, size) to (samples * heads of keys, groups * length, size)."""
-    return item.reshape(-1, groups * item.shape[2], item.shape[3])
-
-
-def _put(target: torch.Tensor, values: torch.Tensor, begin: int, count: int) -> None:
-    """Write the gradients of one run, shape (samples * heads', ..., size), to their tokens."""
-    heads = target.shape[1]
-    length = values.shape[0] * values.shape[1] // (count * heads)
-    place = target[0, :, begin : begin + count * length]
-    place.unflatten(1, (count, length)).transpose(0, 1).copy_(
-        values.reshape(count, heads, length, -1)
-    )

@@ -12,10 +12,11 @@ import logging
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional
 
-from arriero.training import attention, fused
+from arriero.training import attention, blocks, fused
 from arriero.training.adapter import core
 from arriero.training.loss import token_loss
 from arriero.training.neftune import with_noise
@@ -54,8 +55,16 @@ class Forward(nn.Module):  # type: ignore[misc]
                 "%s cannot be told where samples end: they run one by one, which is slower",
                 type(base).__name__,
             )
+        # What of the model runs through functions of this project.
+        self.path = "samples one after the other" if self.packs else "sample by sample"
         if numerics.device == "cpu":
-            fused.install(model)
+            layers = fused.install(model)
+            halves = blocks.install(model) if self.packs else 0
+            self.path += f", {layers} norms and LoRA layers and {halves} halves of blocks fused"
+        # Whether several threads may call it at once.
+        self.concurrent = (
+            numerics.device == "cpu" and self.packs and not noise and _keeps_no_state(model)
+        )
         self._chooses_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
         self._plain_head = _has_plain_head(base, numerics)
 
@@ -114,6 +123,26 @@ def _takes_samples(base: Any) -> bool:
     """Whether the model calls attention by name, and asks nothing of it that ours has not."""
     capped = getattr(base.config, "attn_logit_softcapping", None) is not None
     return bool(getattr(base, "_supports_attention_backend", False)) and not capped
+
+
+def _keeps_no_state(model: Any) -> bool:
+    """Whether a forward pass changes and draws nothing that other threads would see.
+
+    Dropout and adapters do unless they are this project's; so do angles that follow
+    from the longest sample, and weights that are gathered or computed again.
+    """
+    base = core(model)
+    rope = getattr(base.config, "rope_parameters", None) or {}
+    if any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
+        return False
+    if rope.get("rope_type", "default") not in ("default", "linear", "llama3", "yarn"):
+        return False
+    if any(getattr(base.config, name, 0.0) for name in ("attention_dropout", "resid_pdrop")):
+        return False
+    ours = [m for m in model.modules() if isinstance(m, LoraLayer) and fused.is_fused(m)]
+    inside = {id(part) for module in ours for part in module.modules()}
+    others = (module for module in model.modules() if id(module) not in inside)
+    return not any(isinstance(module, nn.Dropout | LoraLayer) for module in others)
 
 
 def _has_plain_head(base: Any, numerics: Numerics) -> bool:

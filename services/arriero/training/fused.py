@@ -7,6 +7,9 @@ first. GPUs have kernels of their own; does not know the loop.
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from types import MethodType
 from typing import Any
 
@@ -14,9 +17,25 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-__all__ = ["install"]
+__all__ = ["drawing", "install", "is_fused"]
 
 _BITS = 16
+_draws = threading.local()
+
+
+@contextlib.contextmanager
+def drawing(generator: torch.Generator | None) -> Iterator[None]:
+    """Draw dropout in this thread from a generator; from torch's own outside of it."""
+    _draws.generator = generator
+    try:
+        yield
+    finally:
+        _draws.generator = None
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether `install` replaced the `forward` of a layer."""
+    return "forward" in vars(module)
 
 
 def install(model: nn.Module) -> int:
@@ -213,7 +232,8 @@ def _keep(like: torch.Tensor, share: float) -> tuple[torch.Tensor, float]:
     a tenth of a training step. The share is exact to 1 / 65536.
     """
     words = torch.empty(-(-like.numel() // (64 // _BITS)), dtype=torch.int64)
-    bits = words.random_(-(2**63), None).view(torch.int16)[: like.numel()]
+    generator = getattr(_draws, "generator", None)
+    bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: like.numel()]
     dropped = min(round(share * 2**_BITS), 2**_BITS - 1)
     kept = torch.empty_like(like)
     torch.ge(bits.view(like.shape), dropped - 2 ** (_BITS - 1), out=kept)

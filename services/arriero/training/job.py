@@ -57,7 +57,7 @@ def train(job: Job) -> Sequence[Output]:
     """
     job.progress(phase="loading", force=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    allocator.limit_primitives()
+    allocator.settle()
     import torch  # seconds, with what follows: said to be loading first
 
     from arriero.training import adapter, finite, numerics, whole
@@ -93,6 +93,7 @@ def train(job: Job) -> Sequence[Output]:
         loop.state.micro_batch_size = micro_batch
     with ranks.together():
         state, best = _run(job, loop, ranks)
+    path = loop.path
     if not ranks.first:
         return []
     name = "model" if full else "adapter"
@@ -120,7 +121,7 @@ def train(job: Job) -> Sequence[Output]:
     if not proof.healthy(job.gates, directory, weights, full=full):
         return [output]
     output.golden = "output:golden"
-    facts = {**metrics, "trained_on": _held_as(job, how)}
+    facts = {**metrics, "trained_on": _held_as(job, how), "path": path}
     # One GPU does not hold a base that had to be spread over several.
     device = "cpu" if plan.fsdp else how.device
     return [output, proof.golden(job, output, rows, device, state, facts)]

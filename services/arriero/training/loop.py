@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -21,10 +22,11 @@ import torch
 from transformers import get_scheduler
 
 from arriero.errors import FailedPrecondition
-from arriero.training import allocator, stopping
+from arriero.training import allocator, fused, stopping
 from arriero.training.adapter import trained_weights
 from arriero.training.finite import Finite
 from arriero.training.forward import Forward
+from arriero.training.lanes import Lanes
 from arriero.training.numerics import Numerics, peak_flops
 from arriero.training.optimizers import make_optimizer
 from arriero.training.plan import Plan
@@ -105,6 +107,12 @@ class Loop:
             # Where samples run one by one, ranks would gather weights at different times.
             layers = self._forward.layers() if self._forward.packs else []
             ranks.shard(self._forward, layers, numerics.device)
+        self._parameters = sum(weight.numel() for weight in model.parameters())
+        self._lanes = Lanes(self._lane_count(trained))
+        self._generators: list[torch.Generator] = []
+        # By which path it goes, for whoever asks later.
+        self.path = f"{self._forward.path}, {self._lanes.count} at a time"
+        _log.info("forward and backward: %s", self.path)
         self._rate = float(self._scheduler.get_last_lr()[0])
         self._order: tuple[int, list[npt.NDArray[np.int64]]] = (-1, [])
         self._speed: deque[tuple[float, int]] = deque(maxlen=_SPEED_STEPS)
@@ -225,8 +233,7 @@ class Loop:
             return None  # on every rank
         self._seed()
         self._forward.train()
-        with torch.no_grad():
-            return float(self._forward(micro)) / self._rows.trained(row)
+        return self._judged(micro) / self._rows.trained(row)
 
     def _step(self, should_stop: Callable[[], bool]) -> None:
         """One optimizer step; leaves everything as it was if it is stopped."""
@@ -252,31 +259,56 @@ class Loop:
         trained = self._rows.trained(chosen)
         self._seed()
         self._forward.train()
-        total = torch.zeros((), device=self._numerics.device)
-        for micro in self._micro_batches(self._rows, chosen):
+        total = 0.0
+        for parts in self._micro_batches(self._rows, chosen):
             if self._ranks.any(should_stop()):
                 self._optimizer.zero_grad(set_to_none=True)
                 raise Stopped
-            if micro is not None and trained:
+            if parts and trained:
                 # Over the whole step's tokens: neither the micro batch's size nor the
-                # number of ranks changes anything.
-                loss = self._forward(micro) / trained
-                self._scaler.scale(loss).backward()
-                total += loss.detach()
+                # number of ranks or lanes changes anything.
+                total += self._backward(parts, 1 / trained)
         if trained:
             self._ranks.add_gradients(self._weights.values())
-        return self._ranks.total([float(total)])[0]
+        return self._ranks.total([total])[0]
+
+    def _backward(self, parts: list[MicroBatch], share: float) -> float:
+        """Add the gradients of a micro batch to those that are there; its loss."""
+        if len(parts) == 1:
+            loss = self._forward(parts[0]) * share
+            self._scaler.scale(loss).backward()
+            return float(loss.detach())
+        weights = list(self._weights.values())
+
+        def lane(number: int, micro: MicroBatch) -> tuple[float, tuple[torch.Tensor | None, ...]]:
+            with fused.drawing(self._generators[number]):
+                loss = self._forward(micro) * share
+            found = torch.autograd.grad(self._scaler.scale(loss), weights, allow_unused=True)
+            return float(loss.detach()), found
+
+        total = 0.0
+        # One after the other, so that the sums are the same each time.
+        for value, gradients in self._lanes.run(lane, parts):
+            total += value
+            for weight, gradient in zip(weights, gradients, strict=True):
+                if gradient is not None:
+                    weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
+        return total
 
     def _micro_batches(
         self, rows: Rows, chosen: npt.NDArray[np.int64]
-    ) -> Iterator[MicroBatch | None]:
-        """This rank's micro batches; as many on each rank, None where nothing is to do."""
+    ) -> Iterator[list[MicroBatch]]:
+        """This rank's micro batches, in a part for each lane; as many on each rank.
+
+        Empty where nothing is to do.
+        """
         own, size = self._ranks.share(chosen), self.micro_batch_size
         for number in range(self._ranks.parts(len(chosen), size)):
             part = own[number * size : (number + 1) * size]
             # Sharded weights are gathered from all ranks, whether or not they have rows.
-            micro = collate(rows, part) if len(part) else self._idle(rows)
-            yield micro if len(micro.positions) or self._shards else None
+            pieces = [collate(rows, piece) for piece in self._lanes.split(part)]
+            found = [micro for micro in pieces if len(micro.positions)]
+            yield found or ([self._idle(rows)] if self._shards else [])
 
     def _idle(self, rows: Rows) -> MicroBatch:
         """A row that trains nothing."""
@@ -290,7 +322,10 @@ class Loop:
         if trained and self._finite.allows("loss", value, *about) and self._apply(*about):
             self.state.add(value)
         self._optimizer.zero_grad(set_to_none=True)
-        self._scheduler.step()
+        with warnings.catch_warnings():
+            # The schedule follows the steps, those that moved nothing included.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+            self._scheduler.step()
         tokens = int(self._rows.lengths[chosen].sum())
         self.state.step += 1
         self.state.tokens += tokens
@@ -376,13 +411,11 @@ class Loop:
         def total_loss() -> list[float]:
             self._forward.eval()
             total, trained, done = 0.0, 0, 0
-            for micro in self._micro_batches(rows, order):
+            for parts in self._micro_batches(rows, order):
                 if self._ranks.any(should_stop()):
                     raise Stopped
-                if micro is not None:
-                    with torch.no_grad():
-                        total += float(self._forward(micro))
-                    trained += len(micro.labels)
+                total += sum(self._lanes.run(lambda _, micro: self._judged(micro), parts))
+                trained += sum(len(micro.labels) for micro in parts)
                 done += self.micro_batch_size * self._ranks.world
                 report(self.report("validating", min(done, len(order)), len(order)))
             return self._ranks.total([total, float(trained)])
@@ -390,11 +423,27 @@ class Loop:
         total, trained = self._with_memory(total_loss)
         return total / trained if trained else None
 
+    def _judged(self, micro: MicroBatch) -> float:
+        with torch.no_grad():
+            return float(self._forward(micro))
+
     def _seed(self) -> None:
-        """Make what the next step draws follow from seed, step and rank: none of it is kept."""
+        """Make what the next step draws follow from seed, step, rank and lane; none is kept."""
         seed = self.plan.seed & (2**64 - 1)
         words = np.random.SeedSequence([seed, self.state.step, self._ranks.rank])
-        torch.manual_seed(int(words.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+        states = words.generate_state(1 + self._lanes.count, np.uint64) >> np.uint64(1)
+        torch.manual_seed(int(states[0]))
+        self._generators = [torch.Generator().manual_seed(int(state)) for state in states[1:]]
+
+    def _lane_count(self, trained: int) -> int:
+        """Parts of a micro batch that are computed at the same time, each by its own thread.
+
+        Only where they share nothing that changes, and gradients of their own are little.
+        """
+        if self._shards or not self._forward.concurrent or 4 * trained > self._parameters:
+            return 1
+        threads: int = torch.get_num_threads()
+        return min(threads, self.plan.micro_batch_size)
 
     def _batch(self, step: int) -> npt.NDArray[np.int64]:
         epoch, place = divmod(step, self.plan.steps_per_epoch)

@@ -6,6 +6,7 @@ Does not know which tokens are trained on, nor where hidden states come from.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 __all__ = ["token_loss"]
 
 # Logits that exist at once; two tensors of this many values.
-_LOGITS = 1 << 24
+_LOGITS = 1 << 25
 
 
 def token_loss(
@@ -53,16 +54,13 @@ class _TokenLoss(torch.autograd.Function):  # type: ignore[misc]
             part, wanted = hidden[begin:end].to(dtype), labels[begin:end, None]
             logits = part @ table.t()
             likely = torch.softmax(logits, dim=-1)
-            # From the likeliest token's probability, which no type rounds to zero.
-            largest, place = logits.max(dim=-1, keepdim=True)
-            losses = (largest.float() - logits.gather(1, wanted).float()) - likely.gather(
-                1, place
-            ).float().log()
+            losses = _losses(logits, likely, wanted)
             total += losses.sum()
             if d_hidden is None and d_weight is None:
                 continue
             # d loss / d logits: the probabilities, less one at the label.
-            likely.scatter_(1, wanted, torch.expm1(-losses).to(dtype))
+            rows = torch.arange(len(likely), device=likely.device)
+            likely[rows, wanted[:, 0]] = torch.expm1(-losses[:, 0]).to(dtype)
             if d_hidden is not None:
                 d_hidden[begin:end] = likely @ table
             if d_weight is not None:
@@ -82,7 +80,22 @@ class _TokenLoss(torch.autograd.Function):  # type: ignore[misc]
         )
 
 
+def _losses(logits: torch.Tensor, likely: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """-log p of each label, float32, shape (tokens, 1)."""
+    losses = likely.gather(1, wanted).float().log_().neg_()
+    # Labels that the type rounds to zero, or nearly: from the likeliest token's probability.
+    rare = (losses[:, 0] >= -math.log(torch.finfo(likely.dtype).tiny)).nonzero()[:, 0]
+    if len(rare):
+        some, labels = logits[rare], wanted[rare]
+        largest, place = some.max(dim=-1, keepdim=True)
+        losses[rare] = (largest.float() - some.gather(1, labels).float()) - likely[rare].gather(
+            1, place
+        ).float().log()
+    return losses
+
+
 def _chunks(tokens: int, vocabulary: int) -> Iterator[tuple[int, int]]:
-    size = max(1, _LOGITS // vocabulary)
-    for begin in range(0, tokens, size):
-        yield begin, min(tokens, begin + size)
+    """Equal parts: the head's weight is read once for each, however few tokens it has."""
+    parts = math.ceil(tokens / max(1, _LOGITS // vocabulary))
+    for number in range(parts):
+        yield number * tokens // parts, (number + 1) * tokens // parts

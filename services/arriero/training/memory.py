@@ -23,7 +23,7 @@ _KEPT_PER_LAYER = 17
 # RMSNorm computes in float32 whatever its input is: two norms, input and result.
 _FLOAT32_PER_LAYER = 4
 # Logits and their gradient, of so many values at a time (`training.loss`).
-_PER_LOGIT, _LOGITS = 2 * 4, 1 << 24
+_PER_LOGIT, _LOGITS = 2 * 4, 1 << 25
 # Bytes per parameter of a linear layer that bitsandbytes holds, scales included:
 # a float32 for 64 values (quantized to a byte, and 256 of those share a float32).
 _PACKED = {"nf4": 0.5 + 1 / 64, "fp4": 0.5 + 1 / 64, "int8": 1.01}

@@ -29,7 +29,7 @@ from arriero.weights.health import ALL_LINEAR, linear_modules, matches
 
 _FLOATS = ("F32", "F16", "BF16", "F64")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
-_MICRO_BATCH = 4
+_MICRO_BATCH = 8
 # As many as make no warm-up too long, while the dataset is not known.
 _MANY_ROWS = 1 << 40
 
@@ -239,7 +239,7 @@ def embedding_rows(weights: Weights, config: dict[str, Any]) -> int:
 
 
 def _filled(spec: training_pb2.TrainSpec) -> training_pb2.TrainSpec:
-    """A copy with defaults; an unset micro batch is the largest divisor of the batch up to 4."""
+    """A copy with defaults; an unset micro batch is the largest divisor of the batch up to 8."""
     asked = training_pb2.TrainSpec()
     asked.CopyFrom(spec)
     asked.lora.SetInParent()

@@ -10,8 +10,13 @@ torch = pytest.importorskip("torch")
 import transformers  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
-from arriero.training import fused, loss  # noqa: E402
-from arriero.training.adapter import attach, load_base, trained_weights  # noqa: E402
+from arriero.training import fused, loss, products  # noqa: E402
+from arriero.training.adapter import (  # noqa: E402
+    attach,
+    load_base,
+    spare_activations,
+    trained_weights,
+)
 from arriero.training.attention import sample_attention  # noqa: E402
 from arriero.training.forward import Forward  # noqa: E402
 from arriero.training.numerics import Numerics  # noqa: E402
@@ -186,9 +191,8 @@ def test_attention_in_samples_has_torchs_own_gradients(heads_of_keys):
     shapes = [(1, 4, 16, 8), (1, heads_of_keys, 16, 8), (1, heads_of_keys, 16, 8)]
     inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
     grad = torch.randn(shapes[0])
-    from arriero.training.attention import _CpuAttention
-
-    found = _CpuAttention.apply(*inputs, lengths, 0.3)
+    tokens_first = [item[0].transpose(0, 1) for item in inputs]
+    found = products.attend(*tokens_first, lengths, 0.3).transpose(0, 1)[None]
     expected = sample_attention(*inputs, lengths, 0.3)
     torch.testing.assert_close(found, expected)
     for ours, theirs in zip(
@@ -246,3 +250,53 @@ def test_dropout_is_drawn_in_training_alone(model, rows):
 def test_layers_are_replaced_where_that_changes_nothing(model):
     tuned = with_lora(load_base(model.path, torch.float32, "cpu"))
     assert fused.install(tuned) == 2 * 7 + 2 * 2 + 1
+
+
+@pytest.mark.parametrize("kept", [0, 256])
+def test_attention_as_products_turns_heads_as_transformers_does(monkeypatch, kept):
+    """With probabilities kept or computed again, samples of several lengths."""
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    monkeypatch.setattr(products, "_KEPT", kept)
+    torch.manual_seed(0)
+    lengths = (40, 33, 5, 5, 1)
+    tokens = sum(lengths)
+    inputs = [torch.randn(tokens, heads, 8, requires_grad=True) for heads in (4, 2, 2)]
+    cos, sin = (torch.randn(tokens, 8) for _ in range(2))
+    q, k, v = (item.transpose(0, 1)[None] for item in inputs)
+    q, k = apply_rotary_pos_emb(q, k, cos[None], sin[None])
+    expected = sample_attention(q, k, v, lengths, 0.3)[0].transpose(0, 1)
+    found = products.attend(*inputs, lengths, 0.3, (cos, sin))
+    torch.testing.assert_close(found, expected)
+    grad = torch.randn(found.shape)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, inputs, grad),
+        torch.autograd.grad(expected, inputs, grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("config", "halves"), [("Llama", 4), ("Qwen2", 4), ("Qwen3", 2), ("Gemma", 2)]
+)
+def test_halves_of_blocks_are_replaced_in_the_families_that_compute_so(config, halves):
+    torch.manual_seed(0)
+    settings = getattr(transformers, config + "Config")(**SHAPE)
+    base = transformers.AutoModelForCausalLM.from_config(settings)
+    run = Forward(with_lora(base), FLOAT)
+    assert f"{halves} halves of blocks fused" in run.path
+
+
+def test_what_threads_would_trip_over_keeps_to_one(model):
+    def concurrent(lora: Lora, **given) -> bool:
+        base = load_base(model.path, torch.float32, "cpu")
+        tuned = attach(base, lora, base="sha256:0", seed=0)
+        if given.pop("spare", False):
+            spare_activations(tuned)
+        return Forward(tuned, FLOAT, **given).concurrent
+
+    assert concurrent(Lora(4, 8))
+    assert not concurrent(Lora(4, 8, dora=True))
+    assert not concurrent(Lora(4, 8), noise=5.0)
+    assert not concurrent(Lora(4, 8), spare=True)

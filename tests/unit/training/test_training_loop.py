@@ -210,3 +210,51 @@ def test_bfloat16_is_chosen_where_the_cpu_multiplies_it(tmp_path):
     info.write_text("processor : 0\nflags : fpu avx2 bf16x\n")
     assert not cpu_has_fast_bfloat16(info)
     assert not cpu_has_fast_bfloat16(tmp_path / "absent")
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_lanes_change_nothing_and_draw_the_same_each_time(workshop, two_threads):
+    """Two threads, each with half of a micro batch; an odd one and one row included."""
+    for micro in (4, 2, 1):
+        plan = replace(PLAN, micro_batch_size=micro, batch_size=4)
+        parallel = workshop.make(plan)
+        assert parallel._lanes.count == min(2, micro)
+        torch.set_num_threads(1)
+        alone = workshop.make(plan)
+        torch.set_num_threads(2)
+        assert alone._lanes.count == 1
+        assert run(parallel) == pytest.approx(run(alone), abs=1e-5)
+    first, second = (run(workshop.make(plan, dropout=0.3)) for plan in (PLAN, PLAN))
+    assert first == second
+    assert torch.get_num_threads() == 2
+
+
+def test_what_fails_in_a_lane_is_not_lost(workshop, two_threads, monkeypatch):
+    """Memory that runs out in one thread halves the micro batch, as it does alone."""
+    loop = workshop.make(replace(PLAN, micro_batch_size=4, max_steps=2))
+    forward, calls = loop._forward.forward, []
+
+    def short(micro):
+        calls.append(micro)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("DefaultCPUAllocator: can't allocate memory")
+        return forward(micro)
+
+    monkeypatch.setattr(loop._forward, "forward", short)
+    run(loop)
+    assert loop.micro_batch_size == 2
+    assert loop.state.step == 2
+
+
+def test_a_step_that_moves_nothing_does_not_make_the_schedule_warn(workshop, recwarn):
+    loop = workshop.make(replace(PLAN, max_steps=1))
+    loop._apply = lambda *_: False
+    run(loop)
+    assert not [w for w in recwarn if "lr_scheduler" in str(w.message)]
