@@ -13,6 +13,8 @@ LLAMA_CMAKE_ARGS ?=
 LLAMA_CPP_PYTHON := 0.3.36
 JOBS ?= 2
 PYTEST_ARGS ?=
+# Options of `make bench`.
+ARGS ?=
 
 # On a terminal pip shows its bars; elsewhere it would fill the log.
 PIP_INSTALL = $(BIN)/python -m pip install $$([ -t 2 ] || echo --quiet)
@@ -74,9 +76,9 @@ format: $(STAMP) ## Rewrite code and protos in the project's style
 	@$(BIN)/ruff format .
 	@cd protos && $(abspath $(BIN))/buf format -w --path arriero
 
-bench: $(STAMP) ## Run one benchmark: make bench BENCH=pipeline
+bench: $(STAMP) ## Run one benchmark: make bench BENCH=pipeline ARGS="--help"
 	@test -n "$(BENCH)" || { echo "Which? make bench BENCH=<name>; there are: $(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))"; exit 2; }
-	@$(BIN)/python benchmarks/$(BENCH).py
+	@$(BIN)/python benchmarks/$(BENCH).py $(ARGS)
 
 images: ## Build the container images (docker, podman or buildah: docker/images.sh)
 	@TORCH_INDEX_URL="$(TORCH_INDEX_URL)" docker/images.sh $(IMAGES)

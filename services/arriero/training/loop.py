@@ -109,7 +109,7 @@ class Loop:
             ranks.shard(self._forward, layers, numerics.device)
         self._parameters = sum(weight.numel() for weight in model.parameters())
         self._lanes = Lanes(self._lane_count(trained))
-        self._generators: list[torch.Generator] = []
+        self._generators = [torch.Generator() for _ in range(self._lanes.count)]
         # By which path it goes, for whoever asks later.
         self.path = f"{self._forward.path}, {self._lanes.count} at a time"
         _log.info("forward and backward: %s", self.path)

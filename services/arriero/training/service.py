@@ -22,7 +22,7 @@ KINDS = (
         "train",
         "arriero.training.job",
         training_pb2.TrainSpec,
-        semantics=2,
+        semantics=3,
         resolve=resolve,
         check=check,
     ),

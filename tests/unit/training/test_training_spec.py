@@ -29,7 +29,7 @@ def test_defaults_are_those_of_the_proto(context: ResolveContext):
     assert spec.lora.r == 8
     assert spec.lora.lora_alpha == 16
     assert list(spec.lora.target_modules) == ["q_proj", "v_proj"]
-    assert (spec.num_epochs, spec.batch_size, spec.micro_batch_size) == (3, 16, 4)
+    assert (spec.num_epochs, spec.batch_size, spec.micro_batch_size) == (3, 16, 8)
     assert (spec.learning_rate, spec.lr_scheduler_type, spec.optim) == (
         3e-4,
         "linear",
@@ -136,8 +136,8 @@ def test_names_of_layers_that_exist_are_listed(context: ResolveContext):
 
 
 def test_an_unset_micro_batch_divides_the_batch(context: ResolveContext):
-    assert resolve(spec_of(batch_size=6), context).spec.micro_batch_size == 3
-    assert resolve(spec_of(batch_size=7), context).spec.micro_batch_size == 1
+    assert resolve(spec_of(batch_size=10), context).spec.micro_batch_size == 5
+    assert resolve(spec_of(batch_size=11), context).spec.micro_batch_size == 1
     assert resolve(spec_of(batch_size=2), context).spec.micro_batch_size == 2
 
 
