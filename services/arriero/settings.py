@@ -373,7 +373,7 @@ class ClusterSettings:
     owner: str = ""
     """ConfigMap that takes along, when it goes, whatever was made."""
     advertise: str = ""
-    """`host:port` where jobs find the service."""
+    """`host:port`, or a host, where jobs find the service."""
 
     @classmethod
     def from_env(cls, variable: str, env: Environment | None = None) -> ClusterSettings:

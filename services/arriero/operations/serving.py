@@ -79,7 +79,7 @@ async def _serve(service: str, kinds: Sequence[WorkKind], register: Register) ->
         )
         register(server, engine)
         address = await server.start()
-        await engine.recover(advertised or _reachable(address))
+        await engine.recover(_advertised(advertised, address) or _reachable(address))
         server.set_ready(True)
         await server.run_until_signal()
         await engine.close()
@@ -124,6 +124,11 @@ def _number(name: str, default: int, *, least: int = 0) -> int:
     if not text.isdecimal() or int(text) < least:
         raise InvalidArgument.field(name, f"{text!r} is not a number from {least} up")
     return int(text)
+
+
+def _advertised(wanted: str, address: str) -> str:
+    """Where jobs elsewhere find the server: as it was said, with its own port where none was."""
+    return wanted if not wanted or ":" in wanted else f"{wanted}:{address.rpartition(':')[2]}"
 
 
 def _reachable(address: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import secrets
+import socket
 import subprocess
 import sys
 import threading
@@ -34,6 +35,8 @@ class JobController:
         self._environment = dict(environment)
         self._lock = threading.RLock()
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        # Where the pods of each Job meet: they share this machine's ports.
+        self._ports: dict[str, str] = {}
         cluster.listen(self._on_change)
 
     def close(self) -> None:
@@ -116,9 +119,13 @@ class JobController:
         )
         main = template["spec"]["containers"][0]
         arguments = [sys.executable if a == "python" else a for a in main["args"]]
+        found = _env(main, index)
+        if "PET_MASTER_ADDR" in found:
+            port = self._ports.setdefault(job["metadata"]["name"], _free_port())
+            found |= {"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": port}
         process = subprocess.Popen(
             arguments,
-            env={**os.environ, **self._environment, **_env(main, index)},
+            env={**os.environ, **self._environment, **found},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -264,6 +271,12 @@ def _ready(pod: Object) -> bool:
 def _condition(item: Object, kind: str) -> bool:
     conditions = item.get("status", {}).get("conditions") or ()
     return any(c["type"] == kind and c["status"] == "True" for c in conditions)
+
+
+def _free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 def _env(container: Object, index: int) -> dict[str, str]:
