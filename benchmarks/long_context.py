@@ -18,6 +18,7 @@ The JSON line has `ppl_<scaling>_<n>x`.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import platform
@@ -44,28 +45,30 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="UTF-8 text, not trained on")
     parser.add_argument("--places", type=int, default=4, help="places in the text")
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--times", nargs="+", type=int, default=TIMES, help="trained contexts")
     parser.add_argument("--scalings", nargs="+", choices=ROPE_TYPES, default=ROPE_TYPES)
     arguments = parser.parse_args()
     console = Console()
     with Model(arguments.model) as model:
         trained = model.n_ctx_train
         ids = model.tokenize(arguments.text.read_text(encoding="utf-8"))
-        longest = trained * max(TIMES)
+        longest = trained * max(arguments.times)
         places = min(arguments.places, len(ids) // longest)
         if places < 1:
             sys.exit(f"{arguments.text} has {len(ids)} tokens; expected at least {longest}")
         ends = [longest + round(i * (len(ids) - longest) / places) for i in range(places)]
         found: dict[str, dict[int, float]] = {}
         started = time.monotonic()
-        for scaling in arguments.scalings:
-            for times in TIMES:
-                losses = losses_of(model, ids, ends, trained, times, scaling, arguments.threads)
-                found.setdefault(scaling, {})[times] = math.exp(losses.mean())
-                console.print(
-                    f"{scaling} {times}x: {found[scaling][times]:.2f} "
-                    f"({time.monotonic() - started:.0f} s)",
-                    style="dim",
-                )
+        for times, scaling in itertools.product(sorted(arguments.times), arguments.scalings):
+            row = found.setdefault(scaling, {})
+            if times == 1 and scaling != arguments.scalings[0]:
+                # A factor of 1 is no scaling: the same computation.
+                row[1] = found[arguments.scalings[0]][1]
+                continue
+            losses = losses_of(model, ids, ends, trained, times, scaling, arguments.threads)
+            row[times] = math.exp(losses.mean())
+            seconds = time.monotonic() - started
+            console.print(f"{scaling} {times}x: {row[times]:.2f} ({seconds:.0f} s)", style="dim")
         report(console, found, model, trained, places)
 
 
@@ -116,11 +119,11 @@ def report(
 ) -> None:
     """A table for people and a line for machines."""
     table = Table(
-        "rope", *(f"{times}x ({trained * times})" for times in TIMES),
+        "rope", *(f"{times}x ({trained * times})" for times in next(iter(found.values()))),
         title=f"Perplexity, {model.description}, {places} x {trained // 2} tokens",
     )  # fmt: skip
     for scaling, figures in found.items():
-        table.add_row(scaling, *(f"{figures[times]:.2f}" for times in TIMES))
+        table.add_row(scaling, *(f"{value:.2f}" for value in figures.values()))
     console.print(table)
     console.print(f"{model.path.name}: trained with {trained} tokens; {platform.machine()}")
     keys = {

@@ -37,6 +37,18 @@ CACHE_TYPES = ("F16", "BF16", "F32", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ
 _WHOLE = frozenset({"F16", "BF16", "F32"})
 FLASH_ATTENTION = ("auto", "on", "off")
 ROPE_TYPES = ("none", "linear", "yarn", "ntk")
+BACKENDS = ("auto", "llama.cpp", "transformers")
+_BACKEND_OF = {"gguf": "llama.cpp", "model": "transformers"}
+_LLAMA_ONLY = (
+    "mmap",
+    "mlock",
+    "repack",
+    "cache_type_k",
+    "cache_type_v",
+    "flash_attention",
+    "rope",
+    "adapters",
+)
 # llama_max_parallel_sequences().
 MAX_SLOTS = 256
 _YARN = ("yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow")
@@ -174,6 +186,8 @@ class ReplicaSettings:
     """Positions beyond the trained context."""
     adapters: tuple[AdapterSettings, ...] = ()
     """Loaded before the replica is ready."""
+    backend: str = "auto"
+    """`llama.cpp`, `transformers`, or `auto`: by what is served."""
 
     def check(self) -> None:
         """Refuse what is unknown, out of range, or contradicts itself.
@@ -205,8 +219,45 @@ class ReplicaSettings:
                 "cache_type_v",
                 f"{self.cache_type_v} needs flash attention, which flash_attention turns off",
             )
+        if self.backend not in BACKENDS:
+            raise InvalidArgument.field(
+                "backend", f"{self.backend!r} is unknown; expected {', '.join(BACKENDS)}"
+            )
         self.rope.check()
         _check_adapters(self.adapters)
+        if self.backend == "transformers":
+            self.check_backend("transformers")
+
+    def backend_of(self, kind: str) -> str:
+        """Which backend serves an artifact of this kind.
+
+        Raises:
+            InvalidArgument: not the one that is asked for, or settings that it does not have.
+        """
+        found = _BACKEND_OF.get(kind)
+        if found is None or self.backend not in ("auto", found):
+            raise InvalidArgument.field(
+                "backend",
+                f"{self.backend} does not serve artifacts of kind {kind}; llama.cpp serves gguf, "
+                "transformers serves model",
+            )
+        self.check_backend(found)
+        return found
+
+    def check_backend(self, backend: str) -> None:
+        """Refuse settings that a backend does not have.
+
+        Raises:
+            InvalidArgument: with the field.
+        """
+        if backend == "llama.cpp":
+            return
+        plain = ReplicaSettings()
+        for name in _LLAMA_ONLY:
+            if getattr(self, name) != getattr(plain, name):
+                raise InvalidArgument.field(
+                    name, f"is llama.cpp's, and the backend is {backend}; leave it out"
+                )
 
     @classmethod
     def of_spec(cls, spec: Any) -> ReplicaSettings:

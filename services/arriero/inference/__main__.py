@@ -28,6 +28,10 @@ logger = logging.getLogger(__name__)
 
 # A digest that a finished operation named may take this long to appear on NFS.
 _STORE_WAIT_SECONDS = 60.0
+_ENGINES = {
+    "llama.cpp": "arriero.inference.engine",
+    "transformers": "arriero.inference.checkpoint_engine",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +66,15 @@ async def serve() -> None:
     store = Store.open(StoreSettings.from_env().url)
     artifact = store.get(served.model, wait=_STORE_WAIT_SECONDS)
     server = rpc.Server(ServerSettings.from_env(), name=served.name)
+    backend = settings.backend_of(artifact.manifest.kind)
     options = EngineOptions(
-        gguf_file(artifact),
+        gguf_file(artifact) if backend == "llama.cpp" else artifact.path,
         settings,
         tuple(
             adapter_file(store, item.adapter, item.name, item.scale, wait=_STORE_WAIT_SECONDS)
             for item in settings.adapters
         ),
+        _ENGINES[backend],
     )
     frontend = Frontend(options, on_ready=server.set_ready)
     page = metrics.ReplicaMetrics(CollectorRegistry(), served.name, lambda: frontend.load)

@@ -15,16 +15,13 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
-import queue
 import socket
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,9 +31,10 @@ from arriero.gates.golden import Golden, compare
 from arriero.inference import frames
 from arriero.inference.adapters import AdapterFile, Adapters, Loaded
 from arriero.inference.lane import Lane
+from arriero.inference.loop import Loop
 from arriero.inference.pooling import Vectors, check_pooling, pooled
 from arriero.inference.rope import scaled
-from arriero.inference.stream import Stream, refusal
+from arriero.inference.stream import Stream
 from arriero.inference.text import TextStream
 from arriero.llama import Context, Model, Rope
 from arriero.llama.grammar import from_json_schema
@@ -72,7 +70,7 @@ class Embedding:
     started: float = field(default_factory=time.monotonic)
 
 
-class Engine:
+class Engine(Loop):
     """Serves one model until its front end closes the pipe.
 
     Args:
@@ -94,66 +92,36 @@ class Engine:
         queue_size: int,
         adapters: Sequence[AdapterFile] = (),
     ) -> None:
-        self._connection = connection
+        super().__init__(connection)
         self._queue_size = queue_size
         self._model = model
-        self._events: list[dict[str, Any]] = []
         pieces = model.pieces(special=False)
-        self._lanes = [Lane(model, context, pieces, self._events.append) for context in contexts]
+        self._lanes = [Lane(model, context, pieces, self.events.append) for context in contexts]
         self._adapters = Adapters(model)
-        self._commands: queue.SimpleQueue[frames.Frame | None] = queue.SimpleQueue()
         self._scores: deque[Score] = deque()
         self._embeddings: deque[Embedding] = deque()
-        self._told_load: list[float] = []
-        self._open = True
         self.loaded = [self._adapters.load(file).described() for file in adapters]
 
-    def run(self) -> None:
-        """Work until the pipe closes."""
-        threading.Thread(target=self._listen, daemon=True).start()
-        while self._open:
-            self._take_commands()
-            if self._scores:
-                self._score(self._scores[0])
-            if self._embeddings:
-                self._embed(self._embeddings[0])
-            for lane in self._lanes:
-                lane.admit()
-                if lane.busy:
-                    lane.step()
-            if self._adapters.leaving:
-                self._free_adapters()
-            self._flush()
+    def idle(self) -> bool:
+        """See `Loop`."""
+        lanes = any(lane.waiting or lane.busy for lane in self._lanes)
+        return not (self._scores or self._embeddings or lanes)
 
-    def _listen(self) -> None:
-        while True:
-            try:
-                frame = frames.receive(self._connection)
-            except OSError:
-                frame = None
-            self._commands.put(frame)
-            if frame is None:
-                return
+    def work(self) -> None:
+        """See `Loop`."""
+        if self._scores:
+            self._score(self._scores[0])
+        if self._embeddings:
+            self._embed(self._embeddings[0])
+        for lane in self._lanes:
+            lane.admit()
+            if lane.busy:
+                lane.step()
+        if self._adapters.leaving:
+            self._free_adapters()
 
-    def _take_commands(self) -> None:
-        jobs = self._scores or self._embeddings
-        idle = not (jobs or any(lane.waiting or lane.busy for lane in self._lanes))
-        while True:
-            try:
-                # An idle engine sleeps here and uses no CPU.
-                frame = self._commands.get(block=idle)
-            except queue.Empty:
-                return
-            idle = False
-            if frame is None:
-                self._open = False
-                return
-            try:
-                self._obey(frame)
-            except ArrieroError as error:
-                self._refuse(frame["id"], error)
-
-    def _obey(self, frame: frames.Frame) -> None:
+    def obey(self, frame: frames.Frame) -> None:
+        """See `Loop`."""
         op = frame["op"]
         if op == "generate":
             self._enqueue(frame)
@@ -165,7 +133,7 @@ class Engine:
                 add_special=frame["add_special"],
                 parse_special=frame["parse_special"],
             )
-            self._answer(frame, tokens=tokens)
+            self.answer(frame, tokens=tokens)
         elif op == "score":
             golden = Golden.read(Path(frame["golden"]))
             self._scores.append(Score(frame["id"], golden, self._adapter(frame)))
@@ -173,13 +141,10 @@ class Engine:
             self._enqueue_texts(frame)
         elif op == "load_adapter":
             loaded = self._adapters.load(AdapterFile(**frame["adapter"]))
-            self._answer(frame, adapter=loaded.described())
+            self.answer(frame, adapter=loaded.described())
         elif op == "unload_adapter":
             self._adapters.unload(frame["name"])
-            self._answer(frame)
-
-    def _answer(self, frame: frames.Frame, **fields: Any) -> None:
-        self._events.append({"id": frame["id"], "done": True, **fields})
+            self.answer(frame)
 
     def _adapter(self, frame: frames.Frame) -> Loaded | None:
         """The adapter that a request chose."""
@@ -240,7 +205,7 @@ class Engine:
         )
         if stream.max_tokens == 0:
             stream.sampler.close()
-            self._events.append(stream.last_event("LENGTH"))
+            self.events.append(stream.last_event("LENGTH"))
         else:
             lane.waiting.append(stream)
 
@@ -279,7 +244,7 @@ class Engine:
             job.vectors.append(pooled(rows, job.pooling, normalize=job.normalize))
         if len(job.vectors) == len(job.texts):
             self._embeddings.popleft()
-            self._answer(
+            self.answer(
                 {"id": job.id},
                 # JSON's floats would be four times as long.
                 vectors=[base64.b64encode(vector.tobytes()).decode() for vector in job.vectors],
@@ -310,7 +275,7 @@ class Engine:
         except ArrieroError as error:
             # Golden logits of another model, or longer than the context.
             self._scores.popleft()
-            self._refuse(score.id, error)
+            self.refuse(score.id, error)
             return
         self._scores.popleft()
         figures = {
@@ -320,13 +285,10 @@ class Engine:
             "tokens": found.tokens,
             "seconds": time.monotonic() - score.started,
         }
-        self._events.append({"id": score.id, "done": True, "score": figures})
+        self.events.append({"id": score.id, "done": True, "score": figures})
 
-    def _refuse(self, request: int, error: ArrieroError) -> None:
-        self._events.append(refusal(request, error))
-
-    def _load(self) -> list[float]:
-        """In the order of `arriero.metrics.EngineLoad`."""
+    def load(self) -> list[float]:
+        """See `Loop`."""
         lanes = self._lanes
         return [
             sum(lane.busy for lane in lanes),
@@ -336,16 +298,6 @@ class Engine:
             sum(lane.cached_tokens for lane in lanes),
             sum(lane.made_tokens for lane in lanes),
         ]
-
-    def _flush(self) -> None:
-        load = self._load()
-        if self._events or load != self._told_load:
-            try:
-                frames.send(self._connection, {"events": self._events, "load": load})
-            except OSError:
-                self._open = False
-            self._events.clear()
-            self._told_load = load
 
 
 @contextlib.contextmanager

@@ -35,11 +35,19 @@ BACKOFF = (0.0, 1.0, 5.0, 15.0)
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What the engine is started with: the GGUF file, how to serve it, its adapters."""
+    """What the engine is started with.
+
+    Attributes:
+        path: of the GGUF file, or of a checkpoint's directory.
+        settings: how to serve it.
+        adapters: to have from the start.
+        module: that is the engine.
+    """
 
     path: Path
     settings: ReplicaSettings = field(default_factory=ReplicaSettings)
     adapters: tuple[AdapterFile, ...] = ()
+    module: str = "arriero.inference.engine"
 
 
 @dataclass
@@ -100,7 +108,7 @@ class Frontend:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
-                "arriero.inference.engine",
+                self.options.module,
                 str(theirs.fileno()),
                 self._start_with(),
                 pass_fds=[theirs.fileno()],

@@ -16,45 +16,29 @@ from arriero.inference.text import TextStream
 from arriero.llama.sampler import Sampler
 
 
-@dataclass
-class Stream:
-    """A request for text.
+@dataclass(kw_only=True)
+class Request:
+    """A request for text, whatever computes it.
 
     Attributes:
         id: of the request.
         prompt: token ids.
-        sampler: of its own; closed at its end.
         text: what was made, as text.
         max_tokens: to make at most.
         ends: tokens that end it, beside stop strings.
-        adapter: that it is computed with; None: the model alone.
-        slot: in which it runs; -1 while it waits.
-        filled, cached: prompt tokens that are in the KV cache, and were before.
-        next_token: that the next decode takes, once the prompt is done.
+        cached: prompt tokens that were in a KV cache before.
         made: tokens.
-        row: of the last batch, where its logits are; -1 without.
     """
 
     id: int
     prompt: list[int]
-    sampler: Sampler
     text: TextStream
     max_tokens: int
     ends: frozenset[int] = frozenset()
-    adapter: Loaded | None = None
-    slot: int = -1
-    filled: int = 0
     cached: int = 0
-    next_token: int | None = None
     made: int = 0
-    row: int = -1
     admitted: float = field(default_factory=time.monotonic)
     first: float = 0.0
-
-    @property
-    def key(self) -> int:
-        """What its KV cache belongs to: streams of other keys must not use it."""
-        return self.adapter.key if self.adapter is not None else 0
 
     def last_event(
         self, reason: str, delta: str = "", told: dict[str, Any] | None = None
@@ -76,6 +60,32 @@ class Stream:
                 "cached_tokens": self.cached,
             },
         }
+
+
+@dataclass(kw_only=True)
+class Stream(Request):
+    """A request that llama.cpp computes.
+
+    Attributes:
+        sampler: of its own; closed at its end.
+        adapter: that it is computed with; None: the model alone.
+        slot: in which it runs; -1 while it waits.
+        filled: prompt tokens that are in the KV cache.
+        next_token: that the next decode takes, once the prompt is done.
+        row: of the last batch, where its logits are; -1 without.
+    """
+
+    sampler: Sampler
+    adapter: Loaded | None = None
+    slot: int = -1
+    filled: int = 0
+    next_token: int | None = None
+    row: int = -1
+
+    @property
+    def key(self) -> int:
+        """What its KV cache belongs to: streams of other keys must not use it."""
+        return self.adapter.key if self.adapter is not None else 0
 
 
 def refusal(request: int, error: ArrieroError) -> dict[str, Any]:

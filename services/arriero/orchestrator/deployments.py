@@ -6,7 +6,7 @@ there, of the right kind and not quarantined. Does not know endpoints.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from arriero import refs
@@ -19,6 +19,8 @@ from arriero.store import Artifact, Store
 from arriero.v1 import inference_pb2, pipeline_pb2
 
 MAX_REPLICAS = 256
+# By llama.cpp and by transformers.
+_SERVED = ("gguf", "model")
 
 
 def check_spec(spec: pipeline_pb2.DeploySpec) -> None:
@@ -81,16 +83,16 @@ class Deployments:
             NotFound: no such artifact.
             FailedPrecondition: it is quarantined.
         """
-        model = self._artifact(spec.model, "gguf", "model")
+        model = self._artifact(spec.model, _SERVED, "model")
         golden = spec.golden or model.manifest.golden or ""
         if golden:
-            golden = self._artifact(golden, "report", "golden").digest
+            golden = self._artifact(golden, ("report",), "golden").digest
         resolved = with_defaults(spec)
         resolved.model = model.digest
         resolved.golden = golden
         for index, spec_of in enumerate(resolved.adapters):
             spec_of.CopyFrom(self.resolve_adapter(spec_of, model, f"adapters[{index}]"))
-        ReplicaSettings.of_spec(resolved)
+        ReplicaSettings.of_spec(resolved).backend_of(model.manifest.kind)
         return resolved
 
     def resolve_adapter(
@@ -107,7 +109,7 @@ class Deployments:
             InvalidArgument, NotFound: no such adapter.
             FailedPrecondition: it is quarantined, no GGUF adapter, or another model's.
         """
-        adapter = self._artifact(spec.adapter, "adapter", f"{field}.adapter")
+        adapter = self._artifact(spec.adapter, ("adapter",), f"{field}.adapter")
         resolved = with_defaults(spec)
         resolved.adapter = adapter.digest
         resolved.name = spec.name or adapter.manifest.name
@@ -120,17 +122,17 @@ class Deployments:
         return resolved
 
     def model(self, digest: str) -> Artifact:
-        """The gguf artifact of a digest. Blocks."""
-        return self._artifact(digest, "gguf", "model")
+        """The artifact that an endpoint serves. Blocks."""
+        return self._artifact(digest, _SERVED, "model")
 
-    def _artifact(self, ref: str, kind: str, field: str) -> Artifact:
+    def _artifact(self, ref: str, kinds: Sequence[str], field: str) -> Artifact:
+        expected = " or ".join(kinds)
         if not ref:
-            raise InvalidArgument.field(field, f"is missing; expected a {kind}")
+            raise InvalidArgument.field(field, f"is missing; expected a {expected}")
         artifact = self._store.get(ref, wait=5 if refs.is_digest(ref) else 0)
-        if artifact.manifest.kind != kind:
-            raise InvalidArgument.field(
-                field, f"{ref} is of kind {artifact.manifest.kind}; expected {kind}"
-            )
+        kind = artifact.manifest.kind
+        if kind not in kinds:
+            raise InvalidArgument.field(field, f"{ref} is of kind {kind}; expected {expected}")
         if artifact.quarantined:
             raise FailedPrecondition(
                 f"{field}: {kind} {artifact.digest} is quarantined by "

@@ -218,6 +218,7 @@ class DeploySpec(_message.Message):
     ROPE_FIELD_NUMBER: _builtins.int
     QUEUE_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
+    BACKEND_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     endpoint: _builtins.str
     """Endpoint name; made when it does not exist, updated when it does."""
@@ -255,6 +256,10 @@ class DeploySpec(_message.Message):
     """`on`, `off`, or `auto`: where the device has it."""
     queue: _builtins.int
     """Requests that may wait for a slot; further ones are refused."""
+    backend: _builtins.str
+    """`llama.cpp` serves gguf files, `transformers` checkpoints of models that
+    llama.cpp does not know, or of bitsandbytes; `auto`: by what `model` is.
+    """
     @_builtins.property
     def gates(self) -> _containers.ScalarMap[_builtins.str, _types_pb2.GateMode.ValueType]: ...
     @_builtins.property
@@ -287,11 +292,14 @@ class DeploySpec(_message.Message):
         rope: Global___RopeSpec | None = ...,
         queue: _builtins.int | None = ...,
         adapters: _abc.Iterable[_inference_pb2.AdapterSpec] | None = ...,
+        backend: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_cache_type_k", b"_cache_type_k", "_cache_type_v", b"_cache_type_v", "_context", b"_context", "_flash_attention", b"_flash_attention", "_golden", b"_golden", "_gpu_layers", b"_gpu_layers", "_mlock", b"_mlock", "_mmap", b"_mmap", "_queue", b"_queue", "_repack", b"_repack", "_replicas", b"_replicas", "_slots", b"_slots", "_threads", b"_threads", "_timeout_seconds", b"_timeout_seconds", "cache_type_k", b"cache_type_k", "cache_type_v", b"cache_type_v", "context", b"context", "flash_attention", b"flash_attention", "golden", b"golden", "gpu_layers", b"gpu_layers", "mlock", b"mlock", "mmap", b"mmap", "queue", b"queue", "repack", b"repack", "replicas", b"replicas", "rope", b"rope", "slots", b"slots", "threads", b"threads", "timeout_seconds", b"timeout_seconds"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_backend", b"_backend", "_cache_type_k", b"_cache_type_k", "_cache_type_v", b"_cache_type_v", "_context", b"_context", "_flash_attention", b"_flash_attention", "_golden", b"_golden", "_gpu_layers", b"_gpu_layers", "_mlock", b"_mlock", "_mmap", b"_mmap", "_queue", b"_queue", "_repack", b"_repack", "_replicas", b"_replicas", "_slots", b"_slots", "_threads", b"_threads", "_timeout_seconds", b"_timeout_seconds", "backend", b"backend", "cache_type_k", b"cache_type_k", "cache_type_v", b"cache_type_v", "context", b"context", "flash_attention", b"flash_attention", "golden", b"golden", "gpu_layers", b"gpu_layers", "mlock", b"mlock", "mmap", b"mmap", "queue", b"queue", "repack", b"repack", "replicas", b"replicas", "rope", b"rope", "slots", b"slots", "threads", b"threads", "timeout_seconds", b"timeout_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cache_type_k", b"_cache_type_k", "_cache_type_v", b"_cache_type_v", "_context", b"_context", "_flash_attention", b"_flash_attention", "_golden", b"_golden", "_gpu_layers", b"_gpu_layers", "_mlock", b"_mlock", "_mmap", b"_mmap", "_queue", b"_queue", "_repack", b"_repack", "_replicas", b"_replicas", "_slots", b"_slots", "_threads", b"_threads", "_timeout_seconds", b"_timeout_seconds", "adapters", b"adapters", "cache_type_k", b"cache_type_k", "cache_type_v", b"cache_type_v", "context", b"context", "endpoint", b"endpoint", "flash_attention", b"flash_attention", "gates", b"gates", "golden", b"golden", "gpu_layers", b"gpu_layers", "mlock", b"mlock", "mmap", b"mmap", "model", b"model", "queue", b"queue", "repack", b"repack", "replicas", b"replicas", "rope", b"rope", "slots", b"slots", "threads", b"threads", "timeout_seconds", b"timeout_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_backend", b"_backend", "_cache_type_k", b"_cache_type_k", "_cache_type_v", b"_cache_type_v", "_context", b"_context", "_flash_attention", b"_flash_attention", "_golden", b"_golden", "_gpu_layers", b"_gpu_layers", "_mlock", b"_mlock", "_mmap", b"_mmap", "_queue", b"_queue", "_repack", b"_repack", "_replicas", b"_replicas", "_slots", b"_slots", "_threads", b"_threads", "_timeout_seconds", b"_timeout_seconds", "adapters", b"adapters", "backend", b"backend", "cache_type_k", b"cache_type_k", "cache_type_v", b"cache_type_v", "context", b"context", "endpoint", b"endpoint", "flash_attention", b"flash_attention", "gates", b"gates", "golden", b"golden", "gpu_layers", b"gpu_layers", "mlock", b"mlock", "mmap", b"mmap", "model", b"model", "queue", b"queue", "repack", b"repack", "replicas", b"replicas", "rope", b"rope", "slots", b"slots", "threads", b"threads", "timeout_seconds", b"timeout_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__backend: _TypeAlias = _typing.Literal["backend"]  # noqa: Y015
+    _WhichOneofArgType__backend: _TypeAlias = _typing.Literal["_backend", b"_backend"]  # noqa: Y015
     _WhichOneofReturnType__cache_type_k: _TypeAlias = _typing.Literal["cache_type_k"]  # noqa: Y015
     _WhichOneofArgType__cache_type_k: _TypeAlias = _typing.Literal["_cache_type_k", b"_cache_type_k"]  # noqa: Y015
     _WhichOneofReturnType__cache_type_v: _TypeAlias = _typing.Literal["cache_type_v"]  # noqa: Y015
@@ -320,6 +328,8 @@ class DeploySpec(_message.Message):
     _WhichOneofArgType__threads: _TypeAlias = _typing.Literal["_threads", b"_threads"]  # noqa: Y015
     _WhichOneofReturnType__timeout_seconds: _TypeAlias = _typing.Literal["timeout_seconds"]  # noqa: Y015
     _WhichOneofArgType__timeout_seconds: _TypeAlias = _typing.Literal["_timeout_seconds", b"_timeout_seconds"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__backend) -> _WhichOneofReturnType__backend | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__cache_type_k) -> _WhichOneofReturnType__cache_type_k | None: ...
     @_typing.overload

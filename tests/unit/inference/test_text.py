@@ -1,5 +1,7 @@
 """Text streams hold back what may still change."""
 
+from pathlib import Path
+
 import pytest
 
 from arriero.inference.text import TextStream
@@ -42,3 +44,22 @@ def test_any_split_gives_the_same_text(cut: int) -> None:
     stream = TextStream(["STOP"])
     text = "".join(stream.push(data[i : i + cut]) for i in range(0, len(data), cut))
     assert text + stream.finish() == "né 你好 🦙 end "
+
+
+def test_characters_of_several_tokens_are_shown_whole(tiny_llama_dir: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from arriero.inference.cohort import Cohort, Row
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    cohort = Cohort.__new__(Cohort)
+    cohort._tokenizer = tokenizer
+    for text in (" the llama 🦙 says 你好, naïve", "🦙🦙", "plain"):
+        prompt = tokenizer("Say")["input_ids"]
+        row = Row.make(id=1, prompt=prompt, sampler=None, text=TextStream(), max_tokens=99)
+        parts = []
+        for token in tokenizer("Say" + text)["input_ids"][len(prompt) :]:
+            row.ids.append(token)
+            parts.append(cohort._piece(row))
+        assert "".join(parts) == text
+        assert not any("\ufffd" in part for part in parts)
