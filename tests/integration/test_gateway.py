@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -310,6 +312,34 @@ def _pid_listening(address: str) -> int:
             ):
                 return child.pid
     raise AssertionError(f"nobody listens on {address}")
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command")
+def test_a_renewed_certificate_is_shown_without_a_restart(
+    tmp_path: Path, platform: FakePlatform
+) -> None:
+    cert, key = tmp_path / "tls.crt", tmp_path / "tls.key"
+
+    def renew() -> str:
+        kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+        where = ["-keyout", "new.key", "-out", "new.crt", "-subj", "/CN=localhost"]
+        command = ["openssl", "req", "-x509", *kind, *where]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+        (tmp_path / "new.key").replace(key)
+        (tmp_path / "new.crt").replace(cert)
+        return cert.read_text()
+
+    first = renew()
+    files = {"ARRIERO_SERVER_TLS_CERT": str(cert), "ARRIERO_SERVER_TLS_KEY": str(key)}
+    with gateway(tmp_path, platform, **files) as address:
+        host, _, port = address.rpartition(":")
+
+        def shown() -> str:
+            return ssl.get_server_certificate((host, int(port)), timeout=10)
+
+        assert shown() == first
+        second = renew()
+        wait_for(lambda: shown() == second)
 
 
 def test_plain_text_beyond_this_machine_is_refused(tmp_path: Path) -> None:

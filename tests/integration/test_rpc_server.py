@@ -423,6 +423,52 @@ async def test_mtls_names_the_caller_and_refuses_strangers(certificates):
                 await _get(pb_grpc.RunServiceStub(opened), "r", timeout=5)
 
 
+async def test_a_renewed_certificate_is_shown_without_a_restart(certificates, tmp_path):
+    def install(ca):
+        """A certificate of that CA, as the kubelet puts it there: key first, then the other."""
+        key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+        for command in (
+            ["req", *key, "-keyout", "new.key", "-out", "new.csr", "-subj", "/CN=localhost"],
+            ["x509", "-req", "-in", "new.csr", "-CA", f"{ca}.pem", "-CAkey", f"{ca}.key",
+             "-CAcreateserial", "-out", "new.pem", "-extfile", "names"],
+        ):  # fmt: skip
+            subprocess.run(["openssl", *command], cwd=certificates, check=True, capture_output=True)
+        shutil.copy(certificates / "new.key", tmp_path / "tls.key")
+        yield
+        shutil.copy(certificates / "new.pem", tmp_path / "tls.crt")
+
+    (certificates / "names").write_text("subjectAltName=DNS:localhost\n")
+    for _ in install("ca"):
+        pass
+    settings = ServerSettings(tls_cert=tmp_path / "tls.crt", tls_key=tmp_path / "tls.key")
+    async with serving(settings) as server:
+
+        async def believed(ca):
+            told = ClientSettings(tls_ca=certificates / f"{ca}.pem")
+            async with rpc.connect(f"localhost:{server.port}", told) as opened:
+                try:
+                    await _get(pb_grpc.RunServiceStub(opened), "r", timeout=5)
+                except errors.Unavailable:
+                    return False
+            return True
+
+        assert await believed("ca")
+        halves = install("other-ca")
+        next(halves)
+        assert await believed("ca")  # half of it is no certificate: the old one holds
+        next(halves, None)
+        assert await believed("other-ca")
+        assert not await believed("ca")
+
+
+async def test_a_certificate_of_another_key_is_refused(certificates):
+    settings = ServerSettings(
+        tls_cert=certificates / "server.pem", tls_key=certificates / "trainer.key"
+    )
+    with pytest.raises(errors.InvalidArgument, match="do not belong together"):
+        await rpc.Server(settings, name="test").start()
+
+
 async def test_half_a_tls_setting_is_refused(certificates):
     for settings, field in [
         (ServerSettings(tls_cert=certificates / "server.pem"), "tls_key"),

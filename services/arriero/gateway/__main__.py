@@ -14,6 +14,7 @@ import socket
 import ssl
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import uvicorn
 from prometheus_client import CollectorRegistry
@@ -25,9 +26,11 @@ from arriero.gateway.settings import GatewaySettings
 from arriero.metrics import GatewayMetrics
 from arriero.rpc import listen, logs, parent
 from arriero.rpc.auth import TokenFile
+from arriero.rpc.certificates import Certificate
 from arriero.settings import ServerSettings
 
 _log = logging.getLogger(__name__)
+_RENEW_SECONDS = 1.0
 
 
 class _Server(uvicorn.Server):
@@ -82,8 +85,23 @@ async def serve() -> None:
             _log.info("gateway listens on %s", address)
             if settings.address_file:
                 listen.announce(settings.address_file, address)
-            await server.serve(sockets=[bound])
+            renewal = asyncio.create_task(_renew(config))
+            try:
+                await server.serve(sockets=[bound])
+            finally:
+                renewal.cancel()
     _log.info("gateway stopped")
+
+
+async def _renew(config: uvicorn.Config) -> None:
+    """Show a renewed certificate from its files' change on."""
+    if not config.ssl_certfile or not config.ssl_keyfile:
+        return
+    certificate = Certificate(Path(config.ssl_certfile), Path(config.ssl_keyfile))
+    while True:
+        await asyncio.sleep(_RENEW_SECONDS)
+        if certificate.renewed() is not None and config.ssl is not None:
+            config.ssl.load_cert_chain(certificate.cert, certificate.key)
 
 
 def _bound(address: str) -> socket.socket:

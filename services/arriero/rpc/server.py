@@ -13,7 +13,6 @@ import os
 import signal
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -21,9 +20,10 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from arriero.errors import FailedPrecondition, InvalidArgument
+from arriero.errors import FailedPrecondition
 from arriero.rpc import listen, parent
 from arriero.rpc.auth import TokenFile
+from arriero.rpc.certificates import server_credentials
 from arriero.rpc.interceptor import Guard
 from arriero.settings import ServerSettings
 
@@ -113,7 +113,7 @@ class Server:
             InvalidArgument: an address, certificate or token file is wrong.
         """
         settings = self.settings
-        credentials = _credentials(settings)
+        credentials = server_credentials(settings)
         if credentials is None:
             listen.check_plaintext(settings.listen, insecure=settings.insecure)
         tokens = TokenFile(settings.token_file) if settings.token_file else None
@@ -221,34 +221,6 @@ class Server:
                 os._exit(1)  # the loop does not answer, and nobody is left to kill us
 
         parent.watch(supervisor, on_death, stop=self._stop_watching_parent)
-
-
-def _credentials(settings: ServerSettings) -> grpc.ServerCredentials | None:
-    if settings.tls_cert is None and settings.tls_key is None:
-        if settings.tls_client_ca is not None:
-            raise InvalidArgument.field(
-                "tls_client_ca", "needs the server's own certificate and key as well"
-            )
-        return None
-    if settings.tls_cert is None or settings.tls_key is None:
-        missing = "tls_cert" if settings.tls_cert is None else "tls_key"
-        raise InvalidArgument.field(missing, "TLS needs both a certificate and its key")
-    ca = settings.tls_client_ca
-    return grpc.ssl_server_credentials(
-        [(_read(settings.tls_key, "tls_key"), _read(settings.tls_cert, "tls_cert"))],
-        root_certificates=_read(ca, "tls_client_ca") if ca else None,
-        require_client_auth=ca is not None,
-    )
-
-
-def _read(path: Path, field: str) -> bytes:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InvalidArgument.field(field, f"cannot be read: {error}") from error
-    if b"-----BEGIN" not in data:
-        raise InvalidArgument.field(field, f"{path} is not a PEM file")
-    return data
 
 
 def _bind(
