@@ -26,6 +26,10 @@ import yaml
 from prometheus_client import CollectorRegistry
 
 from arriero.metrics import EngineLoad, GatewayMetrics, Metrics, ReplicaMetrics
+from arriero.operations import profiles
+from arriero.operations.runner import Launch
+from arriero.orchestrator import stamping
+from arriero.orchestrator.platform import Desired
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -205,6 +209,53 @@ def check_names() -> None:
                         f"{name}: Service {item['metadata']['name']} selects "
                         f"{len(matching)} kinds of pods, expected one"
                     )
+
+
+def check_contract() -> None:
+    """The code takes the templates, and Kubernetes what the code makes of them."""
+    for name in SETS:
+        maps = [o for o in objects(rendered(name)) if o["kind"] == "ConfigMap"]
+        for found in maps:
+            with tempfile.TemporaryDirectory() as directory:
+                for key, text in found["data"].items():
+                    Path(directory, key).write_text(text, encoding="utf-8")
+                for made in _stamped(Path(directory)):
+                    made.setdefault("metadata", {}).setdefault("namespace", "models")
+                    if made["apiVersion"].startswith("keda"):
+                        continue
+                    try:
+                        kubernetes_validate.validate(made, VERSIONS[0], strict=True)
+                    except Exception as error:
+                        what = f"{name}: {found['metadata']['name']}, {made['kind']}"
+                        raise Failed(f"{what}: {error}") from error
+
+
+def _stamped(directory: Path) -> Iterator[dict[str, Any]]:
+    """What runner and platform make of the files that a pod of theirs sees."""
+    owner = {"apiVersion": "v1", "kind": "ConfigMap", "name": "owner", "uid": "1"}
+    if (directory / "job.yaml").exists():
+        jobs = profiles.Templates.read(directory)
+        for profile in jobs.profiles.values():
+            launch = Launch(
+                module="arriero.training.job",
+                assignment=Path("/store/staging/training/a/attempts/1/assignment.json"),
+                execution="a",
+                log=Path("/dev/null"),
+                profile=profile.name,
+                nodes=profile.nodes,
+            )
+            job = profiles.stamp(jobs, launch, room="training", owner=owner, image="")
+            yield job
+            job["metadata"]["uid"] = "1"
+            if service := profiles.meeting_place(job):
+                yield service
+    elif (directory / "endpoint.yaml").exists():
+        stamp = stamping.Stamp(stamping.Templates.read(directory), "arriero", owner)
+        wanted = Desired("chat", f"sha256:{'0' * 64}", 2, 1)
+        yield stamp.deployment(wanted)
+        yield from stamp.services("chat")
+        if scaler := stamp.autoscaler(wanted):
+            yield scaler
 
 
 def check_snapshot() -> None:
@@ -404,7 +455,7 @@ REFUSED: list[tuple[list[str], str]] = [
     (["tls.enabled=true"], "neither tls.existingSecret"),
     (["tls.clientCertificates=true"], "needs tls.enabled"),
     (["endpoints.autoscaling.mode=keda"], "prometheusAddress is not set"),
-    (["endpoints.autoscaling.min=9"], "is above max"),
+    (["endpoints.autoscaling.max=0"], "minimum"),
     (
         ["backup.enabled=true", "store.kind=s3", "store.s3.url=s3://models"],
         "needs backup.existingClaim",
@@ -419,6 +470,7 @@ CHECKS: list[Callable[[], None]] = [
     check_refusals,
     check_alerts,
     check_metrics,
+    check_contract,
     check_snapshot,
     check_used,
 ]
