@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from arriero.errors import ArrieroError, Cancelled, Internal
+from arriero.errors import ArrieroError, Cancelled, Internal, Unavailable
 from arriero.operations import logs
 from arriero.operations.delivery import failure
 from arriero.operations.endings import Ending, Next, ending_of, reason_of
@@ -33,6 +33,10 @@ from arriero.store import Store
 from arriero.store.files import os_errors, remove_tree
 
 _log = logging.getLogger(__name__)
+# How often it is looked whether a store that was away is back.
+_STORE_SECONDS = 5.0
+# How often the log of work that runs is brought to a store elsewhere.
+_LOG_SECONDS = 10.0
 # A job of an earlier service sees its death within two seconds.
 _WATCHDOG_SECONDS = 3.0
 
@@ -93,14 +97,23 @@ class Attempts:
     async def run(self, execution: Execution) -> None:
         """Bring an execution to its end, or to the service's."""
         record = execution.record
+        log = asyncio.create_task(self._keep_log(record))
         try:
-            if record.attempt:
-                done = await self._resume(execution)
-            else:
-                done = False
+            done, left = False, record.attempt > 0
             while not done:
-                self._check(execution)
-                done = await self._attempt(execution)
+                try:
+                    if left:
+                        done, left = await self._resume(execution), False
+                    else:
+                        self._check(execution)
+                        done = await self._attempt(execution)
+                except Unavailable as error:
+                    if not self.store.remote:
+                        raise
+                    # Nothing is lost but time, and nothing is known to be wrong.
+                    self._mark(record, f"goes on when the store does: {error.message}", "WARNING")
+                    await self._unless_stopped(execution, asyncio.sleep(_STORE_SECONDS))
+                    left = bool(record.jobs) and record.jobs[-1].attempt == record.attempt
         except _Suspended:
             _log.info("%s of %s is left for the next start", record.kind, record.id)
         except Cancelled as error:
@@ -110,8 +123,26 @@ class Attempts:
         except Exception as error:
             _log.exception("execution %s failed in the service", record.id)
             self._end(execution, State.FAILED, Internal(f"{type(error).__name__}: {error}"))
+        log.cancel()
+        with contextlib.suppress(asyncio.CancelledError, ArrieroError):
+            await log
         if record.state.ended:
             await asyncio.to_thread(self._clean, record)
+
+    async def _keep_log(self, record: ExecutionRecord) -> None:
+        """Let the log outlive this machine, now and then and at the end."""
+        seen = -1
+        while self.store.remote:
+            path = await asyncio.to_thread(self.records.log_path, record.id)
+            size = path.stat().st_size if path.exists() else 0
+            try:
+                if size > max(0, seen):
+                    await asyncio.to_thread(self.records.keep_log, record.id)
+                    seen = size
+                await asyncio.sleep(_LOG_SECONDS)
+            except ArrieroError as error:
+                _log.warning("the log of %s could not be kept: %s", record.id, error)
+                await asyncio.sleep(_LOG_SECONDS)
 
     # One attempt
 
@@ -144,7 +175,9 @@ class Attempts:
         execution.received = {0: 0}
         assignment = self._assignment(execution)
         with os_errors(assignment.directory):
-            assignment.write()
+            path = assignment.write()
+        if self._apart:
+            await asyncio.to_thread(self.store.keep, path)
         self._mark(record, f"attempt {record.attempt} starts", "INFO")
         job = JobRecord(record.attempt, now())
         record.jobs.append(job)
@@ -172,7 +205,7 @@ class Attempts:
             spec_type=type_name(kind.spec_type),
             spec=record.spec,
             inputs=record.inputs,
-            store=str(self.store.root),
+            store=self.store.url,
             staging=str(self._staging(record)),
             execution=record.id,
             attempt=record.attempt,
@@ -182,14 +215,17 @@ class Attempts:
             report_token=execution.token,
             service_process=None if outlives else ProcessId.of(os.getpid()),
             watch_service=not outlives,
+            detached=self._apart,
             last_failure=reason_of(record.jobs[-1].status) if record.jobs else "",
         )
 
     def _to_launch(self, execution: Execution) -> Launch:
         record = execution.record
+        path = self._staging(record) / "attempts" / str(record.attempt) / "assignment.json"
+        place = f"{self.store.url}/{path.relative_to(self.store.root)}" if self._apart else path
         return Launch(
             self.kinds[record.kind].job_module,
-            self._staging(record) / "attempts" / str(record.attempt) / "assignment.json",
+            place,
             record.id,
             self.records.log_path(record.id),
             attempt=record.attempt,
@@ -380,9 +416,17 @@ class Attempts:
             stopped.cancel()
         self._check(execution)
 
+    @property
+    def _apart(self) -> bool:
+        """Whether service and job meet in the store alone, and share no disk."""
+        return self.runner.detached and self.store.remote
+
     def _outcome(self, record: ExecutionRecord) -> Outcome | None:
         """The newest attempt's outcome; one of an earlier attempt is never looked at."""
-        outcome = Outcome.read(Outcome.path(self._staging(record), record.attempt))
+        path = Outcome.path(self._staging(record), record.attempt)
+        if self._apart:
+            self.store.bring(path)
+        outcome = Outcome.read(path)
         return outcome if outcome is not None and outcome.attempt == record.attempt else None
 
     def _fill_in(self, execution: Execution, left: Exit) -> None:
@@ -395,13 +439,16 @@ class Attempts:
 
     def _forget_outcome(self, record: ExecutionRecord) -> None:
         """Of a job that left to be held: it is to speak again when it goes on."""
-        Outcome.path(self._staging(record), record.attempt).unlink(missing_ok=True)
+        path = Outcome.path(self._staging(record), record.attempt)
+        path.unlink(missing_ok=True)
+        self.store.forget(path)
 
     def _token(self, record: ExecutionRecord) -> str:
         """What the running attempt reports with, by its own assignment."""
-        directory = self._staging(record) / "attempts" / str(record.attempt)
+        path = self._staging(record) / "attempts" / str(record.attempt) / "assignment.json"
+        self.store.bring(path)
         try:
-            return Assignment.read(directory / "assignment.json").report_token
+            return Assignment.read(path).report_token
         except (OSError, ValueError, KeyError, TypeError):
             return ""
 
@@ -418,26 +465,35 @@ class Attempts:
         directory = self._staging(record) / "attempts" / str(record.attempt)
         for name in ("outputs", "scratch"):
             remove_tree(directory / name)
+            self.store.forget(directory / name)
 
     def _clean(self, record: ExecutionRecord) -> None:
         """Checkpoints of work that did not succeed stay for a retry, until gc."""
         staging = self._staging(record)
         try:
             checkpoints = staging / "checkpoints"
+            if record.state is not State.SUCCEEDED and self._apart:
+                self.store.bring(checkpoints)
             kept = checkpoints.is_dir() and any(checkpoints.iterdir())
-            if record.state is State.SUCCEEDED or not kept:
-                remove_tree(staging)
-            else:
-                remove_tree(staging / "attempts")
-        except OSError as error:
+            gone = staging
+            if record.state is not State.SUCCEEDED and kept:
+                gone = staging / "attempts"
+            remove_tree(gone)
+            self.store.forget(gone)
+            self.records.keep_log(record.id)
+        except (OSError, ArrieroError) as error:
             _log.warning("staging of %s was not removed: %s", record.id, error)
 
 
-def inherit_checkpoints(source: Path, target: Path) -> bool:
+def inherit_checkpoints(store: Store, source: Path, target: Path) -> bool:
     """Move the checkpoints of work that ended to the same work's next execution."""
     old, new = source / "checkpoints", target / "checkpoints"
+    if not old.is_dir():
+        store.bring(old)
     if not old.is_dir() or new.exists():
         return False
     old.rename(new)
+    store.keep(new)
     shutil.rmtree(source, ignore_errors=True)
+    store.forget(source)
     return True

@@ -90,7 +90,7 @@ class Engine:
         self._store = store
         self._kinds = {kind.name: kind for kind in kinds}
         self._sources = sources
-        self._records = Records(store.record_dir(service))
+        self._records = Records(store, service)
         self._runner = runner or LocalProcess()
         self._queue = JobQueue(max_jobs, gpus=gpus, per_owner=per_owner)
         self._attempts = Attempts(
@@ -352,7 +352,8 @@ class Engine:
             old = other.record
             if old.id != record.id and old.result_key == record.result_key and old.state.ended:
                 source = self._store.root / "staging" / self._service / old.id
-                if inherit_checkpoints(source, self._store.staging(self._service, record.id)):
+                target = self._store.staging(self._service, record.id)
+                if inherit_checkpoints(self._store, source, target):
                     _log.info("%s goes on from the checkpoints of %s", record.id, old.id)
                     return
 

@@ -19,7 +19,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from arriero.errors import FailedPrecondition
 from arriero.gates import GateResult
 from arriero.gates.cost import Cost
 from arriero.rpc.parent import ProcessId
+from arriero.store import Store, safe_relative
 from arriero.store.files import write_atomic
 from arriero.store.manifest import gates_from_json, gates_to_json
 
@@ -60,7 +61,9 @@ class Assignment:
 
     `inputs` are digests by field name; `staging` is the execution's directory;
     `watch_service` makes the job end within two seconds of its service's death;
-    `last_failure` is the reason of the attempt before, such as `OUT_OF_MEMORY`.
+    `last_failure` is the reason of the attempt before, such as `OUT_OF_MEMORY`;
+    `detached`: the job does not share the service's disk, so what it leaves goes
+    to the store, and the service looks there.
     """
 
     service: str
@@ -79,6 +82,7 @@ class Assignment:
     service_process: ProcessId | None = None
     watch_service: bool = True
     last_failure: str = ""
+    detached: bool = False
     format: int = FORMAT
 
     @property
@@ -118,6 +122,25 @@ class Assignment:
         if data["service_process"] is not None:
             data["service_process"] = ProcessId(**data["service_process"])
         return cls(**_known(cls, data))
+
+    @classmethod
+    def find(cls, place: str) -> Assignment:
+        """Read an assignment from a file, or from the staging of a store elsewhere.
+
+        Args:
+            place: a path, or `<store's URL>/staging/<service>/<execution>/attempts/<n>/...`.
+
+        Raises:
+            OSError, ArrieroError: it can't be read.
+        """
+        if not place.startswith("s3://"):
+            return cls.read(Path(place))
+        url, _, key = place.rpartition("/staging/")
+        store = Store.open(url)
+        path = store.root / "staging" / safe_relative(key)
+        store.bring(path)
+        # Where it lies here is not where the service has it.
+        return replace(cls.read(path), staging=str(path.parents[2]))
 
 
 def type_name(spec_type: type[Message]) -> str:

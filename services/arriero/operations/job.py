@@ -6,6 +6,7 @@ about what it made. Publishes nothing; does not know attempts before or after.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -19,17 +20,18 @@ from typing import Any, NoReturn
 
 from google.protobuf.message import Message
 
-from arriero.errors import Internal, InvalidArgument, Preempted
+from arriero.errors import ArrieroError, Internal, InvalidArgument, Preempted
 from arriero.gates import Gates, Mode
 from arriero.operations.delivery import Output, describe, failure
 from arriero.operations.handoff import EXIT_FAILED, EXIT_TRY_AGAIN, Assignment, Outcome
+from arriero.operations.keeping import Keeper
 from arriero.operations.process import end_self
 from arriero.operations.reporting import ProgressMeter, ProgressSender
 from arriero.rpc import logs, parent
 from arriero.store import Artifact, Store
 from arriero.v1 import types_pb2
 
-__all__ = ["Handler", "Job", "Output", "gate_modes", "main", "rank_directory"]
+__all__ = ["Handler", "Job", "Output", "gate_modes", "hand_in", "main", "rank_directory"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _WATCH_INTERVAL = 0.5
@@ -211,7 +213,7 @@ def main(handlers: Mapping[str, Handler]) -> NoReturn:
     if len(sys.argv) != 2:
         print("usage: python -m <job module> ASSIGNMENT  (started by a service)", file=sys.stderr)
         sys.exit(os.EX_USAGE)
-    assignment = Assignment.read(Path(sys.argv[1]))
+    assignment = Assignment.find(sys.argv[1])
     # The service's pid means nothing on another machine (torchrun's GROUP_RANK).
     if assignment.watch_service and os.environ.get("GROUP_RANK", "0") == "0":
         watch_service(assignment)
@@ -285,13 +287,17 @@ def _run(assignment: Assignment, handlers: Mapping[str, Handler]) -> int:
             job.gates.meter.watch()
             sender = ProgressSender(assignment, job.meter)
             sender.start()
-        outcome = describe(handler(job), job)
+        with Keeper(store, job.checkpoints) if not rank else contextlib.nullcontext():
+            outcome = describe(handler(job), job)
+        if assignment.detached and not rank:
+            store.keep(job.directory / "outputs", hidden=True)
     except BaseException as error:  # whatever it was, the service must hear of it
         outcome = failure(assignment.attempt, error, log)
     if sender is not None:
         sender.close()
     if not rank:
         outcome.write(assignment.directory)
+        hand_in(assignment)
     elif not outcome.ok:
         place = rank_directory(assignment.directory, rank)
         place.mkdir(parents=True, exist_ok=True)
@@ -299,6 +305,18 @@ def _run(assignment: Assignment, handlers: Mapping[str, Handler]) -> int:
     if outcome.ok:
         return 0
     return EXIT_TRY_AGAIN if outcome.preempted else EXIT_FAILED
+
+
+def hand_in(assignment: Assignment) -> None:
+    """Bring the outcome, or that there is none, to the store if the service looks for it there."""
+    if not assignment.detached:
+        return
+    path = Outcome.path(Path(assignment.staging), assignment.attempt)
+    try:
+        store = Store.open(assignment.store)
+        store.keep(path) if path.exists() else store.forget(path)
+    except ArrieroError as error:  # the exit code has to do
+        logging.getLogger("arriero.job").error("the outcome could not be handed in: %s", error)
 
 
 def _listen(on_sigterm: Callable[[], None]) -> None:

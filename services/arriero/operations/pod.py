@@ -15,9 +15,9 @@ import sys
 import threading
 import time
 from collections import deque
-from pathlib import Path
 from typing import IO, NoReturn
 
+from arriero.errors import ArrieroError
 from arriero.operations.handoff import TOKEN_KEY, Assignment
 
 # What a service that is away may miss at most; the pod's own log has everything.
@@ -128,8 +128,8 @@ def main() -> NoReturn:
         sys.exit(os.EX_USAGE)
     module, path = sys.argv[1:]
     try:
-        assignment = Assignment.read(Path(path))
-    except OSError as error:
+        assignment = Assignment.find(path)
+    except (OSError, ArrieroError) as error:
         print(f"the assignment cannot be read: {error}; is the store mounted?", file=sys.stderr)
         sys.exit(os.EX_NOINPUT)
     child = subprocess.Popen(

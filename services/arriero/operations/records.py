@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 
 from arriero.operations.handoff import canonical
 from arriero.rpc.parent import ProcessId
-from arriero.store.files import read_json, write_atomic
+from arriero.store import Store
+from arriero.store.files import make_directories, parse_json
 
 FORMAT = 1
 
@@ -155,11 +156,17 @@ _Record = TypeVar("_Record", OperationRecord, ExecutionRecord)
 
 
 class Records:
-    """The records of one service; it is their only writer."""
+    """The records of one service; it is their only writer.
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        (directory / "executions").mkdir(parents=True, exist_ok=True)
+    Logs are written where the service runs. A store elsewhere gets them when they
+    are kept.
+    """
+
+    def __init__(self, store: Store, service: str) -> None:
+        self._store = store
+        self._directory = store.record_dir(service)
+        self._prefix = f"operations/{service}/"
+        make_directories(self._directory / "executions", below=self._directory)
 
     def execution_dir(self, execution: str) -> Path:
         """Directory of an execution's record and log."""
@@ -167,7 +174,16 @@ class Records:
 
     def log_path(self, execution: str) -> Path:
         """Where an execution's jobs write their log."""
-        return self.execution_dir(execution) / "log.jsonl"
+        path = self.execution_dir(execution) / "log.jsonl"
+        if self._store.remote and not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            self._store.bring(path)
+        return path
+
+    def keep_log(self, execution: str) -> None:
+        """Let an execution's log survive this machine, as far as it is written."""
+        if self._store.remote:
+            self._store.keep(self.log_path(execution))
 
     def save(self, record: OperationRecord | ExecutionRecord, *, durable: bool = True) -> None:
         """Write a record; after a crash there is the old one or the new one.
@@ -181,8 +197,9 @@ class Records:
             directory, name = self.execution_dir(record.id), "execution.json"
         new = not directory.exists()
         directory.mkdir(exist_ok=True)
+        key = self._prefix + (directory / name).relative_to(self._directory).as_posix()
         try:
-            write_atomic(directory / name, canonical(asdict(record)), durable=durable)
+            self._store.objects.write(key, canonical(asdict(record)), durable=durable)
         except BaseException:
             if new:
                 shutil.rmtree(directory, ignore_errors=True)
@@ -194,7 +211,7 @@ class Records:
         Raises:
             FailedPrecondition: a record of a newer format.
         """
-        found = self._load(self._directory.glob("[!.]*/operation.json"), OperationRecord)
+        found = self._load("/operation.json", OperationRecord)
         return sorted(found, key=lambda record: (record.create_time, record.id))
 
     def executions(self) -> list[ExecutionRecord]:
@@ -203,12 +220,18 @@ class Records:
         Raises:
             FailedPrecondition: a record of a newer format.
         """
-        files = (self._directory / "executions").glob("[!.]*/execution.json")
-        found = self._load(files, ExecutionRecord)
+        found = self._load("/execution.json", ExecutionRecord)
         return sorted(found, key=lambda record: (record.create_time, record.id))
 
-    def _load(self, files: Any, record_type: type[_Record]) -> list[_Record]:
-        return [_parse(read_json(path, FORMAT, "the record"), record_type) for path in files]
+    def _load(self, name: str, record_type: type[_Record]) -> list[_Record]:
+        objects = self._store.objects
+        found = []
+        for item in objects.find(self._prefix):
+            if item.key.endswith(name):
+                what = f"the record {objects.shown(item.key)}"
+                data = parse_json(objects.read(item.key), FORMAT, what)
+                found.append(_parse(data, record_type))
+        return found
 
 
 def _parse(data: dict[str, Any], record_type: type[_Record]) -> _Record:

@@ -34,6 +34,7 @@ class Launch:
     """What a runner needs to start a job; `log` is appended to.
 
     Attributes:
+        assignment: its file, or its URL in a store that the job has to ask.
         attempt: number of the attempt.
         profile: name of the resource profile; empty for the default one.
         nodes: machines that the work asks for.
@@ -42,7 +43,7 @@ class Launch:
     """
 
     module: str
-    assignment: Path
+    assignment: Path | str
     execution: str
     log: Path
     environment: Mapping[str, str] = field(default_factory=dict)

@@ -54,7 +54,7 @@ def describe(store: Store, manifest: Manifest, tags: dict[str, list[str]]) -> pb
         quarantined=artifact.quarantined if artifact else manifest.quarantined,
         tags=tags.get(manifest.digest, []),
         present=artifact is not None,
-        path=str(artifact.path) if artifact else "",
+        path=artifact.location if artifact else "",
         golden=manifest.golden or "",
     )
     message.create_time.FromJsonString(manifest.created)

@@ -161,8 +161,11 @@ class Backend(Protocol):
     def staging(self, service: str, execution: str) -> Path:
         """The local directory `staging/<service>/<execution>/`, made if missing."""
 
-    def keep(self, path: Path) -> None:
-        """Let a file or directory of the staging survive this machine, as it is now."""
+    def keep(self, path: Path, *, hidden: bool = False) -> None:
+        """Let a file or directory of the staging survive this machine, as it is now.
+
+        Names that begin with a dot count as half-written, unless `hidden`.
+        """
 
     def bring(self, path: Path) -> None:
         """Bring what was kept back, where it is not there or older."""
@@ -310,7 +313,7 @@ class FileBackend:
         self._trash.claim(parent / safe_name(execution, field="execution"))
         return self._layout.under("staging", service, execution, field="execution")
 
-    def keep(self, path: Path) -> None:
+    def keep(self, path: Path, *, hidden: bool = False) -> None:
         """Nothing to do: the staging is in the store."""
 
     def bring(self, path: Path) -> None:

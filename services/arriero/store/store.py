@@ -333,16 +333,17 @@ class Store:
         """
         return self._backend.staging(service, execution)
 
-    def keep(self, path: Path) -> None:
+    def keep(self, path: Path, *, hidden: bool = False) -> None:
         """Let a file or directory of the staging survive this machine, as it is now.
 
         Where the store is elsewhere, what changed is uploaded, and what is gone is
-        forgotten. On a filesystem there is nothing to do.
+        forgotten. On a filesystem there is nothing to do. Names that begin with a
+        dot count as half-written, unless `hidden`.
 
         Raises:
             Unavailable, PermissionDenied: it can't be uploaded now.
         """
-        self._backend.keep(path)
+        self._backend.keep(path, hidden=hidden)
 
     def bring(self, path: Path) -> None:
         """Bring a file or directory of the staging back that was kept.

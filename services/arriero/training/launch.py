@@ -19,7 +19,7 @@ from arriero.llama.cores import threads
 from arriero.operations.delivery import failure
 from arriero.operations.endings import reason_of
 from arriero.operations.handoff import EXIT_FAILED, EXIT_TRY_AGAIN, Assignment, Outcome
-from arriero.operations.job import rank_directory, watch_service
+from arriero.operations.job import hand_in, rank_directory, watch_service
 from arriero.rpc import logs
 from arriero.training.ranks import RANK_LOST
 
@@ -39,7 +39,7 @@ def as_torchrun() -> None:
     """
     if "RANK" in os.environ or len(sys.argv) != 2:
         return
-    assignment = Assignment.read(Path(sys.argv[1]))
+    assignment = Assignment.find(sys.argv[1])
     spec: Any = assignment.message()
     arguments = torchrun_arguments(spec, os.environ)
     if arguments is None:
@@ -49,6 +49,8 @@ def as_torchrun() -> None:
         if assignment.watch_service and os.environ.get("PET_NODE_RANK", "0") == "0":
             watch_service(assignment)
         code = _run(assignment, spec, arguments)
+        if os.environ.get("PET_NODE_RANK", "0") == "0":
+            hand_in(assignment)
     logging.shutdown()
     _leave(code)
 

@@ -26,6 +26,7 @@ from arriero.operations.records import ExecutionRecord, JobRecord, Records, Resu
 from arriero.operations.reporting import ProgressMeter
 from arriero.operations.usage import GpuMeter, HostUsage
 from arriero.rpc.parent import ProcessId
+from arriero.store import Store
 from arriero.testing.jobs import make_job, run_job
 from arriero.v1 import merging_pb2, types_pb2
 
@@ -283,14 +284,13 @@ def test_a_reused_pid_is_not_the_job():
 
 
 def test_records_read_back_as_they_were_written(tmp_path):
-    records = Records(tmp_path / "merging")
+    records = Records(Store.open(tmp_path), "merging")
     record = ExecutionRecord(
         id="e1", kind="import", result_key="k", spec={"a": [1]}, inputs={"model": ["d"]},
         attempt=2, state=State.RUNNING, create_time="t",
         jobs=[JobRecord(1, "t", "t2", {"code": 14}, False, ProcessId(1, "2")), JobRecord(2, "t")],
         result=Result(outputs=[{"name": "x"}]),
     )  # fmt: skip
-    records.execution_dir("e1").parent.mkdir(parents=True, exist_ok=True)
     records.save(record)
     assert records.executions() == [record]
     assert record.counted == 1

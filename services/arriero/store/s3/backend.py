@@ -382,9 +382,10 @@ class S3Backend:
         self._trash.claim(parent / safe_name(execution, field="execution"))
         return self._layout.under("staging", service, execution, field="execution")
 
-    def keep(self, path: Path) -> None:
+    def keep(self, path: Path, *, hidden: bool = False) -> None:
         """See `Backend`."""
-        mirror.keep(self._bucket, path, self._layout.relative(path), self._uploaded)
+        key = self._layout.relative(path)
+        mirror.keep(self._bucket, path, key, self._uploaded, hidden=hidden)
 
     def bring(self, path: Path) -> None:
         """See `Backend`."""

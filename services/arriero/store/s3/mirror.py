@@ -19,11 +19,11 @@ from arriero.store.s3.bucket import Bucket
 Uploaded = dict[str, tuple[int, int]]
 
 
-def keep(bucket: Bucket, path: Path, key: str, uploaded: Uploaded) -> None:
+def keep(bucket: Bucket, path: Path, key: str, uploaded: Uploaded, *, hidden: bool) -> None:
     """Upload what changed since it was uploaded, then forget what is gone.
 
-    Names that begin with a dot are being written, and left out. What changes or
-    vanishes meanwhile is for the next call.
+    Names that begin with a dot are being written, and left out unless `hidden`. What
+    changes or vanishes meanwhile is for the next call.
     """
     if path.is_file():
         with contextlib.suppress(FileNotFoundError):
@@ -36,7 +36,7 @@ def keep(bucket: Bucket, path: Path, key: str, uploaded: Uploaded) -> None:
             local = {
                 name: status
                 for name, status in tree_files(path).items()
-                if not any(part.startswith(".") for part in Path(name).parts)
+                if hidden or not any(part.startswith(".") for part in Path(name).parts)
             }
     for name, status in local.items():
         place, seen = f"{key}/{name}", (status.st_size, status.st_mtime_ns)

@@ -1,0 +1,139 @@
+"""Work over a store in S3: what service and job hand each other, what survives machines."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toyroom_support import asked, metadata_of, order, result_of, trace_of
+
+from arriero.errors import Unavailable
+from arriero.operations import Engine, attempts, logs
+from arriero.operations.runner import Launch, LocalProcess
+from arriero.settings import SourceSettings
+from arriero.store import Store
+
+
+class Elsewhere(LocalProcess):
+    """Jobs on machines of their own: each attempt has a disk that nobody else sees."""
+
+    detached = True
+
+    def __init__(self, disks: Path) -> None:
+        self.disks = disks
+
+    async def start(self, launch: Launch) -> Any:
+        disk = str(self.disks / str(launch.attempt))
+        assert str(launch.assignment).startswith("s3://")
+        return await super().start(replace(launch, environment={"ARRIERO_STORE_CACHE": disk}))
+
+
+@pytest.fixture
+def store(s3_url: str) -> Store:
+    return Store.open(s3_url)
+
+
+@pytest.fixture
+async def engines(toy_path: None) -> AsyncIterator[Callable[..., Engine]]:
+    """Makes engines over a store; all are closed at the end."""
+    from toyroom_service import KINDS
+
+    made: list[Engine] = []
+
+    def make(store: Store, **settings: Any) -> Engine:
+        engine = Engine(
+            service="merging",
+            store=store,
+            sources=SourceSettings(),
+            kinds=KINDS,
+            backoff=lambda attempt: 0.0,
+            **settings,
+        )
+        made.append(engine)
+        return engine
+
+    yield make
+    for engine in made:
+        await engine.close()
+
+
+async def test_a_job_that_shares_no_disk_with_its_service_goes_on_after_a_kill(
+    store: Store, engines: Callable[..., Engine], tmp_path: Path
+) -> None:
+    engine = engines(store, runner=Elsewhere(tmp_path / "disks"))
+    await engine.recover()
+    trace = tmp_path / "trace"
+    spec = order(steps=20, seconds=0.15, save=True, kill_at=14, trace=str(trace), text="apart")
+    started = await engine.start("import", spec, asked("a"))
+    done = await engine.wait(started.name, 60)
+    outputs = {output.name: output.digest for output in result_of(done).outputs}
+    assert metadata_of(done).attempt == 2
+    steps = [(attempt, step) for _, attempt, step in trace_of(trace)]
+    again = min(step for attempt, step in steps if attempt == 2)
+    assert 1 < again <= 14  # from what was kept, on a disk that had nothing
+    assert store.get(outputs["main"]).file("data.txt").read_text() == "apart"
+    for digest in outputs.values():
+        store.verify(digest)
+    assert not any((store.root / "staging" / "merging").iterdir())
+    assert list(store.objects.find("staging/")) == []
+
+    # Its inputs come from the store, its refusals are heard.
+    from arriero.v1 import merging_pb2
+
+    merge = merging_pb2.MergeSpec(model=outputs["main"])
+    joined = await engine.wait((await engine.start("merge", merge, asked("b"))).name, 60)
+    found = {output.name: output.digest for output in result_of(joined).outputs}
+    assert store.get(found["main"]).file("data.txt").read_text() == "apartapart"
+    failing = await engine.start("import", order(fail="InvalidArgument"), asked("c"))
+    failed = await engine.wait(failing.name, 60)
+    assert "as ordered" in failed.error.message
+
+
+async def test_records_and_logs_are_there_on_the_service_s_next_machine(
+    store: Store,
+    engines: Callable[..., Engine],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = engines(store)
+    await engine.recover()
+    name = (await engine.start("import", order(steps=2), asked("a"))).name
+    await engine.wait(name, 60)
+    await engine.close()
+    monkeypatch.setenv("ARRIERO_STORE_CACHE", str(tmp_path / "next"))
+    moved = engines(Store.open(store.url))
+    await moved.recover()
+    assert metadata_of(moved.get(name)).run == "run-1"
+    path = moved.log_path(name)
+    assert path is not None
+    lines = [line.message for line in logs.LogReader(path).read(ended=True)]
+    assert "a raw line" in lines
+    again = await moved.start("import", order(steps=2), asked("b"))
+    assert metadata_of(again).cached
+
+
+async def test_work_waits_for_a_store_that_is_away(
+    store: Store, engines: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempts, "_STORE_SECONDS", 0.05)
+    engine = engines(store)
+    await engine.recover()
+    write, refused = store.objects.write, []
+
+    def away(key: str, data: bytes, *, durable: bool = True) -> None:
+        if b'"RUNNING"' in data and len(refused) < 3:
+            refused.append(key)
+            raise Unavailable("the store does not answer")
+        write(key, data, durable=durable)
+
+    monkeypatch.setattr(store.objects, "write", away)
+    name = (await engine.start("import", order(steps=2), asked("a"))).name
+    done = await engine.wait(name, 60)
+    assert len(refused) == 3
+    assert len(result_of(done).outputs) == 2
+    path = engine.log_path(name)
+    assert path is not None
+    assert "goes on when the store does: the store does not answer" in path.read_text()
