@@ -7,10 +7,16 @@ Clients stream 64 greedy tokens each, end-of-generation ignored, and ask again u
 figures are medians. llama-server runs with whichever of its two KV settings made more
 tokens in the first turn. What is missing (llama-server, llama_cpp.server) is said and
 left out; `--build` compiles llama-server from the sources of the very llama.cpp that
-is linked.
+is linked, and installs what llama_cpp.server needs beside it.
 
-Keys: `serve_vs_llama_server_N` and `serve_vs_llama_cpp_server_8` are our tokens/s by
-theirs with N clients; `ttft_shared_prefix` and `itl_p99` our seconds by theirs.
+Keys, ours by theirs: tokens/s `serve_vs_llama_server_N` with N clients and
+`serve_vs_llama_cpp_server_8`; seconds `ttft_shared_prefix` (median, 8 clients, a
+prompt of 512 shared tokens) and `itl_p99_N` (`itl_p99`: the worst of them); tokens/s
+`grpc_vs_engine_8` and `gateway_vs_engine_8` by the engine's without any server around
+it. Each is also told by file; without a file's name it is the worst file's.
+
+Memory of added replicas is what each adds to the proportional set size (PSS) of all,
+server and engine together, after it has answered once.
 """
 
 from __future__ import annotations
@@ -18,36 +24,39 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import importlib.util
 import json
 import os
 import platform
-import shutil
-import socket
+import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import grpc.aio
-import httpx2
+from _servers import (
+    TOKENS,
+    Bare,
+    Gateway,
+    LlamaCppServer,
+    LlamaServer,
+    Ours,
+    Server,
+    find_or_build,
+    find_or_install,
+    make_files,
+    read_prompts,
+)
 from rich.console import Console
 from rich.table import Table
 
-from arriero.rpc import connect
-from arriero.rpc.channel import check_health
-from arriero.store import ManifestDraft, Store
-from arriero.v1 import inference_pb2, inference_pb2_grpc
-
-TOKENS = 64
 CONTEXT = 512
-PREFIX_CONTEXT = 1024
-console = Console()
+PREFIX_CONTEXT = 2048
+REPLICAS = 3
+console = Console(width=110)
 
 
 @dataclass
@@ -68,162 +77,6 @@ class Timing:
     def p99(self) -> float:
         ordered = sorted(self.gaps)
         return ordered[int(0.99 * (len(ordered) - 1))] if ordered else 0.0
-
-
-class Server:
-    """A server process; `stream` yields text as it comes."""
-
-    name = ""
-
-    def __init__(self, gguf: Path, *, slots: int, context: int, threads: int) -> None:
-        self.gguf, self.slots, self.context, self.threads = gguf, slots, context, threads
-        self.home = Path(tempfile.mkdtemp(prefix="arriero-bench-"))
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def command(self) -> tuple[list[str], dict[str, str]]:
-        raise NotImplementedError
-
-    def ready(self) -> bool:
-        raise NotImplementedError
-
-    @contextlib.asynccontextmanager
-    async def client(self) -> AsyncIterator[Any]:
-        raise NotImplementedError
-        yield
-
-    def stream(self, client: Any, prompt: str) -> AsyncIterator[str]:
-        raise NotImplementedError
-
-    def __enter__(self) -> Server:
-        command, env = self.command()
-        with (self.home / "log").open("wb") as log:
-            self.process = subprocess.Popen(
-                command, env={**os.environ, **env}, stdout=log, stderr=log
-            )
-        deadline = time.monotonic() + 120
-        while not self.ready():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"{self.name} did not start:\n{(self.home / 'log').read_text()}")
-            time.sleep(0.05)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self.process is not None
-        self.process.terminate()
-        self.process.wait(30)
-        shutil.rmtree(self.home, ignore_errors=True)
-
-
-class Ours(Server):
-    """A replica, over gRPC."""
-
-    name = "arriero"
-
-    def command(self) -> tuple[list[str], dict[str, str]]:
-        store = Store.open(str(self.home / "store"))
-        place = store.staging("bench", "gguf") / "out"
-        place.mkdir(parents=True)
-        shutil.copy(self.gguf, place / "model.gguf")
-        draft = ManifestDraft(kind="gguf", name="bench")
-        self.address_file = self.home / "address"
-        return [sys.executable, "-m", "arriero.inference"], {
-            "ARRIERO_STORE": str(self.home / "store"),
-            "ARRIERO_MODEL": store.publish(place, draft).digest,
-            "ARRIERO_MODEL_NAME": "bench",
-            "ARRIERO_CONTEXT": str(self.context),
-            "ARRIERO_SLOTS": str(self.slots),
-            "ARRIERO_THREADS": str(self.threads),
-            "ARRIERO_LISTEN": "127.0.0.1:0",
-            "ARRIERO_ADDRESS_FILE": str(self.address_file),
-        }
-
-    def ready(self) -> bool:
-        return self.address_file.exists() and check_health(self.address_file.read_text().strip())
-
-    @contextlib.asynccontextmanager
-    async def client(self) -> AsyncIterator[Any]:
-        channel: grpc.aio.Channel = connect(self.address_file.read_text().strip())
-        yield inference_pb2_grpc.InferenceServiceStub(channel)
-        await channel.close()
-
-    async def stream(self, client: Any, prompt: str) -> AsyncIterator[str]:
-        sampling = inference_pb2.SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
-        request = inference_pb2.GenerateRequest(prompt=prompt, sampling=sampling)
-        async for message in client.Generate(request):
-            if message.delta:
-                yield message.delta
-
-
-class LlamaServer(Server):
-    """llama.cpp's own server, over HTTP."""
-
-    name = "llama-server"
-    binary = Path()
-    unified = False
-
-    def command(self) -> tuple[list[str], dict[str, str]]:
-        self.port = _free_port()
-        return [
-            str(self.binary), "-m", str(self.gguf), "-t", str(self.threads),
-            "-tb", str(self.threads), "-c", str(self.context * self.slots),
-            "-np", str(self.slots), "--host", "127.0.0.1", "--port", str(self.port),
-            "--kv-unified" if self.unified else "--no-kv-unified",
-        ], {}  # fmt: skip
-
-    def ready(self) -> bool:
-        with contextlib.suppress(httpx2.HTTPError):
-            return httpx2.get(f"http://127.0.0.1:{self.port}/health").status_code == 200
-        return False
-
-    @contextlib.asynccontextmanager
-    async def client(self) -> AsyncIterator[Any]:
-        # Kept connections are closed by llama-server just when one asks again.
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
-        async with httpx2.AsyncClient(timeout=None, limits=limits) as client:
-            yield client
-
-    def body(self, prompt: str) -> dict[str, Any]:
-        return {"prompt": prompt, "n_predict": TOKENS, "temperature": 0, "ignore_eos": True,
-                "stream": True, "cache_prompt": True}  # fmt: skip
-
-    path = "/completion"
-
-    def text(self, data: dict[str, Any]) -> str:
-        return str(data.get("content", ""))
-
-    async def stream(self, client: Any, prompt: str) -> AsyncIterator[str]:
-        url = f"http://127.0.0.1:{self.port}{self.path}"
-        async with client.stream("POST", url, json=self.body(prompt)) as answer:
-            async for line in answer.aiter_lines():
-                if line.startswith("data: {") and (text := self.text(json.loads(line[6:]))):
-                    yield text
-
-
-class LlamaCppServer(LlamaServer):
-    """The binding's own server, one request at a time."""
-
-    name = "llama_cpp.server"
-    path = "/v1/completions"
-
-    def command(self) -> tuple[list[str], dict[str, str]]:
-        self.port = _free_port()
-        return [
-            sys.executable, "-m", "llama_cpp.server", "--model", str(self.gguf),
-            "--n_ctx", str(self.context), "--n_threads", str(self.threads),
-            "--port", str(self.port), "--interrupt_requests", "False",
-        ], {}  # fmt: skip
-
-    def ready(self) -> bool:
-        with contextlib.suppress(httpx2.HTTPError):
-            return httpx2.get(f"http://127.0.0.1:{self.port}/v1/models").status_code == 200
-        return False
-
-    def body(self, prompt: str) -> dict[str, Any]:
-        # It cannot ignore ends: the bias of EOS comes nearest.
-        return {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "stream": True}
-
-    def text(self, data: dict[str, Any]) -> str:
-        return str(data["choices"][0]["text"])
 
 
 async def load(server: Server, prompts: Sequence[str], clients: int, requests: int) -> Timing:
@@ -309,6 +162,8 @@ class Results:
 
     def __init__(self) -> None:
         self.ratios: dict[str, float] = {}
+        # Over all files: the worst.
+        self.worst: dict[str, float] = {}
         self.figures: dict[str, float] = {}
         self.table = Table(
             *("file", "clients", "server", "tokens/s", "first token ms", "p99 gap ms", "same text"),
@@ -321,7 +176,8 @@ class Results:
             rate, first, p99 = (median(timings, what) for what in ("rate", "first", "p99"))
             theirs = timings[0].text
             same = statistics.mean(ours[p] == theirs[p] for p in ours.keys() & theirs.keys())
-            self.figures[f"{name}_{server}_{clients.replace(' ', '_')}_tokens_s"] = round(rate, 1)
+            key = re.sub(r"[^A-Za-z0-9.-]+", "_", f"{name} {server} {clients} tokens_s")
+            self.figures[key] = round(rate, 1)
             self.table.add_row(
                 *(name, clients, server, f"{rate:.1f}", f"{1000 * first:.0f}"),
                 *(f"{1000 * p99:.0f}", f"{same:.0%}"),
@@ -329,124 +185,144 @@ class Results:
 
     def ratio(
         self,
+        name: str,
         key: str,
         found: dict[str, list[Timing]],
         what: str,
+        *,
         peer: type[Server] = LlamaServer,
+        ours: type[Server] = Ours,
+        over: str = "",
     ) -> None:
-        """Ours by theirs, where they were measured."""
-        if peer.name in found:
-            self.ratios[key] = median(found[Ours.name], what) / median(found[peer.name], what)
+        """Ours by theirs, where both were measured; `over`: the worst of several keys."""
+        if peer.name not in found or ours.name not in found:
+            return
+        value = median(found[ours.name], what) / median(found[peer.name], what)
+        self.ratios[f"{name}_{key}"] = value
+        worse = min if what == "rate" else max
+        for total in {key, over} - {""}:
+            self.worst[total] = worse(value, self.worst.get(total, value))
 
 
-def find_or_build(args: argparse.Namespace) -> Path | None:
-    """llama-server: named, in the path, or compiled from the binding's own sources."""
-    named = args.llama_server or shutil.which("llama-server")
-    if named or not args.build:
-        return Path(named) if named else None
-    import llama_cpp
-
-    place = Path(tempfile.gettempdir()) / f"llama-server-{llama_cpp.__version__}"
-    binary = place / "build" / "bin" / "llama-server"
-    if not binary.exists():
-        version = f"llama-cpp-python=={llama_cpp.__version__}"
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:"]
-        subprocess.run([*pip, "--dest", str(place), version], check=True)
-        shutil.unpack_archive(next(place.glob("*.tar.gz")), place)
-        spec = importlib.util.spec_from_file_location(
-            "build_llama", Path(__file__).resolve().parents[1] / "docker" / "build_llama.py"
-        )
-        assert spec is not None
-        assert spec.loader is not None
-        build_llama = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(build_llama)
-        flags = [f for f in build_llama.cmake_args().split() if "LLAMA_BUILD" not in f]
-        source = next(place.glob("llama_cpp_python-*/vendor/llama.cpp"))
-        more = ["-DLLAMA_BUILD_SERVER=ON", "-DLLAMA_BUILD_UI=OFF", "-DCMAKE_BUILD_TYPE=Release"]
-        build = place / "build"
-        subprocess.run(["cmake", "-S", source, "-B", build, *flags, *more], check=True)
-        subprocess.run(["cmake", "--build", build, "--target", "llama-server", "-j2"], check=True)
-    return binary
-
-
-def read_prompts(path: Path | None, count: int = 96) -> list[str]:
-    """Instructions of an Alpaca file, or made ones."""
-    if path is None:
-        topics = ("llamas", "bread", "the sea", "old maps", "bicycles", "snow", "tea", "bridges")
-        about = [topics[i % len(topics)] for i in range(count)]
-        return [
-            f"Question {i}: what of {topic} and {i * i}?\nAnswer:" for i, topic in enumerate(about)
-        ]
-    rows = json.loads(path.read_text(encoding="utf-8"))[:count]
-    return [f"Question: {row['instruction']} {row.get('input', '')}\nAnswer:" for row in rows]
-
-
-def ready_files(args: argparse.Namespace) -> Iterator[tuple[str, Path]]:
-    for item in args.model:
-        name, _, path = item.partition("=")
-        yield name, Path(path)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def memory(args: argparse.Namespace, gguf: Path, prompts: Sequence[str]) -> dict[bool, float]:
+    """Megabytes that each added replica takes, with and without repacked weights."""
+    found = {}
+    for repack in (True, False):
+        settings = {"ARRIERO_REPACK": "true" if repack else "false"}
+        with tempfile.TemporaryDirectory() as home, contextlib.ExitStack() as stack:
+            sizes, servers = [], []
+            for _ in range(REPLICAS):
+                server = Ours(
+                    gguf, slots=4, context=CONTEXT, threads=args.threads,
+                    settings=settings, store=Path(home) / "store",
+                )  # fmt: skip
+                stack.enter_context(server)
+                servers.append(server)
+                asyncio.run(load(server, prompts, 1, 1))
+                # Pages that several map count for each of them by its share.
+                every = [p for s in servers for p in s.processes()]
+                sizes.append(sum(p.memory_full_info().pss for p in every))
+        found[repack] = (sizes[-1] - sizes[0]) / (REPLICAS - 1) / 1e6
+    return found
 
 
 def main() -> None:
     """Measure, print the tables, print the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", action="append", required=True, metavar="TYPE=FILE.gguf")
-    parser.add_argument("--prompts", type=Path, help="an Alpaca JSON file")
+    parser.add_argument(
+        "--model", action="append", default=[], metavar="TYPE=FILE.gguf",
+        help="may be given several times; default: SmolLM2-135M-Instruct as Q8_0 and Q4_0",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prompts", type=Path, default=os.environ.get("BENCH_PROMPTS"),
+        help="an Alpaca JSON file (default: $BENCH_PROMPTS, else made ones)",
+    )  # fmt: skip
     parser.add_argument("--llama-server", help="its binary; default: in the PATH")
-    parser.add_argument("--build", action="store_true", help="compile llama-server if need be")
+    parser.add_argument("--build", action="store_true", help="build what is missing")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--requests", type=int, default=24)
     parser.add_argument("--clients", type=int, nargs="*", default=[1, 8, 32])
+    parser.add_argument("--only", choices=["peers", "overhead", "memory"], help="one part")
     args = parser.parse_args()
 
     prompts = read_prompts(args.prompts)
-    binary = find_or_build(args)
+    results = Results()
+    for name, gguf in files(args):
+        if args.only in (None, "peers"):
+            against_peers(args, name, gguf, prompts, results)
+        if args.only in (None, "overhead"):
+            overhead(args, name, gguf, prompts, results)
+        if args.only in (None, "memory"):
+            for repack, size in memory(args, gguf, prompts).items():
+                how = "repacked" if repack else "shared"
+                results.figures[f"{name}_added_replica_mb_{how}"] = round(size, 1)
+                console.print(f"{name}: each added replica takes {size:.0f} MB, weights {how}")
+    console.print(results.table)
+    ratios = {**results.worst, **results.ratios}
+    print(
+        json.dumps(
+            {
+                "bench": "inference",
+                "ratios": {key: round(value, 3) for key, value in ratios.items()},
+                "figures": results.figures,
+                "machine": f"{platform.machine()}, {os.cpu_count()} cores, {sys.platform}",
+            }
+        )
+    )
+
+
+def files(args: argparse.Namespace) -> Iterator[tuple[str, Path]]:
+    """Name and path of each file to serve."""
+    for item in args.model:
+        name, _, path = item.partition("=")
+        yield name, Path(path)
+    if not args.model:
+        yield from make_files(("Q8_0", "Q4_0"))
+
+
+def against_peers(
+    args: argparse.Namespace, name: str, gguf: Path, prompts: Sequence[str], results: Results
+) -> None:
+    """Tokens/s, first tokens and gaps beside llama-server and llama_cpp.server."""
+    binary = find_or_build(args.llama_server, build=args.build)
+    binding = find_or_install(build=args.build)
     peers: list[type[Server]] = []
     if binary is None:
         console.print("no llama-server; give --llama-server or --build to compare with it")
     else:
         LlamaServer.binary = binary
         peers.append(LlamaServer)
-    binding = all(importlib.util.find_spec(n) for n in ("fastapi", "sse_starlette"))
-    if not binding:
-        console.print("llama_cpp.server needs llama-cpp-python[server]; left out")
+        choose_kv(args, gguf, prompts)
+    if binding is None:
+        console.print("llama_cpp.server needs llama-cpp-python[server], or --build; left out")
+    else:
+        LlamaCppServer.packages = binding
+    for clients in args.clients:
+        others = [*peers, *([LlamaCppServer] if binding is not None and clients == 8 else [])]
+        found = compare(args, gguf, prompts, clients, others)
+        results.add(name, str(clients), found)
+        results.ratio(name, f"serve_vs_llama_server_{clients}", found, "rate")
+        results.ratio(name, f"itl_p99_{clients}", found, "p99", over="itl_p99")
+        results.ratio(name, "serve_vs_llama_cpp_server_8", found, "rate", peer=LlamaCppServer)
+    # About 512 tokens that all share, then a question of each one's own.
+    shared = " ".join(f"Fact {i}: llama {i} carries {i + 3} bags." for i in range(42))
+    asked = [f"{shared}\n{prompt}" for prompt in prompts]
+    found = compare(args, gguf, asked, 8, peers, PREFIX_CONTEXT)
+    results.add(name, "8, shared beginning", found)
+    results.ratio(name, "ttft_shared_prefix", found, "first")
 
-    results = Results()
-    for name, gguf in ready_files(args):
-        if peers:
-            choose_kv(args, gguf, prompts)
-        for clients in args.clients:
-            others = [*peers, *([LlamaCppServer] if binding and clients == 8 else [])]
-            found = compare(args, gguf, prompts, clients, others)
-            results.add(name, str(clients), found)
-            results.ratio(f"{name}_serve_vs_llama_server_{clients}", found, "rate")
-            results.ratio(f"{name}_itl_p99_{clients}", found, "p99")
-            results.ratio(f"{name}_serve_vs_llama_cpp_server_8", found, "rate", LlamaCppServer)
-        # About 512 tokens that all share, then a question of each one's own.
-        shared = " ".join(f"Fact {i}: llama {i} carries {i + 3} bags." for i in range(42))
-        asked = [f"{shared}\n{prompt}" for prompt in prompts]
-        found = compare(args, gguf, asked, 8, peers, PREFIX_CONTEXT)
-        results.add(name, "8, shared beginning", found)
-        results.ratio(f"{name}_ttft_shared_prefix", found, "first")
-    console.print(results.table)
-    ratios, figures = results.ratios, results.figures
-    print(
-        json.dumps(
-            {
-                "bench": "inference",
-                "ratios": {key: round(value, 3) for key, value in ratios.items()},
-                "figures": figures,
-                "machine": f"{platform.machine()}, {os.cpu_count()} cores, {sys.platform}",
-            }
-        )
-    )
+
+def overhead(
+    args: argparse.Namespace, name: str, gguf: Path, prompts: Sequence[str], results: Results
+) -> None:
+    """The engine's loop alone, behind gRPC, and behind gRPC and the gateway."""
+    found = compare(args, gguf, prompts, 8, [Bare, Gateway])
+    results.add(name, "8, layers", found)
+    for key, server in (("grpc", Ours), ("gateway", Gateway)):
+        results.ratio(name, f"{key}_vs_engine_8", found, "rate", peer=Bare, ours=server)
+        added = median(found[server.name], "first") - median(found[Bare.name], "first")
+        results.figures[f"{name}_{key}_added_first_token_ms"] = round(1000 * added, 1)
 
 
 if __name__ == "__main__":
