@@ -22,14 +22,12 @@ from typing import Any
 
 import generate
 import kubernetes_validate
+import lookups
+import stamps
 import yaml
 from prometheus_client import CollectorRegistry
 
 from arriero.metrics import EngineLoad, GatewayMetrics, Metrics, ReplicaMetrics
-from arriero.operations import profiles
-from arriero.operations.runner import Launch
-from arriero.orchestrator import stamping
-from arriero.orchestrator.platform import Desired
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -219,7 +217,7 @@ def check_contract() -> None:
             with tempfile.TemporaryDirectory() as directory:
                 for key, text in found["data"].items():
                     Path(directory, key).write_text(text, encoding="utf-8")
-                for made in _stamped(Path(directory)):
+                for made in stamps.stamped(Path(directory)):
                     made.setdefault("metadata", {}).setdefault("namespace", "models")
                     if made["apiVersion"].startswith("keda"):
                         continue
@@ -228,34 +226,6 @@ def check_contract() -> None:
                     except Exception as error:
                         what = f"{name}: {found['metadata']['name']}, {made['kind']}"
                         raise Failed(f"{what}: {error}") from error
-
-
-def _stamped(directory: Path) -> Iterator[dict[str, Any]]:
-    """What runner and platform make of the files that a pod of theirs sees."""
-    owner = {"apiVersion": "v1", "kind": "ConfigMap", "name": "owner", "uid": "1"}
-    if (directory / "job.yaml").exists():
-        jobs = profiles.Templates.read(directory)
-        for profile in jobs.profiles.values():
-            launch = Launch(
-                module="arriero.training.job",
-                assignment=Path("/store/staging/training/a/attempts/1/assignment.json"),
-                execution="a",
-                log=Path("/dev/null"),
-                profile=profile.name,
-                nodes=profile.nodes,
-            )
-            job = profiles.stamp(jobs, launch, room="training", owner=owner, image="")
-            yield job
-            job["metadata"]["uid"] = "1"
-            if service := profiles.meeting_place(job):
-                yield service
-    elif (directory / "endpoint.yaml").exists():
-        stamp = stamping.Stamp(stamping.Templates.read(directory), "arriero", owner)
-        wanted = Desired("chat", f"sha256:{'0' * 64}", 2, 1)
-        yield stamp.deployment(wanted)
-        yield from stamp.services("chat")
-        if scaler := stamp.autoscaler(wanted):
-            yield scaler
 
 
 def check_snapshot() -> None:
@@ -433,6 +403,8 @@ def check_refusals() -> None:
                 raise Failed(f"{arguments}: said {error}, expected {said!r}") from None
         else:
             raise Failed(f"{arguments}: accepted")
+    if wrong := list(lookups.wrong(helm(), CHART)):
+        raise Failed("\n".join(wrong))
     try:
         template("--kube-version", "1.28.0")
     except Failed as error:
