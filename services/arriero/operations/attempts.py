@@ -98,6 +98,8 @@ class Attempts:
         """Bring an execution to its end, or to the service's."""
         record = execution.record
         log = asyncio.create_task(self._keep_log(record))
+        if record.cancelled:  # by an earlier service, which did not get to the end of it
+            execution.stop.set()
         try:
             done, left = False, record.attempt > 0
             while not done:
@@ -240,7 +242,8 @@ class Attempts:
 
         def tell(waits_for: ArrieroError | None) -> None:
             if waits_for is not None and str(waits_for) != str(execution.waits_for):
-                self._mark(execution.record, waits_for.message, "WARNING")
+                level = "INFO" if waits_for.reason == "QUEUED" else "WARNING"
+                self._mark(execution.record, waits_for.message, level)
             execution.waits_for = waits_for
 
         return tell
@@ -308,7 +311,7 @@ class Attempts:
         left = Exit(None)
         if not job.end_time:
             launch = self._to_launch(execution)
-            handle = await self.runner.adopt(launch, job.process, _WATCHDOG_SECONDS)
+            handle = await self._adopt(execution, launch, job)
             if handle is not None:
                 self._mark(record, f"attempt {record.attempt} goes on after a restart", "INFO")
                 execution.token = self._token(record)
@@ -323,6 +326,17 @@ class Attempts:
         if job.status is not None and self._outcome(record) is None:
             return False  # judged already: the next attempt was due
         return await self._conclude(execution, left)
+
+    async def _adopt(self, execution: Execution, launch: Launch, job: JobRecord) -> Handle | None:
+        """What an earlier service started; a wish to cancel does not keep it from being found."""
+        adopting = asyncio.ensure_future(self.runner.adopt(launch, job.process, _WATCHDOG_SECONDS))
+        stopped = asyncio.ensure_future(execution.stop.wait())
+        await asyncio.wait({adopting, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if not adopting.done() and not execution.record.cancelled:
+            adopting.cancel()
+            raise _Suspended
+        return await adopting
 
     async def _conclude(self, execution: Execution, left: Exit) -> bool:
         """Judge the newest attempt; whether that ended the execution."""

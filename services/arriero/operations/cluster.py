@@ -11,7 +11,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from arriero.errors import (
     AlreadyExists,
@@ -32,6 +33,7 @@ from arriero.operations.runner import Exit, Launch
 from arriero.rpc.parent import ProcessId
 
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 _SYNC_SECONDS = 30.0
 # Without news a Job is looked at this often; events, which are not watched, less often.
 _LOOK_SECONDS = 1.0
@@ -91,14 +93,21 @@ class KubernetesJobs:
         return _Job(self, launch, job)
 
     async def adopt(self, launch: Launch, process: ProcessId | None, grace: float) -> _Job | None:
-        """The attempt's Job, if the cluster has it; see `Runner`."""
-        await self._ready()
-        name = job_name(self.room, launch)
-        found = await asyncio.to_thread(self.api.find, JOBS, name)
+        """The attempt's Job, if the cluster has it; see `Runner`.
+
+        A cluster that is away is waited for: the Job may run all the while.
+        """
+        job = _Job(self, launch, None)
+
+        async def look() -> Object | None:
+            await self._ready()
+            return await asyncio.to_thread(self.api.find, JOBS, job.name)
+
+        found = await job.surely(look)
         if found is None or found["metadata"].get("deletionTimestamp"):
-            await _Job(self, launch, None).kill()
+            await job.kill()
             return None
-        return _Job(self, launch, None)
+        return job
 
     async def close(self) -> None:
         """Stop watching."""
@@ -175,7 +184,11 @@ class _Job:
                 self._news.clear()
                 job = self._place.jobs.get(self.name)
                 if job is not None:
-                    left = await self._look(job)
+                    try:
+                        left = await self._look(job)
+                    except Unavailable as error:  # it runs on, unseen for a while
+                        self._tell(error.message, "CLUSTER_UNAVAILABLE")
+                        left = None
                     if left is not None:
                         return left
                 elif time.monotonic() - made_at > _LOOK_SECONDS and await self._is_gone():
@@ -189,20 +202,11 @@ class _Job:
         """Delete the Job: its pods get SIGTERM, and their grace period to save."""
         self._ended = True
         self._news.set()
-        with contextlib.suppress(NotFound):
-            await asyncio.to_thread(self._place.api.delete, JOBS, self.name)
+        await self.surely(lambda: asyncio.to_thread(self._place.api.delete, JOBS, self.name))
 
     async def kill(self) -> None:
         """Delete the Job, and wait until no pod of it is left."""
-        pause = 0.2
-        while True:
-            try:
-                await self.terminate()
-                break
-            except Unavailable as error:  # it must not run on unseen
-                _log.warning("deleting %s: %s", self.name, error.message)
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, 10.0)
+        await self.terminate()
         await self._pods_gone()
 
     async def suspend(self) -> bool:
@@ -214,7 +218,8 @@ class _Job:
 
     async def resume(self) -> None:
         """Let it go on, unless it does."""
-        job = await asyncio.to_thread(self._place.api.find, JOBS, self.name)
+        api = self._place.api
+        job = await self.surely(lambda: asyncio.to_thread(api.find, JOBS, self.name))
         if job is not None and job["spec"].get("suspend") and not self._queued_by_kueue(job):
             await self._patch_suspend(False)
 
@@ -313,9 +318,8 @@ class _Job:
             self._events_at = now
             events: list[Object] = []
             for name in names:
-                items, _ = await asyncio.to_thread(
-                    self._place.api.list, EVENTS, fields=f"involvedObject.name={name}"
-                )
+                fields = f"involvedObject.name={name}"
+                items, _ = await asyncio.to_thread(self._place.api.list, EVENTS, fields=fields)
                 events += items
             self._events = events
         return self._events
@@ -398,8 +402,20 @@ class _Job:
 
     async def _patch_suspend(self, suspend: bool) -> None:
         body = {"spec": {"suspend": suspend}}
+        api = self._place.api
         with contextlib.suppress(NotFound):
-            await asyncio.to_thread(self._place.api.patch, JOBS, self.name, body)
+            await self.surely(lambda: asyncio.to_thread(api.patch, JOBS, self.name, body))
+
+    async def surely(self, call: Callable[[], Awaitable[_T]]) -> _T:
+        """The answer of a call, however long the cluster is away."""
+        pause = 0.2
+        while True:
+            try:
+                return await call()
+            except Unavailable as error:
+                self._tell(error.message, "CLUSTER_UNAVAILABLE")
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, 5.0)
 
     @staticmethod
     def _queued_by_kueue(job: Object | None) -> bool:

@@ -60,9 +60,9 @@ class KubernetesPlatform:
         self._task: asyncio.Task[None] | None = None
         self._tails: dict[str, tuple[int, str]] = {}
         selector = f"{PREFIX}release={label(stamp.release)}"
-        self._deployments = Informer(api, DEPLOYMENTS, selector, self._changed)
-        self._pods = Informer(api, PODS, f"{PREFIX}deployment", self._changed)
-        self._autoscalers = Informer(api, AUTOSCALERS, "", self._changed)
+        self._deployments = Informer(api, DEPLOYMENTS, selector, self._on_deployments)
+        self._pods = Informer(api, PODS, f"{PREFIX}deployment", self._on_pods)
+        self._autoscalers = Informer(api, AUTOSCALERS, "")
 
     async def start(self) -> None:
         """Begin, after all that an earlier orchestrator wanted was applied.
@@ -211,11 +211,19 @@ class KubernetesPlatform:
         self._dirty.add(name)
         self._wake.set()
 
-    def _changed(self, names: set[str]) -> None:
+    def _on_deployments(self, names: set[str]) -> None:
         del names
+        self._soon(self._look)
+
+    def _on_pods(self, names: set[str]) -> None:
+        del names
+        self._soon(self._wake.set)
+
+    def _soon(self, call: Callable[[], None]) -> None:
+        """From an informer's thread to the event loop."""
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: we are leaving
-                self._loop.call_soon_threadsafe(self._look)
+                self._loop.call_soon_threadsafe(call)
 
     def _look(self) -> None:
         """Something changed: put right what somebody else changed or deleted."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 
@@ -448,3 +449,39 @@ async def test_sigterm_to_the_pod_reaches_the_job(serve, cluster, kubelet, tmp_p
     assert metadata_of(done).attempt == 2
     (record,) = engine._executions.values()
     assert not record.record.jobs[0].counted
+
+
+async def test_what_was_cancelled_while_the_service_died_is_ended_by_the_next(
+    serve, cluster, kubelet, store, tmp_path
+):
+    trace = tmp_path / "trace"
+    engine = await serve()
+    spec = order(steps=500, seconds=0.1, trace=str(trace))
+    started = await engine.start("import", spec, asked("a"))
+    await until(lambda: trace_of(trace), "the job runs")
+    await engine.close()
+    (path,) = store.record_dir("merging").glob("executions/*/execution.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"cancelled": True}))
+
+    again = await serve()
+    done = await again.wait(started.name, 30)
+    assert metadata_of(done).state == CANCELLED
+    assert cluster.all("jobs") == []
+    assert all(process.poll() is not None for process in kubelet.processes.values())
+
+
+async def test_an_api_that_is_away_when_the_service_comes_back_is_waited_for(
+    serve, cluster, kubelet, tmp_path
+):
+    trace = tmp_path / "trace"
+    engine = await serve()
+    started = await engine.start(
+        "import", order(steps=20, seconds=0.1, trace=str(trace)), asked("a")
+    )
+    await until(lambda: trace_of(trace), "the job runs")
+    await engine.close()
+    for _ in range(3):
+        cluster.fail("get", "jobs", 503, "ServiceUnavailable", "etcd is away")
+    again = await serve()
+    assert result_of(await again.wait(started.name, 30)).outputs
+    assert len({pid for pid, _, _ in trace_of(trace)}) == 1
