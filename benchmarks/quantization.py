@@ -11,7 +11,8 @@ on all linear layers, and makes, interleaved:
 - `chain Q8_0`: PEFT's `merge_and_unload` and `save_pretrained`, llama.cpp's
   `convert_hf_to_gguf.py --outtype f16`, `llama_model_quantize`, `sync`;
 - `quantize step Q4_K_M`: `llama_model_quantize` alone, from a ready F16 file, `sync`;
-- `onepass x4`: four types in one operation.
+- `onepass x4`: four types in one operation, and `onepass apart`: the same four, an
+  operation each.
 
 Each runs in a process of its own in which everything is imported already; the
 inputs are in the page cache; all of them use every core. Q8_0 is repeated
@@ -21,7 +22,9 @@ count of them (`/proc/self/io`). `reads` is how often each weight was asked for.
 
 Ratios: `onepass_q8_vs_chain` is chain / ours (aim: at least 2.5),
 `onepass_q4km_vs_quantize_step` is ours / the step alone (aim: at most 1.05),
-`onepass_disk_ratio` is bytes written / bytes of the outputs (aim: at most 1.05).
+`onepass_disk_ratio` is bytes written / bytes of the outputs (aim: at most 1.05),
+`onepass_four_vs_apart` is four types in one operation / four operations (aim: below 1,
+with `onepass_four_reads` of 1: the model is read once).
 """
 
 from __future__ import annotations
@@ -48,8 +51,9 @@ HIDDEN, INNER, LAYERS, HEADS, GROUPS, VOCABULARY = 2048, 5632, 22, 32, 4, 32000
 RANK = 16
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 FOUR = ("F16", "Q8_0", "Q5_0", "Q4_0")
-Q8, CHAIN, Q4KM, STEP, X4 = "onepass-Q8_0", "chain", "onepass-Q4_K_M", "step", "onepass-x4"
-WAYS = (Q8, CHAIN, Q4KM, STEP, X4)
+Q8, CHAIN, Q4KM, STEP = "onepass-Q8_0", "chain", "onepass-Q4_K_M", "step"
+X4, APART = "onepass-x4", "onepass-apart"
+WAYS = (Q8, CHAIN, Q4KM, STEP, X4, APART)
 Figures = dict[str, Any]
 
 
@@ -100,6 +104,8 @@ def report(runs: dict[str, list[Figures]], layers: int) -> None:
         ratios["onepass_q8_vs_chain"] = seconds[CHAIN] / seconds[Q8]
     if Q4KM in runs and STEP in runs:
         ratios["onepass_q4km_vs_quantize_step"] = seconds[Q4KM] / seconds[STEP]
+    if X4 in runs and APART in runs:
+        ratios["onepass_four_vs_apart"] = seconds[X4] / seconds[APART]
     ours = [run for way, found in runs.items() if way.startswith("onepass") for run in found]
     if ours:
         ratios["onepass_disk_ratio"] = max(run["written"] / run["outputs"] for run in ours)
@@ -110,7 +116,18 @@ def report(runs: dict[str, list[Figures]], layers: int) -> None:
                 "ratios": ratios,
                 "figures": {
                     "onepass_private_mb": max((run["private_mb"] for run in ours), default=0),
-                    "onepass_reads": max((run["reads"] for run in ours), default=0),
+                    "onepass_reads": max(
+                        (
+                            run["reads"]
+                            for way, found in runs.items()
+                            for run in found
+                            if "reads" in run and way != APART
+                        ),
+                        default=0,
+                    ),
+                    "onepass_four_reads": max(
+                        (run["reads"] for run in runs.get(X4, [])), default=0
+                    ),
                     "runs": runs,
                 },
                 "machine": f"{platform.machine()}, {os.cpu_count()} cores, {sys.platform}",
@@ -271,18 +288,24 @@ def onepass(place: Path, target: Path, way: str) -> Run:
     from arriero.v1 import quantization_pb2, types_pb2
     from arriero.weights import MergedWeights
 
-    types = FOUR if way == X4 else (way.removeprefix("onepass-"),)
+    groups = [FOUR] if way == X4 else [(way.removeprefix("onepass-"),)]
+    if way == APART:
+        groups = [(kind,) for kind in FOUR]
     store = Store.open(place / "store")
     found = json.loads((place / "inputs.json").read_text())
     inputs = {"model": [store.get(found["model"])], "adapters": [store.get(found["adapter"])]}
-    spec = quantization_pb2.QuantizeSpec(
-        model=found["model"], adapters=[found["adapter"]], types=types
-    )
-    for gate in ("gguf.tokens", "gguf.template", "gguf.rope"):
-        spec.gates[gate] = types_pb2.GATE_MODE_SKIP
-    resolved = resolve_quantize(spec, ResolveContext(store, inputs, SourceSettings())).spec
-    job = make_job("quantize", resolved, inputs, store, target)
-    asked, parts = [0], {}
+    jobs = []
+    for types in groups:
+        spec = quantization_pb2.QuantizeSpec(
+            model=found["model"], adapters=[found["adapter"]], types=types
+        )
+        for gate in ("gguf.tokens", "gguf.template", "gguf.rope", "quant.kld"):
+            spec.gates[gate] = types_pb2.GATE_MODE_SKIP
+        resolved = resolve_quantize(spec, ResolveContext(store, inputs, SourceSettings())).spec
+        place_of = target / "-".join(types)
+        jobs.append(make_job("quantize", resolved, inputs, store, place_of))
+    asked: list[int] = [0]
+    parts: dict[str, float] = {}
     plain_rows, plain_fill = MergedWeights.rows, rows.fill
 
     def counted(self: Any, name: str, start: int, stop: int) -> Any:
@@ -290,23 +313,27 @@ def onepass(place: Path, target: Path, way: str) -> Run:
         asked.append((stop - start) * width)
         return plain_rows(self, name, start, stop)
 
+    def lap(name: str) -> None:
+        now = time.perf_counter()
+        parts[name] = parts.get(name, 0.0) + now - began[0]
+        began[0] = now
+
     def fill(*arguments: Any, **options: Any) -> None:
-        parts["metadata and types"] = time.perf_counter() - began[0]
+        lap("metadata and types")
         plain_fill(*arguments, **options)
-        parts["merge, quantize, write"] = (
-            time.perf_counter() - began[0] - parts["metadata and types"]
-        )
+        lap("merge, quantize, write")
 
     MergedWeights.rows, rows.fill = counted, fill  # type: ignore[method-assign]
     began = [0.0]
 
     def run() -> Figures:
-        began[0] = time.perf_counter()
-        outputs = run_quantize(job)
-        made = time.perf_counter()
-        describe(outputs, job)
-        parts["hash, sync"] = time.perf_counter() - made
-        sizes = [path.stat().st_size for output in outputs for path in output.path.iterdir()]
+        sizes: list[int] = []
+        for job in jobs:
+            began[0] = time.perf_counter()
+            outputs = run_quantize(job)
+            describe(outputs, job)
+            lap("hash, sync")
+            sizes += [path.stat().st_size for output in outputs for path in output.path.iterdir()]
         elements = MergedWeights.open(inputs["model"][0].path, [], []).elements
         return {"parts": parts, "outputs": sum(sizes), "reads": sum(asked) / elements}
 

@@ -111,6 +111,35 @@ def test_a_model_becomes_files_that_are_measured_and_chosen_from(
     assert only.name == "report"
 
 
+def test_a_space_that_llama_cpp_adds_after_special_tokens_is_told_with_a_remedy(
+    model: Artifact, store: Store, publish: Publish, tmp_path: Path
+) -> None:
+    changed = tmp_path / "changed"
+    shutil.copytree(model.path, changed, copy_function=shutil.copyfile)
+    # As transformers writes a LlamaTokenizer with legacy: false.
+    data = json.loads((changed / "tokenizer.json").read_text())
+    data["normalizer"] = None
+    data["pre_tokenizer"] = {
+        "type": "Metaspace",
+        "replacement": "\u2581",
+        "prepend_scheme": "first",
+        "split": False,
+    }
+    (changed / "tokenizer.json").chmod(0o644)
+    (changed / "tokenizer.json").write_text(json.dumps(data))
+    config = changed / "tokenizer_config.json"
+    config.chmod(0o644)
+    config.write_text(json.dumps({**json.loads(config.read_text()), "legacy": False}))
+    (changed / "arriero-template.json").unlink()
+    load("vicuna").write(changed)  # text follows </s> in a second turn
+    jobs: list[Job] = []
+    quantized(publish(changed, "model"), store, tmp_path, "Q8_0", prepare=jobs.append)
+    gate, *_ = jobs[0].gates.results
+    assert gate.verdict is Verdict.FAILED
+    assert "template vicuna" in gate.detail
+    assert "set legacy: true in tokenizer_config.json" in gate.detail
+
+
 def test_another_tokenizer_fails_the_gate_and_keeps_the_files(
     model: Artifact, store: Store, publish: Publish, tmp_path: Path
 ) -> None:
