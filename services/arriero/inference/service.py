@@ -116,9 +116,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:  # type: ignore[override]
         """Compare this replica with golden logits."""
         golden = await asyncio.to_thread(self._store.get, request.golden)
-        event = await self._frontend.ask(
-            op="score", golden=str(golden.path), adapter=request.adapter
-        )
+        path = await asyncio.to_thread(lambda: golden.path)  # may have to be fetched
+        event = await self._frontend.ask(op="score", golden=str(path), adapter=request.adapter)
         return pb.ScoreResponse(**event["score"])
 
     async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:  # type: ignore[override]

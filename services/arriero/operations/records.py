@@ -10,13 +10,17 @@ Does not know what moves an operation from one state to the next.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
+from arriero.errors import ArrieroError
 from arriero.operations.handoff import canonical
 from arriero.rpc.parent import ProcessId
 from arriero.store import Store
@@ -166,6 +170,9 @@ class Records:
         self._store = store
         self._directory = store.record_dir(service)
         self._prefix = f"operations/{service}/"
+        self._writing = threading.Lock()
+        self._later: dict[str, bytes] = {}
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="records")
         make_directories(self._directory / "executions", below=self._directory)
 
     def execution_dir(self, execution: str) -> Path:
@@ -188,6 +195,8 @@ class Records:
     def save(self, record: OperationRecord | ExecutionRecord, *, durable: bool = True) -> None:
         """Write a record; after a crash there is the old one or the new one.
 
+        What need not be durable is not waited for where the store is elsewhere.
+
         Raises:
             DiskFull: no space; the old record stays.
         """
@@ -198,12 +207,26 @@ class Records:
         new = not directory.exists()
         directory.mkdir(exist_ok=True)
         key = self._prefix + (directory / name).relative_to(self._directory).as_posix()
+        data = canonical(asdict(record))
+        if self._store.remote and not durable:
+            self._later[key] = data
+            self._writer.submit(self._write_later, key)
+            return
         try:
-            self._store.objects.write(key, canonical(asdict(record)), durable=durable)
+            with self._writing:  # never before what was to be written earlier
+                self._later.pop(key, None)
+                self._store.objects.write(key, data, durable=durable)
         except BaseException:
             if new:
                 shutil.rmtree(directory, ignore_errors=True)
             raise
+
+    def _write_later(self, key: str) -> None:
+        with self._writing:
+            data = self._later.pop(key, None)
+            if data is not None:
+                with contextlib.suppress(ArrieroError):
+                    self._store.objects.write(key, data, durable=False)
 
     def operations(self) -> list[OperationRecord]:
         """Every operation, oldest first.

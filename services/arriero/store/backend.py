@@ -44,12 +44,14 @@ _WRITING_SECONDS = 600.0
 class Sealed:
     """Files that nobody changes any more, about to become an artifact.
 
-    `place` is the backend's own: where it keeps them until then.
+    `place` is the backend's own: where it keeps them until then, and `release` ends
+    what keeps them from gc.
     """
 
     source: Path
     entries: tuple[FileEntry, ...]
     place: str = ""
+    release: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)

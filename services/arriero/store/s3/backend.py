@@ -226,24 +226,26 @@ class S3Backend:
         """See `Backend`. Uploads, or copies within the bucket."""
         publication = secrets.token_hex(12)
         prefix = f"files/{publication}/"
+        # Until its record is there; see `leftovers`.
+        held = Roots(self.objects, self.root).lease("upload", [prefix[:-1]], _LEASE)
+
+        def send(path: Path) -> tuple[int, str]:
+            if held.expires - time.time() < _LEASE / 2:
+                held.renew()
+            key = prefix + path.relative_to(source).as_posix()
+            return transfer.upload(self._bucket, path, key)
+
         try:
-            with Roots(self.objects, self.root).lease("upload", [prefix[:-1]], _LEASE) as held:
-
-                def send(path: Path) -> tuple[int, str]:
-                    if held.expires - time.time() < _LEASE / 2:
-                        held.renew()
-                    key = prefix + path.relative_to(source).as_posix()
-                    return transfer.upload(self._bucket, path, key)
-
-                if source.is_dir():
-                    self._check_sizes(source, expected)
-                    entries = seal(source, expected, send, durable=False)
-                else:
-                    entries = self._copied(source, prefix, expected)
+            if source.is_dir():
+                self._check_sizes(source, expected)
+                entries = seal(source, expected, send, durable=False)
+            else:
+                entries = self._copied(source, prefix, expected)
         except BaseException:
             self._forget_prefix(prefix)
+            held.release()
             raise
-        return Sealed(source, tuple(entries), publication)
+        return Sealed(source, tuple(entries), publication, held.release)
 
     def _check_sizes(self, source: Path, expected: Sequence[FileEntry] | None) -> None:
         """Refuse before hours of uploading what can be seen to be wrong."""
@@ -279,6 +281,7 @@ class S3Backend:
             self._forget_prefix(f"files/{sealed.place}/")
         else:
             self._places.add(name, sealed.place)
+        sealed.release()
         if sealed.source.is_dir():
             self._cache.adopt(sealed.source, name, manifest.size)
 
@@ -289,8 +292,8 @@ class S3Backend:
     # Garbage
 
     def remover(self) -> AbstractContextManager[None]:
-        """See `Backend`."""
-        return self.lock("gc", "garbage collector")
+        """See `Backend`. One that lost its place meanwhile takes nothing; see `places`."""
+        return lease.hold(self._bucket, "gc", "garbage collector", lambda: None)
 
     def settle(self) -> None:
         """See `Backend`."""
@@ -345,31 +348,35 @@ class S3Backend:
     def leftovers(self, older: float) -> Iterator[Leftover]:
         """See `Backend`."""
         before = time.time() - older
-        known = set(chain.from_iterable(self._places.all().values()))
         sizes: dict[str, int] = defaultdict(int)
         newest: dict[str, float] = defaultdict(float)
         for found in self._bucket.find("files/"):
             publication = found.key.split("/")[1]
             sizes[publication] += found.size
             newest[publication] = max(newest[publication], found.time)
+        uploads = [item for kind in ("files/", "staging/") for item in self._bucket.uploads(kind)]
+        # After what was uploaded, and before what is there: a publisher holds its
+        # lease until the record is.
+        leases = [item for _, item in Roots(self.objects, self.root).leases()]
+        held = {path for item in leases if item.expires > time.time() for path in item.paths}
+        known = set(chain.from_iterable(self._places.all().values()))
         for publication in sorted(sizes.keys() - known):
-            if newest[publication] <= before:
-                key = f"files/{publication}"
+            key = f"files/{publication}"
+            if newest[publication] <= before and key not in held:
                 yield Leftover(
                     key,
                     sizes[publication],
                     "uploaded by a publisher that was killed",
                     partial(self._forget_prefix, key + "/"),
                 )
-        for prefix in ("files/", "staging/"):
-            for key, number, begun in self._bucket.uploads(prefix):
-                if begun <= before:
-                    yield Leftover(
-                        key,
-                        0,
-                        "upload that was never finished",
-                        partial(self._bucket.abort, key, number),
-                    )
+        for key, number, begun in uploads:
+            if begun <= before and not any(key.startswith(f"{path}/") for path in held):
+                yield Leftover(
+                    key,
+                    0,
+                    "upload that was never finished",
+                    partial(self._bucket.abort, key, number),
+                )
 
     def _forget_prefix(self, prefix: str) -> None:
         self._bucket.delete([found.key for found in self._bucket.find(prefix)])

@@ -70,6 +70,8 @@ class Places:
             rounds = state.doomed.get(publication, set())
             if all(self._decision(name, publication, round_) != _TAKEN for round_ in rounds):
                 return publication
+            # Decided for good; its remover may have died over it.
+            self._bucket.delete([_record(name, publication)])
         return None
 
     def doom(self, name: str) -> None:
