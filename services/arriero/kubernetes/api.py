@@ -34,8 +34,9 @@ GONE = "GONE"
 QUOTA = "QUOTA_EXCEEDED"
 _CONNECT_SECONDS = 5.0
 _READ_SECONDS = 30.0
-# The server ends a watch by then; reading waits a little longer.
-WATCH_SECONDS = 240
+# The server ends a watch by then; reading waits a little longer, since a connection
+# that a network dropped without a word says nothing either.
+WATCH_SECONDS = 90
 _CONFLICTS = 8
 _JSON = "application/json"
 _SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
@@ -133,7 +134,7 @@ class Api:
     ) -> Iterator[tuple[str, Object]]:
         """What happens after a version: (`ADDED` | `MODIFIED` | `DELETED` | `BOOKMARK`, object).
 
-        Ends when the server ends it, which it does every few minutes.
+        Ends when the server ends it, after a minute or two.
 
         Raises:
             OutOfRange: the server does not remember that version any more; list again.
@@ -147,7 +148,7 @@ class Api:
             "timeoutSeconds": str(WATCH_SECONDS),
         }
         response = self._send(
-            "GET", self._path(resource), query, timeout=(_CONNECT_SECONDS, WATCH_SECONDS + 30)
+            "GET", self._path(resource), query, timeout=(_CONNECT_SECONDS, WATCH_SECONDS + 15)
         )
         with _translated(), contextlib.closing(response):
             for line in _lines(response):

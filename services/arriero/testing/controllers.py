@@ -8,15 +8,18 @@ what runs.
 from __future__ import annotations
 
 import copy
+import math
 import os
 import secrets
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from arriero.rpc.channel import check_health
 from arriero.testing.cluster import FakeCluster, Object
 
 _INDEX = "batch.kubernetes.io/job-completion-index"
@@ -284,3 +287,112 @@ def _env(container: Object, index: int) -> dict[str, str]:
     for item in container.get("env") or ():
         found[item["name"]] = item["value"] if "value" in item else str(index)
     return found
+
+
+class ReplicaController:
+    """Runs the pods of Deployments as real processes, each on a loopback address of its own.
+
+    One more than are wanted may run while they are replaced, and a ready one goes
+    only when another is ready, as `maxUnavailable: 0, maxSurge: 1` says. A pod that
+    is deleted keeps answering for `notice` seconds (the template's preStop).
+
+    Args:
+        cluster: whose Deployments.
+        environment: of every process, under what the template says.
+        notice: seconds between a pod's deletion and its SIGTERM.
+    """
+
+    def __init__(
+        self, cluster: FakeCluster, environment: Mapping[str, str], *, notice: float = 3.0
+    ) -> None:
+        self._cluster = cluster
+        self._environment = dict(environment)
+        self._notice = notice
+        self._count = 10
+        self._leaving: dict[str, float] = {}
+        self._stop = threading.Event()
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Kill what still runs."""
+        self._stop.set()
+        self._thread.join(10)
+        for process in self.processes.values():
+            process.kill()
+            process.wait()
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.1):
+            for deployment in self._cluster.all("deployments"):
+                self._step(deployment)
+            self._probe()
+
+    def _step(self, deployment: Object) -> None:
+        name, spec = deployment["metadata"]["name"], deployment["spec"]
+        generation = deployment["metadata"]["generation"]
+        if deployment.get("status", {}).get("observedGeneration") != generation:
+            with self._cluster.change("deployments", name) as item:
+                item.setdefault("status", {})["observedGeneration"] = generation
+        labels, wanted = spec["selector"]["matchLabels"], spec["replicas"]
+        annotations = spec["template"]["metadata"].get("annotations")
+        pods = [
+            pod
+            for pod in self._cluster.all("pods")
+            if labels.items() <= pod["metadata"]["labels"].items()
+            and "deletionTimestamp" not in pod["metadata"]
+        ]
+        new = [pod for pod in pods if pod["metadata"]["annotations"] == annotations]
+        old = [pod for pod in pods if pod not in new]
+        if len(new) < wanted and len(pods) <= wanted:
+            self._start(deployment)
+        elif len(new) > wanted:
+            self._delete(new[-1])
+        elif (old and sum(map(_ready, pods)) > wanted) or (old and not wanted):
+            self._delete(old[0])
+
+    def _start(self, deployment: Object) -> None:
+        self._count += 1
+        name, address = f"{deployment['metadata']['name']}-{self._count}", f"127.0.0.{self._count}"
+        template = copy.deepcopy(deployment["spec"]["template"])
+        main = template["spec"]["containers"][0]
+        env = {e["name"]: e["value"] for e in main["env"]}
+        env |= {"ARRIERO_LISTEN": f"{address}:50051"}
+        self.processes[name] = subprocess.Popen(
+            [sys.executable if a == "python" else a for a in main["args"]],
+            env={**os.environ, **self._environment, **env},
+            stdin=subprocess.DEVNULL,
+        )
+        metadata = {
+            **template["metadata"],
+            "name": name,
+            "ownerReferences": [{"uid": deployment["metadata"]["uid"]}],
+        }
+        status = {"phase": "Running", "podIP": address}
+        pod = {"metadata": metadata, "spec": template["spec"], "status": status}
+        self._cluster.put("pods", pod)
+
+    def _delete(self, pod: Object) -> None:
+        name = pod["metadata"]["name"]
+        with self._cluster.change("pods", name) as item:
+            item["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+        self._leaving[name] = time.monotonic() + self._notice
+
+    def _probe(self) -> None:
+        alive = {pod["metadata"]["name"]: pod for pod in self._cluster.all("pods")}
+        for name, process in list(self.processes.items()):
+            if name not in alive:  # its Deployment is gone
+                self._leaving.setdefault(name, 0.0)
+            # Once: a second SIGTERM ends running calls.
+            if self._leaving.get(name, math.inf) < time.monotonic():
+                self._leaving[name] = math.inf
+                process.terminate()
+            if process.poll() is not None:
+                self._cluster.remove("pods", name)
+                del self.processes[name]
+            elif name in alive and not _ready(alive[name]):
+                address = f"{alive[name]['status']['podIP']}:50051"
+                if check_health(address):
+                    with self._cluster.change("pods", name) as item:
+                        become_ready(item)

@@ -1,0 +1,164 @@
+"""An orchestrator and real replicas on a cluster that is a fake: models change, numbers change,
+and no caller notices."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import arriero
+from arriero.client import Client
+from arriero.errors import FailedPrecondition
+from arriero.testing.cluster import NAMESPACE, FakeCluster
+from arriero.testing.controllers import ReplicaController
+
+ROOT = str(Path(next(iter(arriero.__path__))).parent)
+
+
+@pytest.fixture
+def cluster() -> Iterator[FakeCluster]:
+    with FakeCluster() as made:
+        yield made
+
+
+@pytest.fixture
+def client(
+    cluster: FakeCluster, tmp_path: Path, wait_until: Callable[..., Any]
+) -> Iterator[Client]:
+    store = str(tmp_path / "store")
+    path = os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])
+    env = {"PYTHONPATH": path, "ARRIERO_STORE": store, "OMP_NUM_THREADS": "1"}
+    templates = tmp_path / "platform"
+    templates.mkdir()
+    container = {
+        "name": "main",
+        "image": "herd/llama:1",
+        "args": ["python", "-m", "arriero.inference"],
+        "env": [{"name": "ARRIERO_STORE", "value": store}],
+        "ports": [{"name": "grpc", "containerPort": 50051}],
+    }
+    body = {"kind": "Deployment", "spec": {"template": {"spec": {"containers": [container]}}}}
+    (templates / "endpoint.yaml").write_text(yaml.safe_dump(body))
+    replicas = ReplicaController(cluster, env)
+    address = tmp_path / "address"
+    orchestrator = subprocess.Popen(
+        [sys.executable, "-m", "arriero.orchestrator"],
+        env={
+            **os.environ,
+            **env,
+            "ARRIERO_HOME": str(tmp_path / "home"),
+            "ARRIERO_DATABASE_URL": f"sqlite:///{tmp_path / 'orchestrator.db'}",
+            "ARRIERO_ADDRESS_FILE": str(address),
+            "ARRIERO_METRICS_LISTEN": "127.0.0.1:0",
+            "ARRIERO_PLATFORM": "kubernetes",
+            "ARRIERO_PLATFORM_DIR": str(templates),
+            "ARRIERO_NAMESPACE": NAMESPACE,
+            "ARRIERO_RELEASE": "herd",
+            "KUBECONFIG": str(cluster.kubeconfig(tmp_path / "kubeconfig")),
+        },
+    )
+    try:
+        wait_until(lambda: address.exists() or orchestrator.poll() is not None, what="it is up")
+        with Client(address.read_text().strip()) as made:
+            yield made
+    finally:
+        orchestrator.terminate()
+        orchestrator.wait(20)
+        replicas.close()
+
+
+class Load:
+    """Callers that ask again and again, and what went wrong."""
+
+    def __init__(self, client: Client, callers: int = 2) -> None:
+        self.failures: list[BaseException] = []
+        self.answers = 0
+        self._client = client
+        self._over = threading.Event()
+        self._threads = [threading.Thread(target=self._ask) for _ in range(callers)]
+
+    def _ask(self) -> None:
+        endpoint = self._client.endpoint("herd")
+        while not self._over.is_set():
+            try:
+                for _ in endpoint.generate("llama", temperature=0, max_tokens=8):
+                    pass
+                self.answers += 1
+            except BaseException as error:
+                self.failures.append(error)
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join(60)
+
+
+def test_models_and_numbers_change_under_load_without_one_failed_request(
+    client: Client,
+    cluster: FakeCluster,
+    tiny_gguf: Path,
+    tmp_path: Path,
+    wait_until: Callable[..., Any],
+) -> None:
+    made = []
+    for version in ("v1", "v2"):
+        files = tmp_path / version
+        files.mkdir()
+        os.link(tiny_gguf, files / "herd.gguf")
+        (files / "version.txt").write_text(version)  # another artifact
+        made.append(client.artifacts.push(files, kind="gguf", name="herd").digest)
+
+    def settled(digest: str, count: int) -> bool:
+        found = client.endpoints.get("herd")
+        ready = found.ready_replicas == found.desired_replicas == len(found.replicas) == count
+        return ready and {r.digest for r in found.replicas} == {digest}
+
+    client.endpoints.create("herd", made[0], context=256)
+    wait_until(lambda: settled(made[0], 1), 60, "the first replica")
+    with Load(client) as load:
+        wait_until(lambda: load.answers > 5, what="answers")
+        client.endpoints.update("herd", made[1], context=256)
+        wait_until(lambda: settled(made[1], 1), 60, "the other model")
+        for count in (3, 1):
+            client.endpoints.scale("herd", count)
+            wait_until(lambda n=count: settled(made[1], n), 90, f"{count} replicas")
+        asked = load.answers
+        wait_until(lambda: load.answers > asked, what="answers at the end")
+    assert load.failures == []
+
+    replica = client.endpoints.get("herd").replicas[0]
+    assert replica.address.startswith("127.0.0.")
+    client.endpoints.delete("herd")
+    wait_until(lambda: not cluster.all("deployments") and not cluster.all("pods"), what="its end")
+
+
+def test_a_number_above_an_autoscalers_is_refused(
+    client: Client, cluster: FakeCluster, tiny_gguf: Path, wait_until: Callable[..., Any]
+) -> None:
+    digest = client.artifacts.push(tiny_gguf, kind="gguf", name="herd").digest
+    client.endpoints.create("herd", digest, context=256)
+    target = {"kind": "Deployment", "name": "herd-endpoint-herd"}
+    spec = {"scaleTargetRef": target, "minReplicas": 1, "maxReplicas": 2}
+    cluster.put("horizontalpodautoscalers", {"metadata": {"name": "theirs"}, "spec": spec})
+
+    def refused() -> bool:
+        try:
+            client.endpoints.scale("herd", 3)
+        except FailedPrecondition as error:
+            return "scaled by theirs, up to 2 replicas" in error.message
+        return False
+
+    wait_until(refused, what="the refusal")
