@@ -83,6 +83,10 @@ def test_a_long_text_is_embedded_in_parts_as_in_one(replicas: dict[str, Running]
     assert found[0].usage.prompt_tokens > 512
     vectors = [np.array(answer.embeddings[0].values) for answer in found]
     np.testing.assert_allclose(vectors[0], vectors[1], atol=1e-5)
+    # Beside one that only the long context holds, too.
+    request = pb.EmbedRequest(texts=["wool " * 600, text, "wool"])
+    answer = replicas["both"].stub.Embed(request)
+    np.testing.assert_allclose(np.array(answer.embeddings[1].values), vectors[0], atol=1e-5)
     scaled = replicas["ntk"].stub.Embed(pb.EmbedRequest(texts=[text]))
     assert np.abs(vectors[0] - np.array(scaled.embeddings[0].values)).max() > 1e-4
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import itertools
 import json
 import socket
 import sys
@@ -238,9 +239,10 @@ class Engine(Loop):
     def _embed(self, job: Embedding) -> None:
         """As many more of its texts as free slots take, between the streams' steps."""
         left = job.texts[len(job.vectors) :]
-        longest = max(map(len, left))
-        lane = next(lane for lane in self._lanes if longest <= lane.context.n_ctx)
-        for rows in lane.embed(left, job.adapter):
+        # A text's context must not depend on the texts beside it, or its vector would.
+        lane = self._lane(len(left[0]), 0)
+        same = itertools.takewhile(lambda ids: self._lane(len(ids), 0) is lane, left)
+        for rows in lane.embed(list(same), job.adapter):
             job.vectors.append(pooled(rows, job.pooling, normalize=job.normalize))
         if len(job.vectors) == len(job.texts):
             self._embeddings.popleft()
