@@ -1,7 +1,6 @@
 """How fast rows become tokens, against the two ways that everyone uses, and in how much memory.
 
-    make bench BENCH=dataset
-    python benchmarks/dataset.py --tokenizer DIR [--rows FILE.json] [--count 50000] [--memory]
+    make bench BENCH=dataset ARGS="--tokenizer DIR [--rows FILE.json] [--count 50000] [--memory]"
 
 - `dataset_vs_map`: rows a second of a whole `dataset` job (read, render, encode,
   mask, shuffle, split, write) against one row at a time through `datasets.map`,

@@ -1,6 +1,6 @@
 """One replica against llama-server: the same file, prompts, threads, slots and machine.
 
-    make bench BENCH=inference            (or python benchmarks/inference.py --help)
+    make bench BENCH=inference ARGS="--model Q8_0=FILE.gguf [--prompts alpaca.json]"
 
 Clients stream 64 greedy tokens each, end-of-generation ignored, and ask again until
 `--requests` answers have come. Servers are measured in turns, `--repeats` times;

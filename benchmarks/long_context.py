@@ -1,6 +1,6 @@
 """Perplexity beyond the trained context, with and without rope scaling.
 
-    python benchmarks/long_context.py --model model.gguf --text text.txt
+    make bench BENCH=long_context ARGS="--model model.gguf --text text.txt"
 
 At 1x, 2x and 4x of the trained context the same tokens are predicted: the last half
 of a trained context before each of a few places in the text, with so much of the text

@@ -1,7 +1,7 @@
 """Whether `evaluate` measures what llama.cpp's `llama-perplexity` measures.
 
     LLAMA_PERPLEXITY=build/bin/llama-perplexity BENCH_TEXT=wiki.txt BENCH_REFERENCE=F16.gguf \\
-        python benchmarks/perplexity.py Q8_0.gguf Q4_K_M.gguf
+        make bench BENCH=perplexity ARGS="Q8_0.gguf Q4_K_M.gguf"
 
 Runs both over the same windows of a text (`BENCH_CONTEXT`, default 512;
 `BENCH_CHUNKS`, default 8): perplexity of the reference and of each file, and each

@@ -1,7 +1,6 @@
 """How fast a CPU trains, beside the Alpaca-LoRA recipe.
 
-    make bench BENCH=training ARGS="--rows alpaca.json"
-    python benchmarks/training.py --rows alpaca.json [--model DIRECTORY] [--profile]
+    make bench BENCH=training ARGS="--rows alpaca.json [--model DIRECTORY] [--profile]"
 
 Both train LoRA (r=8 on q_proj and v_proj, dropout 0.05) on the same 128 rows (Alpaca
 template, cutoff 256, prompts trained on as the recipe does) of the same model in the

@@ -22,11 +22,10 @@ from arriero.training import allocator, launch, proof
 from arriero.training.memory import fit, gigabytes
 from arriero.training.plan import Plan
 from arriero.training.ranks import Ranks
-from arriero.training.rows import Rows, check_ids, read_facts
+from arriero.training.rows import Rows, check_ids
 from arriero.training.spec import (
     demand_of,
     embedding_rows,
-    longest_of,
     lora_of,
     plan_of,
     quantization_of,
@@ -71,7 +70,7 @@ def train(job: Job) -> Sequence[Output]:
     plan = plan_of(job.spec, len(rows))
     how = numerics.choose(plan.dtype)
     check_optimizer(plan.optimizer, how.device)
-    micro_batch = ranks.least(_fitting(job, weights, how, plan, ranks))
+    micro_batch = ranks.least(_fitting(job, weights, rows, how, plan, ranks))
     job.check_preempted()
     model = _load(job, weights, how, plan, ranks)
     trained = sum(weight.numel() for weight in adapter.trained_weights(model).values())
@@ -139,7 +138,9 @@ def _open_rows(job: Job, weights: Weights) -> tuple[Rows, Rows | None]:
     return rows, val_rows
 
 
-def _fitting(job: Job, weights: Weights, how: Numerics, plan: Plan, ranks: Ranks) -> int:
+def _fitting(
+    job: Job, weights: Weights, rows: Rows, how: Numerics, plan: Plan, ranks: Ranks
+) -> int:
     """The micro batch that memory holds by estimate.
 
     Raises:
@@ -148,12 +149,11 @@ def _fitting(job: Job, weights: Weights, how: Numerics, plan: Plan, ranks: Ranks
     import torch
 
     model = job.input("model").path
-    longest = longest_of(read_facts(job.input("dataset").path))
     demand = demand_of(
         job.spec,
         read_config(model),
         weights,
-        longest,
+        rows.longest(plan.micro_batch_size),
         plan.micro_batch_size,
         base_bytes=4 if how.dtype == torch.float32 else 2,
         host=how.device == "cpu",
@@ -164,7 +164,7 @@ def _fitting(job: Job, weights: Weights, how: Numerics, plan: Plan, ranks: Ranks
         free, where = available_bytes() // ranks.local_world, "this host"
     else:
         free, where = torch.cuda.mem_get_info()[0], torch.cuda.get_device_name()
-    rows = fit(demand, free, where)
+    fitting = fit(demand, free, where)
     need = demand.need()
     job.log.info(
         "memory: about %s (%s) of %s free on %s",
@@ -173,16 +173,16 @@ def _fitting(job: Job, weights: Weights, how: Numerics, plan: Plan, ranks: Ranks
         gigabytes(free),
         where,
     )
-    if rows < plan.micro_batch_size:
+    if fitting < plan.micro_batch_size:
         job.log.warning(
             "that is too much for micro_batch_size %d: it is %d, with %d accumulated a step; "
             "batch_size stays %d",
             plan.micro_batch_size,
-            rows,
-            -(-plan.batch_size // rows),
+            fitting,
+            -(-plan.batch_size // fitting),
             plan.batch_size,
         )
-    return rows
+    return fitting
 
 
 def _load(job: Job, weights: Weights, how: Numerics, plan: Plan, ranks: Ranks) -> Any:

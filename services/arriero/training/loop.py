@@ -259,7 +259,7 @@ class Loop:
         trained = self._rows.trained(chosen)
         self._seed()
         self._forward.train()
-        total = 0.0
+        total = torch.zeros((), device=self._numerics.device)
         for parts in self._micro_batches(self._rows, chosen):
             if self._ranks.any(should_stop()):
                 self._optimizer.zero_grad(set_to_none=True)
@@ -270,23 +270,25 @@ class Loop:
                 total += self._backward(parts, 1 / trained)
         if trained:
             self._ranks.add_gradients(self._weights.values())
-        return self._ranks.total([total])[0]
+        return self._ranks.total([float(total)])[0]
 
-    def _backward(self, parts: list[MicroBatch], share: float) -> float:
+    def _backward(self, parts: list[MicroBatch], share: float) -> torch.Tensor:
         """Add the gradients of a micro batch to those that are there; its loss."""
         if len(parts) == 1:
             loss = self._forward(parts[0]) * share
             self._scaler.scale(loss).backward()
-            return float(loss.detach())
+            return loss.detach()
         weights = list(self._weights.values())
 
-        def lane(number: int, micro: MicroBatch) -> tuple[float, tuple[torch.Tensor | None, ...]]:
+        def lane(
+            number: int, micro: MicroBatch
+        ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
             with fused.drawing(self._generators[number]):
                 loss = self._forward(micro) * share
             found = torch.autograd.grad(self._scaler.scale(loss), weights, allow_unused=True)
-            return float(loss.detach()), found
+            return loss.detach(), found
 
-        total = 0.0
+        total = torch.zeros(())
         # One after the other, so that the sums are the same each time.
         for value, gradients in self._lanes.run(lane, parts):
             total += value

@@ -22,7 +22,8 @@ _LIBRARIES = 900_000_000
 _KEPT_PER_LAYER = 17
 # RMSNorm computes in float32 whatever its input is: two norms, input and result.
 _FLOAT32_PER_LAYER = 4
-# Logits and their gradient, of so many values at a time (`training.loss`).
+# Logits and their gradient, of so many values at a time (`training.loss`): in float32, or
+# in 16 bits in each of two lanes.
 _PER_LOGIT, _LOGITS = 2 * 4, 1 << 25
 # Bytes per parameter of a linear layer that bitsandbytes holds, scales included:
 # a float32 for 64 values (quantized to a byte, and 256 of those share a float32).
@@ -46,6 +47,8 @@ class Demand:
         optimizer: transformers' name.
         rows: of a micro batch.
         length: tokens of the longest row.
+        lengths: tokens of the longest rows, as many as `rows`, longest first; where they
+            are not known, all have `length`. No token is padding.
         gradient_checkpointing: keeps one layer's activations instead of all.
         host: the libraries count too.
         spread: processes that the base is spread over.
@@ -65,6 +68,14 @@ class Demand:
     gradient_checkpointing: bool
     host: bool
     spread: int = 1
+    lengths: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Of the heaviest micro batch that there can be."""
+        if not self.lengths:
+            return self.rows * self.length
+        return sum(min(length, self.length) for length in self.lengths[: self.rows])
 
     def need(self) -> Need:
         """The estimate, roughly and rather too much than too little."""
@@ -79,7 +90,7 @@ class Demand:
         kept = layers * per_layer
         if self.gradient_checkpointing:
             kept = layers * size * hidden + per_layer
-        tokens = self.rows * self.length
+        tokens = self.tokens
         return Need(
             weights=self._weights(),
             gradients=4 * self.trained,

@@ -122,6 +122,11 @@ class Rows:
             total += int(counted.sum() - counted[firsts].sum())
         return total
 
+    def longest(self, count: int) -> tuple[int, ...]:
+        """Tokens of the longest rows, longest first."""
+        places = np.argpartition(-self.lengths, min(count, len(self)) - 1)[:count]
+        return tuple(sorted((int(self.lengths[i]) for i in places), reverse=True))
+
     @property
     def largest_id(self) -> int:
         """The largest token id of all rows; -1 without any."""

@@ -70,7 +70,8 @@ def resolve(spec: training_pb2.TrainSpec, context: ResolveContext) -> Resolved:
     config = read_config(model.path)
     _check_weights(weights, modules)
     _check_datasets(datasets, model, embedding_rows(weights, config))
-    demand = demand_of(resolved, config, weights, longest_of(facts), plan.micro_batch_size)
+    lengths = Rows(dataset.path).longest(plan.micro_batch_size)
+    demand = demand_of(resolved, config, weights, lengths, plan.micro_batch_size)
     golden = 2 * TOKENS * int(config.get("vocab_size") or 0)
     output = weights.nbytes if demand.full else 4 * demand.trained
     # One more than are kept exists while the newest is written; the best is kept beside.
@@ -148,7 +149,7 @@ def demand_of(
     spec: training_pb2.TrainSpec,
     config: Mapping[str, Any],
     base: Weights,
-    longest: int,
+    lengths: tuple[int, ...],
     rows: int,
     *,
     base_bytes: int = 0,
@@ -161,7 +162,7 @@ def demand_of(
         spec: resolved.
         config: the model's `config.json`.
         base: its tensors.
-        longest: tokens of the longest row.
+        lengths: tokens of the longest rows, as many as `rows`, longest first.
         rows: of a micro batch.
         base_bytes: per parameter, once the device is known; 0 takes what `dtype` says,
             and for `auto` float32's, a CPU without fast bfloat16.
@@ -186,16 +187,12 @@ def demand_of(
         double=packed.double if packed else False,
         optimizer=spec.optim,
         rows=rows,
-        length=longest,
+        length=max(lengths, default=0),
+        lengths=lengths,
         gradient_checkpointing=spec.gradient_checkpointing,
         host=host,
         spread=spread,
     )
-
-
-def longest_of(facts: Mapping[str, Any]) -> int:
-    """Tokens of a dataset's longest row."""
-    return int(facts.get("max_length") or facts.get("cutoff_len") or 0)
 
 
 def saved_whole(base: Weights, lora: Lora) -> list[TensorInfo]:

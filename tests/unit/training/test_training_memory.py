@@ -96,3 +96,24 @@ def test_what_can_not_fit_is_refused_with_figures_and_the_knob_that_helps(demand
     assert caught.value.metadata["needed_bytes"] == str(least.total)
     assert f"weights {least.weights / 1e9:.2f} GB" in caught.value.message
     assert f"this host has {free / 1e9:.2f} GB free" in caught.value.message
+
+
+def test_rows_count_with_their_own_lengths_and_not_as_if_padded():
+    long, short = (
+        replace(LORA, lengths=(512, 512, 512, 512)),
+        replace(LORA, lengths=(512, 64, 64, 8)),
+    )
+    assert long.need() == LORA.need()
+    assert short.tokens == 648
+    assert short.need().activations == LORA.need().activations * 648 // 2048
+    assert replace(short, rows=1).tokens == 512
+    assert replace(short, length=100).tokens == 100 + 64 + 64 + 8
+
+
+def test_the_longest_rows_come_first(kit, tmp_path):
+    from arriero.training.rows import Rows
+
+    drawn = [([3] * length, 1) for length in (4, 9, 2, 7)]
+    rows = Rows(kit.write_dataset(tmp_path / "rows", drawn))
+    assert rows.longest(2) == (9, 7)
+    assert rows.longest(8) == (9, 7, 4, 2)
