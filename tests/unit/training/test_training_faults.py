@@ -39,14 +39,17 @@ FAST = {
 
 @pytest.fixture
 def make(model, dataset, val_dataset):
-    """Makes loops over the same tiny model and rows."""
+    """Makes loops over the same tiny model and rows, whose micro batches stay in one piece."""
 
     def make(plan: Plan = PLAN, **more) -> Loop:
         base = load_base(model.path, torch.float32, "cpu")
         made = attach(base, Lora(rank=4, dropout=0.0), base="sha256:0", seed=1)
         return Loop(made, Rows(dataset.path), Rows(val_dataset.path), plan, CPU, **more)
 
-    return make
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield make
+    torch.set_num_threads(threads)
 
 
 def run(loop: Loop, save=lambda: None) -> list[float]:

@@ -59,7 +59,7 @@ def test_optimizer_states_of_8_bits_take_a_quarter_and_paged_ones_none():
 def test_activations_grow_with_rows_and_shrink_with_gradient_checkpointing():
     need, half = LORA.need(), replace(LORA, rows=2).need()
     assert need.activations == 2 * half.activations
-    assert need.logits == half.logits  # so many at a time
+    assert need.logits == replace(LORA, rows=8).need().logits  # so many at a time
     assert replace(LORA, gradient_checkpointing=True).need().activations < need.activations / 8
 
 
