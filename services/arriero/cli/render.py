@@ -268,6 +268,7 @@ def usage_text(usage: types_pb2.JobUsage) -> str:
 def summary(run: pb.Run) -> Table:
     """The closing table of a run: stages, times, gates, artifacts."""
     made = table("stage", "time", "figures", "gates", "artifacts")
+    made.columns[1].no_wrap = True
     for stage in run.stages:
         took = elapsed(stage.start_time, stage.end_time) or 0.0
         figures = ""
