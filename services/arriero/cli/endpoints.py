@@ -75,13 +75,18 @@ def list_(output: Output = Format.TABLE) -> None:
 def get(
     name: Name,
     score: Annotated[
-        bool, typer.Option(help="Compare each live replica with the golden logits now.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            help="Compare each live replica with the golden logits now; default: where it has any."
+        ),
+    ] = None,
     output: Output = Format.TABLE,
 ) -> None:
     """An endpoint: replicas, their KL divergence to the trained model, gates, lineage."""
     with client() as api:
-        found = api.endpoints.get(name, score=score)
+        found = api.endpoints.get(name, score=bool(score))
+        if score is None and found.spec.golden:
+            found = api.endpoints.get(name, score=True)
         try:
             ancestors = api.artifacts.lineage(found.spec.model)
         except NotFound:
@@ -105,6 +110,10 @@ def _details(item: pb.Endpoint, ancestors: list[pb.Artifact]) -> RenderableType:
         facts.add_row(f"adapter {adapter.name}", adapter.adapter)
     if item.run:
         facts.add_row("run", item.run)
+    if not item.spec.golden:
+        facts.add_row(
+            "golden", Text("none: replicas cannot be compared with a trained model", "dim")
+        )
     if item.gates:
         facts.add_row("gates", render.gates_text(item.gates))
     for gate in item.gates:
