@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -37,18 +37,16 @@ from arriero.orchestrator import smoke
 from arriero.orchestrator.adapters import AdapterSets, with_adapter, without_adapter
 from arriero.orchestrator.clients import Caller
 from arriero.orchestrator.deployments import Deployments, check_replicas, check_spec
-from arriero.orchestrator.platform import Desired, Observed, ObservedReplica, Platform
+from arriero.orchestrator.platform import Desired, Observed, Platform
 from arriero.orchestrator.records import EndpointRecord, Records
 from arriero.orchestrator.replicas import endpoint_figures, endpoint_message, shortage
+from arriero.orchestrator.scores import Scores
 from arriero.replica import ReplicaSettings
 from arriero.store import Store
 from arriero.v1 import inference_pb2, pipeline_pb2, types_pb2
 from arriero.v1 import orchestrator_pb2 as pb
 
-_SCORE_SECONDS = 300.0
 _SCORE_TRIES = 3
-# How often replicas that became ready since are looked for, to be compared.
-_MEASURE_SECONDS = 1.0
 # A supervisor may try a replica again; FAILED for this long means that it gave up.
 _FAILED_SECONDS = 2.0
 _log = logging.getLogger(__name__)
@@ -66,8 +64,7 @@ class Endpoints:
         self._sets = AdapterSets(platform, caller)
         self._known: dict[str, EndpointRecord] = {}
         self._rollouts: dict[str, asyncio.Task[None]] = {}
-        # (endpoint, replica): asked for its score since it became ready.
-        self._asked: set[tuple[str, str]] = set()
+        self._scores = Scores(platform, caller, self._sets, self._known, self._save)
         self._measuring: asyncio.Task[None] | None = None
 
     def load(self) -> None:
@@ -77,7 +74,7 @@ class Endpoints:
             self._want(record)
             if not record.settled:
                 self._roll(record)
-        self._measuring = asyncio.get_running_loop().create_task(self._measure())
+        self._measuring = asyncio.get_running_loop().create_task(self._scores.run())
 
     async def close(self) -> None:
         """Stop watching roll-outs; the next `load` goes on with them."""
@@ -113,7 +110,7 @@ class Endpoints:
                 f"endpoint {name} has no golden logits to compare with; deploy it with `golden`"
             )
         ready = self._platform.observe(name).ready(record.endpoint.spec.model)
-        await self._score(record, ready)
+        await self._scores.of(record, ready)
         return self._seen(record)
 
     def figures(self) -> list[EndpointFigures]:
@@ -465,84 +462,7 @@ class Endpoints:
         if reason:
             gates.skip(smoke.GATE, reason)
             return gates.results[0]
-        return smoke.judge(await self._score(record, observed.ready(spec.model)), modes)
-
-    # Scores
-
-    async def _measure(self) -> None:
-        """Look after replicas that become ready later: after a scale-up, or a restart.
-
-        They are compared with the golden logits, and get adapters that they were started
-        without.
-        """
-        while True:
-            await asyncio.sleep(_MEASURE_SECONDS)
-            for record in [*self._known.values()]:
-                if not record.settled:
-                    continue
-                name, new = record.endpoint.name, list[ObservedReplica]()
-                try:
-                    await self._sets.give_new(record)
-                    if record.endpoint.spec.golden and (new := self._unmeasured(record)):
-                        await self._score(record, new)
-                except Unavailable:
-                    continue  # it went away again; the next look tells
-                except ArrieroError as error:
-                    self._asked.update((name, replica.name) for replica in new)
-                    _log.warning("endpoint %s cannot be measured: %s", name, error.message)
-                except Exception:
-                    _log.exception("measuring endpoint %s failed", name)
-
-    def _unmeasured(self, record: EndpointRecord) -> list[ObservedReplica]:
-        name = record.endpoint.name
-        ready = self._platform.observe(name).ready(record.endpoint.spec.model)
-        names = {replica.name for replica in ready}
-        # Who comes back may be another process with the same name.
-        self._asked = {key for key in self._asked if key[0] != name or key[1] in names}
-        known = [r for r in record.endpoint.replicas if r.name in names]
-        if len(known) < len(record.endpoint.replicas):
-            self._remember(record, known)
-        done = {replica.name for replica in known} | {r for e, r in self._asked if e == name}
-        return [replica for replica in ready if replica.name not in done]
-
-    def _remember(self, record: EndpointRecord, scored: Iterable[pb.Replica]) -> None:
-        kept = list(scored)
-        del record.endpoint.replicas[:]
-        record.endpoint.replicas.extend(kept)
-        if self._known.get(record.endpoint.name) is record:
-            self._save(record)
-
-    async def _score(
-        self, record: EndpointRecord, ready: Sequence[ObservedReplica]
-    ) -> list[smoke.Score]:
-        """Ask these replicas, and remember what they said."""
-        spec = record.endpoint.spec
-
-        async def ask(replica: str, address: str) -> smoke.Score:
-            answer = await self._caller.score(address, spec.golden, timeout=_SCORE_SECONDS)
-            return smoke.Score(
-                replica,
-                answer.kl_divergence,
-                answer.top1_agreement,
-                answer.confident_disagreements,
-                answer.tokens,
-                answer.seconds,
-            )
-
-        scores = list(await asyncio.gather(*(ask(r.name, r.address) for r in ready)))
-        said = [
-            pb.Replica(
-                name=replica.name,
-                digest=replica.digest,
-                kl_divergence=score.kl_divergence,
-                top1_agreement=score.top1_agreement,
-            )
-            for replica, score in zip(ready, scores, strict=True)
-        ]
-        names = {replica.name for replica in said}
-        others = [r for r in record.endpoint.replicas if r.name not in names]
-        self._remember(record, [*others, *said])
-        return scores
+        return smoke.judge(await self._scores.of(record, observed.ready(spec.model)), modes)
 
     # Bookkeeping
 
