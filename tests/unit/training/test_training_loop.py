@@ -29,6 +29,8 @@ def workshop(kit, model, dataset, val_dataset):
         base = load_base(model.path, how.dtype, how.device)
         lora = Lora(rank=4, alpha=8, dropout=dropout, targets="all-linear")
         wrapped = attach(base, lora, base="sha256:0", seed=plan.seed)
+        if plan.gradient_checkpointing:
+            spare_activations(wrapped)
         return Loop(wrapped, rows, val_rows, plan, how, **({"clock": clock} if clock else {}))
 
     return SimpleNamespace(make=make, rows=rows, val_rows=val_rows)
@@ -178,10 +180,31 @@ def test_bfloat16_trains_float32_weights_and_nearly_the_same_losses(workshop):
     assert run(loop) == pytest.approx(run(workshop.make()), rel=0.05)
 
 
+@pytest.fixture
+def one_thread():
+    """Dropout follows the lanes, of which there are as many as threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_gradient_checkpointing_changes_nothing(workshop):
-    loop = workshop.make(dropout=0.2)
-    spare_activations(loop.model)
-    assert run(loop) == pytest.approx(run(workshop.make(dropout=0.2)), abs=1e-5)
+    spared = run(workshop.make(replace(PLAN, gradient_checkpointing=True), dropout=0.2))
+    assert spared == pytest.approx(run(workshop.make(dropout=0.2)), abs=1e-5)
+
+
+def test_gradient_checkpointing_takes_one_lane(workshop):
+    """What is computed again must draw as it drew before, which only torch's own draws do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        spared = workshop.make(replace(PLAN, gradient_checkpointing=True), dropout=0.2)
+        assert spared.path.endswith("1 at a time")
+        assert workshop.make(dropout=0.2).path.endswith("2 at a time")
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_reports_carry_real_tokens_and_the_scheduled_rate(workshop):
