@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shutil
 import signal
 import uuid
@@ -45,16 +47,23 @@ def test_a_pipeline_over_s3_survives_the_loss_of_a_job_and_its_disk(
         "lora": {"r": 4, "lora_dropout": 0.1},
         "max_steps": STEPS,
         "batch_size": 4,
-        "save_steps": 5,
+        "save_steps": 20,
         "dtype": "float32",
     }
     store = Store.open(platform.env["ARRIERO_STORE"])
     with platform.client() as client:
         run = client.create_run(tiny_pipeline(tmp_path, sft={"train": train}))
 
-        def kept() -> list[str]:
-            found = [found.key for found in store.objects.find("staging/training/")]
-            return [key for key in found if key.endswith("checkpoint.json")]
+        def kept() -> bool:
+            """Whether a checkpoint is in the bucket, with every file that it lists."""
+            found = {found.key for found in store.objects.find("staging/training/")}
+            for key in (key for key in found if key.endswith("/checkpoint.json")):
+                place = key.removesuffix("checkpoint.json")
+                with contextlib.suppress(FileNotFoundError):  # a newer one took its place
+                    listed = json.loads(store.objects.read(key))["files"]
+                    if {place + name for name in listed} <= found:
+                        return True
+            return False
 
         wait_until(kept, 120, "a checkpoint in the bucket")
         (job,) = [
