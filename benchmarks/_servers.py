@@ -13,7 +13,6 @@ import importlib.util
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from arriero.inference.frontend import EngineOptions, Frontend
 from arriero.replica import ReplicaSettings
 from arriero.rpc import connect
 from arriero.rpc.channel import check_health
+from arriero.rpc.ports import free_port
 from arriero.store import ManifestDraft, Store
 from arriero.testing.servicers import running_platform
 from arriero.v1 import inference_pb2, inference_pb2_grpc
@@ -192,7 +192,7 @@ class LlamaServer(Server):
     unified = False
 
     def command(self) -> tuple[list[str], dict[str, str]]:
-        self.port = _free_port()
+        self.port = free_port()
         return [
             str(self.binary), "-m", str(self.gguf), "-t", str(self.threads),
             "-tb", str(self.threads), "-c", str(self.context * self.slots),
@@ -286,7 +286,7 @@ class LlamaCppServer(LlamaServer):
     packages = ""
 
     def command(self) -> tuple[list[str], dict[str, str]]:
-        self.port = _free_port()
+        self.port = free_port()
         env = {"PYTHONPATH": self.packages} if self.packages else {}
         return [
             sys.executable, "-m", "llama_cpp.server", "--model", str(self.gguf),
@@ -395,9 +395,3 @@ def read_prompts(path: Path | None, count: int = 96) -> list[str]:
         ]
     rows = json.loads(path.read_text(encoding="utf-8"))[:count]
     return [f"Question: {row['instruction']} {row.get('input', '')}\nAnswer:" for row in rows]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

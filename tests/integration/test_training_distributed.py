@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ torch = pytest.importorskip("torch")
 
 from arriero.operations.handoff import Assignment, Outcome, to_json, type_name  # noqa: E402
 from arriero.operations.kinds import ResolveContext  # noqa: E402
+from arriero.rpc.ports import free_port  # noqa: E402
 from arriero.settings import SourceSettings  # noqa: E402
 from arriero.store import Artifact, ManifestDraft, Store  # noqa: E402
 from arriero.testing.jobs import run_job  # noqa: E402
@@ -207,13 +207,10 @@ def test_sharded_weights_stop_at_a_signal_and_go_on_as_if_they_had_not(bench, al
 
 def test_two_agents_that_meet_on_the_loopback_train_together(bench, alone):
     job = bench.assignment("agents", nodes=2, nproc_per_node=1)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     meeting = {
         "PET_NNODES": "2",
         "PET_RDZV_BACKEND": "c10d",
-        "PET_RDZV_ENDPOINT": f"127.0.0.1:{port}",
+        "PET_RDZV_ENDPOINT": f"127.0.0.1:{free_port()}",
         "PET_RDZV_ID": "test",
     }
     agents = [bench.start(job, **meeting) for _ in range(2)]

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from arriero import settings
-from arriero.cli.ports import free_port, is_free
 from arriero.cli.replicas import Process, Replicas
 from arriero.errors import FailedPrecondition, Unavailable
 from arriero.rpc import parent
 from arriero.rpc.parent import process_start
+from arriero.rpc.ports import free_port, is_free
 from arriero.store import write_atomic
 
 logger = logging.getLogger(__name__)

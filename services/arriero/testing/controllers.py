@@ -11,7 +11,6 @@ import copy
 import math
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from arriero.rpc.channel import check_health
+from arriero.rpc.ports import free_port
 from arriero.testing.cluster import FakeCluster, Object
 
 _INDEX = "batch.kubernetes.io/job-completion-index"
@@ -124,7 +124,7 @@ class JobController:
         arguments = [sys.executable if a == "python" else a for a in main["args"]]
         found = _env(main, index)
         if "PET_MASTER_ADDR" in found:
-            port = self._ports.setdefault(job["metadata"]["name"], _free_port())
+            port = self._ports.setdefault(job["metadata"]["name"], str(free_port()))
             found |= {"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": port}
         process = subprocess.Popen(
             arguments,
@@ -274,12 +274,6 @@ def _ready(pod: Object) -> bool:
 def _condition(item: Object, kind: str) -> bool:
     conditions = item.get("status", {}).get("conditions") or ()
     return any(c["type"] == kind and c["status"] == "True" for c in conditions)
-
-
-def _free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
 
 
 def _env(container: Object, index: int) -> dict[str, str]:

@@ -12,7 +12,6 @@ import pwd
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -22,6 +21,8 @@ from typing import Any
 from urllib.parse import quote
 
 import psycopg
+
+from arriero.rpc.ports import free_port
 
 __all__ = ["MISSING", "Postgres", "binaries"]
 
@@ -58,7 +59,7 @@ class Postgres:
             user = _other_user()
             os.chown(self._root, user.pw_uid, user.pw_gid)
             self._as = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
-        self.port = _free_port()
+        self.port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
 
     def url(self, database: str, *, user: str = USER, password: str = PASSWORD) -> str:
@@ -144,9 +145,3 @@ def _other_user() -> pwd.struct_passwd:
         except KeyError:
             continue
     raise AssertionError("this machine has neither a user postgres nor nobody")
-
-
-def _free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return int(listening.getsockname()[1])

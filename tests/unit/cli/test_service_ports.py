@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from arriero.cli import ports, supervisor
+from arriero.cli import supervisor
 from arriero.errors import Unavailable
+from arriero.rpc import ports
 
 
 def test_the_preferred_port_is_taken_if_free() -> None:
