@@ -151,7 +151,7 @@ def create(
     context: Annotated[int, typer.Option(help="Tokens; 0: the model's own.", min=0)] = 0,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="A field of the deploy stage: slots=8, rope.type=ntk."),
+        typer.Option("--set", help="A field of the deploy stage: slots=8, rope=ntk."),
     ] = None,
     wait: Wait = 120,
     output: Output = Format.TABLE,

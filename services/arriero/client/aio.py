@@ -22,6 +22,7 @@ from arriero.client import transfer
 from arriero.client.connection import FOLLOW_SECONDS, TRANSFER_SECONDS, Connection
 from arriero.client.endpoint import AsyncEndpoint
 from arriero.client.pipeline import PipelineFile, load_pipeline
+from arriero.client.reading import word_for
 from arriero.errors import ArrieroError, DeadlineExceeded, InvalidArgument, Unavailable
 from arriero.settings import ClientSettings
 from arriero.v1 import dataset_pb2, inference_pb2, pipeline_pb2
@@ -296,8 +297,14 @@ def _pipeline_file(pipeline: Pipelines) -> PipelineFile:
 def _deploy_spec(
     name: str, model: str, replicas: int, settings: Mapping[str, Any]
 ) -> pipeline_pb2.DeploySpec:
+    words = {
+        field.name: {word: settings[field.name]}
+        for field in pipeline_pb2.DeploySpec.DESCRIPTOR.fields
+        if (word := word_for(field)) and isinstance(settings.get(field.name), str)
+    }
+    fields = {**settings, **words}
     try:
-        return pipeline_pb2.DeploySpec(endpoint=name, model=model, replicas=replicas, **settings)
+        return pipeline_pb2.DeploySpec(endpoint=name, model=model, replicas=replicas, **fields)
     except (TypeError, ValueError) as error:
         raise InvalidArgument(f"no deployment can be set like that: {error}") from None
 
@@ -473,7 +480,7 @@ class AsyncEndpoints:
             model: digest or reference of the gguf artifact.
             replicas: processes to serve it with.
             settings: further fields of a deploy stage: `context=8192`, `slots=8`,
-                `rope={"type": "ntk"}`, ...
+                `rope="ntk"`, ...
 
         Raises:
             AlreadyExists: the name is in use; `update` replaces.

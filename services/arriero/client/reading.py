@@ -19,7 +19,7 @@ from google.protobuf.message import Message
 from arriero.errors import FieldViolation
 from arriero.v1 import types_pb2
 
-__all__ = ["FieldType", "Position", "Reader", "describe", "is_map", "nearest"]
+__all__ = ["FieldType", "Position", "Reader", "describe", "is_map", "nearest", "word_for"]
 
 # protobuf has two implementations of its descriptors, and stubs for either alone.
 FieldType = Any
@@ -105,7 +105,14 @@ class Reader:
         elif known.is_repeated:
             self._list(node, target, known, path)
         elif known.message_type is not None:
-            self.message(node, getattr(target, known.name), path)
+            inner = getattr(target, known.name)
+            if (word := word_for(known)) and isinstance(node, yaml.ScalarNode):
+                # `rope: ntk` stands for `rope: {type: ntk}`.
+                inner.SetInParent()
+                self.positions[f"{path}.{word}"] = self.position(node)
+                self.value(node, inner, inner.DESCRIPTOR.fields_by_name[word], f"{path}.{word}")
+            else:
+                self.message(node, inner, path)
         else:
             try:
                 setattr(target, known.name, _scalar(node, known))
@@ -225,6 +232,11 @@ def is_map(known: FieldType) -> bool:
     """Whether a field is a map."""
     kind = known.message_type
     return kind is not None and bool(kind.GetOptions().map_entry)
+
+
+def word_for(known: FieldType) -> str:
+    """The field of a message that one word in the message's place sets; empty: none."""
+    return str(known.GetOptions().Extensions[types_pb2.word_for])
 
 
 def _is_deep(known: FieldType) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
 
-from arriero.client.reading import FieldType, is_map
+from arriero.client.reading import FieldType, is_map, word_for
 from arriero.gates import KNOWN_GATES
 from arriero.v1 import pipeline_pb2, types_pb2
 
@@ -93,6 +93,9 @@ class _Writer:
                 schema = {"anyOf": [schema, {"type": "string"}]}
         else:
             schema = self._value(field)
+            if word := word_for(field):
+                alone = self._value(field.message_type.fields_by_name[word])
+                schema = {"anyOf": [schema, alone]}
         if "$ref" in schema:
             schema = {"allOf": [schema]}  # what stands beside a $ref is not read
         if description := self._description(field):

@@ -391,7 +391,7 @@ class Endpoints:
             model: digest or reference of the gguf artifact.
             replicas: processes to serve it with.
             settings: further fields of a deploy stage: `context=8192`, `slots=8`,
-                `rope={"type": "ntk"}`, ...
+                `rope="ntk"`, ...
 
         Raises:
             AlreadyExists: the name is in use; `update` replaces.

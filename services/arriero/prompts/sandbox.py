@@ -7,6 +7,7 @@ and output can cost; it is no substitute for a memory limit on the process.
 
 from __future__ import annotations
 
+import datetime
 import functools
 import json
 import time
@@ -32,6 +33,12 @@ MAX_SOURCE = 256 * 1024
 MAX_TEXT = 8 * 1024 * 1024
 MAX_ITERATIONS = 200_000
 MAX_SECONDS = 5.0
+
+# The date of templates that cannot do without one. A prompt that changes with the day
+# is not the one trained on, so it is always the same: the one that Llama 3's templates
+# fall back to.
+DATE = datetime.datetime(2024, 7, 26, 12)
+_DATE_NAME = "strftime_now"
 
 # Methods whose result can be any size that their argument says.
 _PADDING = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs", "format", "format_map"})
@@ -152,6 +159,10 @@ class _RaisedByTemplate(Exception):
     pass
 
 
+def _strftime_now(form: str) -> str:
+    return DATE.strftime(form)
+
+
 def _raise_exception(message: str) -> None:
     raise _RaisedByTemplate(message)
 
@@ -181,7 +192,6 @@ def _environment() -> _Cage:
         name: _checked_filter(opaque.guarded(name, f)) for name, f in cage.filters.items()
     }
     cage.filters |= {"_bounded": _bounded, "_sized": _sized}
-    # No `strftime_now`: a prompt that changes with the day is not the one trained on.
     cage.globals.pop("lipsum", None)
     cage.globals["raise_exception"] = _raise_exception
     return cage
@@ -199,13 +209,26 @@ def compile_source(source: str) -> jinja2.Template:
             "template", f"the Jinja source has {len(source)} characters; at most {MAX_SOURCE}"
         )
     try:
-        return _environment().from_string(source)
+        return _environment().from_string(source, globals=_date(source))
     except jinja2.TemplateSyntaxError as error:
         raise InvalidArgument.field(
             "template", f"Jinja does not accept it: line {error.lineno}: {error.message}"
         ) from error
     except RecursionError as error:
         raise InvalidArgument.field("template", "the Jinja source nests too deeply") from error
+
+
+def _date(source: str) -> dict[str, Any]:
+    """`strftime_now`, unless the template asks whether there is one: it has its own date then."""
+    if _DATE_NAME not in source:
+        return {}
+    tree = _environment().parse(source)
+    asks = any(
+        test.name == "defined" and isinstance(test.node, jinja2.nodes.Name)
+        and test.node.name == _DATE_NAME
+        for test in tree.find_all(jinja2.nodes.Test)
+    )  # fmt: skip
+    return {} if asks else {_DATE_NAME: _strftime_now}
 
 
 def variables_of(source: str) -> set[str]:
@@ -217,7 +240,7 @@ def variables_of(source: str) -> set[str]:
     compile_source(source)
     environment = _environment()
     found = jinja2.meta.find_undeclared_variables(environment.parse(source))
-    return found - environment.globals.keys()
+    return found - environment.globals.keys() - {_DATE_NAME}
 
 
 def render(source: str, variables: Mapping[str, Any]) -> str:

@@ -105,6 +105,7 @@ class Template:
                 "add_generation_prompt": add_generation_prompt,
                 # As transformers has it: None where there are none.
                 "tools": list(tools) or None,
+                "documents": None,
             },
         )
 

@@ -264,7 +264,9 @@ class DeploySpec(_message.Message):
     def gates(self) -> _containers.ScalarMap[_builtins.str, _types_pb2.GateMode.ValueType]: ...
     @_builtins.property
     def rope(self) -> Global___RopeSpec:
-        """Positions beyond the trained context; unset means what the model says."""
+        """Positions beyond the trained context; unset means what the model says. One
+        word is its type: `rope: ntk`.
+        """
 
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[_inference_pb2.AdapterSpec]:

@@ -760,6 +760,7 @@ Global___Estimate: _TypeAlias = Estimate  # noqa: Y015
 
 INPUT_FIELD_NUMBER: _builtins.int
 DEFAULT_VALUE_FIELD_NUMBER: _builtins.int
+WORD_FOR_FIELD_NUMBER: _builtins.int
 input: _extension_dict._ExtensionFieldDescriptor[_descriptor_pb2.FieldOptions, Global___InputRule]
 """Marks a string (or repeated string) field of a spec as an artifact input.
 In a pipeline it holds a stage name, `stage.output` or a store reference
@@ -768,3 +769,7 @@ receives the spec it holds a digest, always.
 """
 default_value: _extension_dict._ExtensionFieldDescriptor[_descriptor_pb2.FieldOptions, _builtins.str]
 """Documentation of the default that the room resolves, for schemas and help."""
+word_for: _extension_dict._ExtensionFieldDescriptor[_descriptor_pb2.FieldOptions, _builtins.str]
+"""Of a message field: one word in its place sets this field of the message, as
+`rope: ntk` for `rope: {type: ntk}`.
+"""

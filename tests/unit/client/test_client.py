@@ -19,7 +19,7 @@ from arriero.rpc import Server, parent
 from arriero.settings import ClientSettings, ServerSettings
 from arriero.testing.replica import FakeInference
 from arriero.testing.servicers import FakePlatform
-from arriero.v1 import inference_pb2_grpc
+from arriero.v1 import inference_pb2_grpc, pipeline_pb2
 from arriero.v1 import orchestrator_pb2 as pb
 
 TEXT = "A driver of pack llamas."
@@ -269,6 +269,9 @@ async def test_endpoints_are_made_changed_and_deleted():
     async with running() as platform, AsyncClient(platform.address) as client:
         made = await client.endpoints.create("new", "gguf/faq:prod", context=64)
         assert (made.name, made.spec.context, made.ready_replicas) == ("new", 64, 1)
+        long = await client.endpoints.create("long", "gguf/faq:prod", rope="ntk")
+        same = await client.endpoints.create("same", "gguf/faq:prod", rope={"type": "ntk"})
+        assert long.spec.rope == same.spec.rope == pipeline_pb2.RopeSpec(type="ntk")
         with pytest.raises(errors.AlreadyExists):
             await client.endpoints.create("new", "gguf/faq:prod")
         assert (await client.endpoints.update("new", "x", replicas=2)).desired_replicas == 2

@@ -4,7 +4,7 @@ import pytest
 
 from arriero.client import absolute_source, load_pipeline, parse_pipeline
 from arriero.errors import FieldViolation, InvalidArgument, NotFound
-from arriero.v1 import types_pb2
+from arriero.v1 import pipeline_pb2, types_pb2
 
 WHOLE = """\
 name: zh
@@ -221,6 +221,24 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
     (tmp_path / "big.yaml").write_bytes(b"#" * (1 << 21))
     with pytest.raises(InvalidArgument, match="larger"):
         load_pipeline(tmp_path / "big.yaml")
+
+
+def test_one_word_of_a_message_is_its_main_field():
+    text = WHOLE.replace("replicas: 3", "rope: ntk")
+    file = parse_pipeline(text, source="p.yaml")
+    deploy = file.pipeline.stages[-1].deploy
+    assert deploy.rope == pipeline_pb2.RopeSpec(type="ntk")
+    place = file.locate("stages[5].deploy.rope.type")
+    assert place is not None
+    assert text.splitlines()[place.line - 1][place.column - 1 :].startswith("ntk")
+    for wrong, says in (("4", "expected text, found the number 4"), ("[ntk]", "found a list")):
+        error = _refused(WHOLE.replace("replicas: 3", f"rope: {wrong}"))
+        assert says in error.message
+
+
+def test_one_word_in_an_override_too_and_more_beside_it():
+    pipeline = _set("stages.live.rope=yarn", "stages.live.rope.factor=4")
+    assert pipeline.stages[-1].deploy.rope == pipeline_pb2.RopeSpec(type="yarn", factor=4)
 
 
 # overrides

@@ -48,6 +48,8 @@ stages:
 - {name: sft, train: {model: base, dataset: rows, learning_rate: 3e-4, lora: {r: 8}}}
 - {name: q, quantize: {model: base, types: [Q8_0]}, force: true}
 - {name: best, evaluate: {models: q, choose: {smallest: {max_kld: 0.05}}}}
+- {name: live, deploy: {model: best, endpoint: faq, rope: ntk}}
+- {name: long, deploy: {model: best, endpoint: long, rope: {type: yarn, factor: 4}}}
 tags: {"gguf/faq:prod": best}
 """
 
@@ -78,6 +80,7 @@ def test_a_good_file_fits() -> None:
         ("warn", "loud"),
         ("force: true", "force: perhaps"),
         ("import:", "imports:"),
+        ("rope: ntk", "rope: 4"),
         ("{sources: [a.jsonl], tok", "{cutoff_len: 4294967296, tok"),
         (", import: {source: ./model, as: model}", ""),
         ("{name: q, quantize", "{import: {source: x}, name: q, quantize"),
