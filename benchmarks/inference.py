@@ -10,10 +10,12 @@ left out; `--build` compiles llama-server from the sources of the very llama.cpp
 is linked, and installs what llama_cpp.server needs beside it.
 
 Keys, ours by theirs: tokens/s `serve_vs_llama_server_N` with N clients and
-`serve_vs_llama_cpp_server_8`; seconds `ttft_shared_prefix` (median, 8 clients, a
-prompt of 512 shared tokens) and `itl_p99_N` (`itl_p99`: the worst of them); tokens/s
-`grpc_vs_engine_8` and `gateway_vs_engine_8` by the engine's without any server around
-it. Each is also told by file; without a file's name it is the worst file's.
+`serve_vs_llama_cpp_server_8`; seconds `ttft_shared_prefix` (median, 8 clients, whose
+prompts begin with 512 tokens that all eight share and nobody had before),
+`ttft_repeated_prefix` (the same 512 for everybody from first to last) and `itl_p99_N`
+(`itl_p99`: the worst of them); tokens/s `grpc_vs_engine_8` and `gateway_vs_engine_8` by
+the engine's without any server around it. Each is also told by file; without a file's
+name it is the worst file's.
 
 Memory of added replicas is what each adds to the proportional set size (PSS) of all,
 server and engine together, after it has answered once.
@@ -305,12 +307,19 @@ def against_peers(
         results.ratio(name, f"serve_vs_llama_server_{clients}", found, "rate")
         results.ratio(name, f"itl_p99_{clients}", found, "p99", over="itl_p99")
         results.ratio(name, "serve_vs_llama_cpp_server_8", found, "rate", peer=LlamaCppServer)
-    # About 512 tokens that all share, then a question of each one's own.
-    shared = " ".join(f"Fact {i}: llama {i} carries {i + 3} bags." for i in range(42))
-    asked = [f"{shared}\n{prompt}" for prompt in prompts]
-    found = compare(args, gguf, asked, 8, peers, PREFIX_CONTEXT)
-    results.add(name, "8, shared beginning", found)
-    results.ratio(name, "ttft_shared_prefix", found, "first")
+    # About 512 tokens that eight share, then a question of each one's own: a beginning
+    # that nobody asked with before for every eight, or the same one for all.
+    for what, key, trips in (("new", "shared", len(prompts)), ("same", "repeated", 1)):
+        asked = [f"{beginning(i // 8 % trips)}\n{prompt}" for i, prompt in enumerate(prompts)]
+        found = compare(args, gguf, asked, 8, peers, PREFIX_CONTEXT)
+        results.add(name, f"8, {what} beginning", found)
+        results.ratio(name, f"ttft_{key}_prefix", found, "first")
+
+
+def beginning(trip: int) -> str:
+    """About 512 tokens."""
+    facts = (f"Fact {i}: llama {i} carries {i + 3} bags." for i in range(42))
+    return " ".join((f"Trip {trip}.", *facts))
 
 
 def overhead(

@@ -44,7 +44,8 @@ from arriero.replica import ReplicaSettings
 
 # Context per slot when the model's own is larger and none was asked for.
 DEFAULT_CONTEXT = 4096
-_BATCH = 512
+# Tokens of one step; a computation has half of them.
+_BATCH = 1024
 
 
 @dataclass

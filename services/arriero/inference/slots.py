@@ -19,13 +19,20 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["MIN_COPY", "Move", "Placement", "Slots"]
+__all__ = ["MIN_COPY", "Move", "Placement", "Slots", "common"]
 
 # Tokens that a copy from another slot must save. Copying a slot's whole cache costs as
 # much as evaluating a few dozen.
 MIN_COPY = 64
 
 _Ids = npt.NDArray[np.int32]
+
+
+def common(one: _Ids, other: _Ids) -> int:
+    """How many tokens they begin with alike."""
+    count = min(len(one), len(other))
+    differs = np.flatnonzero(one[:count] != other[:count])
+    return int(differs[0]) if len(differs) else count
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +133,11 @@ class Slots:
         self._ids[slot, start : start + len(ids)] = ids
         self._lengths[slot] = start + len(ids)
 
+    def share(self, source: int, target: int, count: int) -> None:
+        """A slot in use was given the first tokens of another one."""
+        self._ids[target, :count] = self._ids[source, :count]
+        self._lengths[target] = count
+
     def release(self, slot: int) -> None:
         """The request ended; what it evaluated stays for others."""
         self._busy[slot] = False
@@ -178,9 +190,7 @@ class Slots:
     def _shared(self, slot: int, wanted: _Ids, key: int) -> int:
         if self._keys[slot] != key:
             return 0
-        count = min(self._lengths[slot], len(wanted))
-        differs = np.flatnonzero(self._ids[slot, :count] != wanted[:count])
-        return int(differs[0]) if len(differs) else count
+        return common(self.tokens(slot), wanted)
 
     def _touch(self, slot: int) -> None:
         self._clock += 1

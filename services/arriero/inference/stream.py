@@ -71,6 +71,8 @@ class Stream(Request):
         adapter: that it is computed with; None: the model alone.
         slot: in which it runs; -1 while it waits.
         filled: prompt tokens that are in the KV cache.
+        leader: another one that evaluates the same beginning; it is copied then.
+        shared: tokens to copy.
         next_token: that the next decode takes, once the prompt is done.
         row: of the last batch, where its logits are; -1 without.
     """
@@ -79,6 +81,8 @@ class Stream(Request):
     adapter: Loaded | None = None
     slot: int = -1
     filled: int = 0
+    leader: Stream | None = None
+    shared: int = 0
     next_token: int | None = None
     row: int = -1
 
