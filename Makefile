@@ -23,7 +23,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.arriero-setup
 export LLAMA_CMAKE_ARGS
 
-.PHONY: help setup demo test verify lint types imports chart protos proto-lint format bench images images-smoke e2e clean
+.PHONY: help setup demo test verify lint types imports chart protos proto-lint format bench images images-smoke kube-play e2e clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*?## ' '{printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}'
@@ -89,6 +89,9 @@ images-smoke: ## Do in each image what it is for, with a tiny model
 e2e: $(STAMP) ## Install, hurt and remove a release on a real cluster (tests/e2e/test_cluster.py says with what)
 	@test -n "$(ARRIERO_E2E_KUBECONFIG)" || { echo "Which cluster? make e2e ARRIERO_E2E_KUBECONFIG=... ARRIERO_E2E_REGISTRY=... ARRIERO_E2E_TAG=..."; exit 2; }
 	@ARRIERO_E2E_KUBECONFIG="$(ARRIERO_E2E_KUBECONFIG)" ARRIERO_E2E_REGISTRY="$(ARRIERO_E2E_REGISTRY)" ARRIERO_E2E_TAG="$(ARRIERO_E2E_TAG)" $(BIN)/python -m pytest -x tests/e2e/test_cluster.py
+
+kube-play: $(STAMP) ## Start the chart's pods, of its default values, with podman (tests/e2e/test_podman_play.py)
+	@ARRIERO_PLAY_REGISTRY="$${ARRIERO_PLAY_REGISTRY:-localhost}" $(BIN)/python -m pytest -x tests/e2e/test_podman_play.py
 
 clean: ## Remove what set-up made (the wheel of llama.cpp stays cached)
 	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

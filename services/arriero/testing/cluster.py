@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import ssl
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -58,14 +59,18 @@ class ApiFault(Exception):
 class FakeCluster:
     """The server; use it in a `with` block.
 
+    Args:
+        tls: makes it serve https, on all addresses, as pods need it.
+
     Attributes:
         url: where it listens.
+        port: of it.
         asked: (verb, group, resource) of every request, `deployments/scale` for
             subresources.
         logs: what pods wrote, by name; `<name>/previous` of the container before.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self.asked: set[tuple[str, str, str]] = set()
         self.logs: dict[str, str] = {}
         self._objects: dict[tuple[str, str], Object] = {}
@@ -76,9 +81,17 @@ class FakeCluster:
         self._news = threading.Condition(threading.RLock())
         self._faults: list[tuple[str, str, ApiFault]] = []
         self._listeners: list[Listener] = []
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        where = "127.0.0.1" if tls is None else "0.0.0.0"
+        self._server = ThreadingHTTPServer((where, 0), _handler(self))
         self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self.port = self._server.server_port
+        self.url = f"http://127.0.0.1:{self.port}"
+        if tls is not None:
+            # The handshake is each connection's own business: nobody holds up the others.
+            self._server.socket = tls.wrap_socket(
+                self._server.socket, server_side=True, do_handshake_on_connect=False
+            )
+            self.url = f"https://127.0.0.1:{self.port}"
 
     def __enter__(self) -> FakeCluster:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
@@ -366,7 +379,9 @@ def _handler(cluster: FakeCluster) -> type[BaseHTTPRequestHandler]:
             length = int(self.headers.get("Content-Length") or 0)
             data = self.rfile.read(length)
             try:
-                if self.headers.get("Authorization") != "Bearer a-token":
+                # In a pod the client writes `bearer`: RFC 9110 has it in any case.
+                scheme, _, token = (self.headers.get("Authorization") or "").partition(" ")
+                if (scheme.lower(), token) != ("bearer", "a-token"):
                     raise ApiFault(401, "Unauthorized", "Unauthorized")
                 path = _Asked(self.path)
                 if path.subresource == "log":

@@ -25,17 +25,28 @@ from arriero.testing.cluster import FakeCluster, Object
 _INDEX = "batch.kubernetes.io/job-completion-index"
 
 
+# Starts a pod (its object, the environment of its container): what runs, and its address.
+Start = Callable[[Object, Mapping[str, str]], tuple[subprocess.Popen[bytes], str]]
+
+
 class JobController:
     """Runs the pods of Jobs as processes.
 
     Args:
         cluster: whose Jobs.
         environment: of every process, under what the Job says.
+        start: starts a pod otherwise.
     """
 
-    def __init__(self, cluster: FakeCluster, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        cluster: FakeCluster,
+        environment: Mapping[str, str],
+        start: Start | None = None,
+    ) -> None:
         self._cluster = cluster
         self._environment = dict(environment)
+        self._start = start or self._process
         self._lock = threading.RLock()
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         # Where the pods of each Job meet: they share this machine's ports.
@@ -107,34 +118,35 @@ class JobController:
             "batch.kubernetes.io/job-name": job["metadata"]["name"],
             _INDEX: str(index),
         }
-        self._cluster.put(
-            "pods",
-            {
-                "metadata": {
-                    "name": name,
-                    "labels": labels,
-                    "annotations": {_INDEX: str(index)},
-                    "ownerReferences": [{"uid": job["metadata"]["uid"]}],
-                },
-                "spec": template["spec"],
-                "status": {"phase": "Running", "podIP": "127.0.0.1"},
+        pod = {
+            "metadata": {
+                "name": name,
+                "labels": labels,
+                "annotations": {_INDEX: str(index)},
+                "ownerReferences": [{"uid": job["metadata"]["uid"]}],
             },
-        )
-        main = template["spec"]["containers"][0]
-        arguments = [sys.executable if a == "python" else a for a in main["args"]]
-        found = _env(main, index)
-        if "PET_MASTER_ADDR" in found:
-            port = self._ports.setdefault(job["metadata"]["name"], str(free_port()))
-            found |= {"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": port}
+            "spec": template["spec"],
+            "status": {"phase": "Running", "podIP": "127.0.0.1"},
+        }
+        self._cluster.put("pods", pod)
+        process, _ = self._start(pod, _env(template["spec"]["containers"][0], index))
+        self.processes[name] = process
+        threading.Thread(target=self._follow, args=(job, name, process), daemon=True).start()
+
+    def _process(self, pod: Object, env: Mapping[str, str]) -> tuple[subprocess.Popen[bytes], str]:
+        job = pod["metadata"]["labels"]["batch.kubernetes.io/job-name"]
+        meeting = {}
+        if "PET_MASTER_ADDR" in env:
+            port = self._ports.setdefault(job, str(free_port()))
+            meeting = {"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": port}
         process = subprocess.Popen(
-            arguments,
-            env={**os.environ, **self._environment, **found},
+            [sys.executable if a == "python" else a for a in pod["spec"]["containers"][0]["args"]],
+            env={**os.environ, **self._environment, **env, **meeting},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
-        self.processes[name] = process
-        threading.Thread(target=self._follow, args=(job, name, process), daemon=True).start()
+        return process, "127.0.0.1"
 
     def _follow(self, job: Object, pod: str, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
@@ -294,13 +306,20 @@ class ReplicaController:
         cluster: whose Deployments.
         environment: of every process, under what the template says.
         notice: seconds between a pod's deletion and its SIGTERM.
+        start: starts a pod otherwise.
     """
 
     def __init__(
-        self, cluster: FakeCluster, environment: Mapping[str, str], *, notice: float = 3.0
+        self,
+        cluster: FakeCluster,
+        environment: Mapping[str, str],
+        *,
+        notice: float = 3.0,
+        start: Start | None = None,
     ) -> None:
         self._cluster = cluster
         self._environment = dict(environment)
+        self._begin = start or self._process
         self._notice = notice
         self._count = 10
         self._leaving: dict[str, float] = {}
@@ -348,24 +367,31 @@ class ReplicaController:
 
     def _start(self, deployment: Object) -> None:
         self._count += 1
-        name, address = f"{deployment['metadata']['name']}-{self._count}", f"127.0.0.{self._count}"
         template = copy.deepcopy(deployment["spec"]["template"])
-        main = template["spec"]["containers"][0]
-        env = {e["name"]: e["value"] for e in main["env"]}
-        env |= {"ARRIERO_LISTEN": f"{address}:50051"}
-        self.processes[name] = subprocess.Popen(
-            [sys.executable if a == "python" else a for a in main["args"]],
-            env={**os.environ, **self._environment, **env},
-            stdin=subprocess.DEVNULL,
-        )
         metadata = {
             **template["metadata"],
-            "name": name,
+            "name": f"{deployment['metadata']['name']}-{self._count}",
             "ownerReferences": [{"uid": deployment["metadata"]["uid"]}],
         }
-        status = {"phase": "Running", "podIP": address}
-        pod = {"metadata": metadata, "spec": template["spec"], "status": status}
-        self._cluster.put("pods", pod)
+        pod = {"metadata": metadata, "spec": template["spec"]}
+        env = {e["name"]: e["value"] for e in template["spec"]["containers"][0]["env"]}
+        process, address = self._begin(pod, env)
+        self.processes[metadata["name"]] = process
+        self._cluster.put("pods", {**pod, "status": {"phase": "Running", "podIP": address}})
+
+    def _process(self, pod: Object, env: Mapping[str, str]) -> tuple[subprocess.Popen[bytes], str]:
+        address = f"127.0.0.{self._count}"
+        process = subprocess.Popen(
+            [sys.executable if a == "python" else a for a in pod["spec"]["containers"][0]["args"]],
+            env={
+                **os.environ,
+                **self._environment,
+                **env,
+                "ARRIERO_LISTEN": f"{address}:50051",
+            },
+            stdin=subprocess.DEVNULL,
+        )
+        return process, address
 
     def _delete(self, pod: Object) -> None:
         name = pod["metadata"]["name"]
