@@ -90,7 +90,7 @@ async def test_a_deployment_is_ready_proved_and_remembered(home):
     model = home.gguf("a")
     (gate,) = await home.deploy(model, replicas=2, context=512)
     assert gate.verdict == types_pb2.GATE_VERDICT_PASSED
-    assert gate.unit == "ratio"
+    assert gate.unit == "nats"
     assert "KL 0.05 nats" in gate.detail
     assert home.supervisor.scored == [home.golden, home.golden]
     desired = home.supervisor.desired("zh")
@@ -143,6 +143,22 @@ async def test_a_gate_can_warn_or_be_skipped(home):
     assert gate.verdict == types_pb2.GATE_VERDICT_WARNED
     (gate,) = await home.deploy(bad, "2", gates={"serve.smoke": types_pb2.GATE_MODE_SKIP})
     assert gate.verdict == types_pb2.GATE_VERDICT_SKIPPED
+
+
+async def test_a_replica_is_held_to_what_its_types_explain(home):
+    exact = home.gguf("exact", labels={"quant_type": "Q8_0"})
+    with pytest.raises(GateFailed, match=r"expected a KL of at most 0\.03"):
+        await home.deploy(exact, "1")
+    (gate,) = await home.deploy(home.gguf("small", labels={"quant_type": "Q4_0"}), "2")
+    assert (gate.verdict, gate.threshold) == (types_pb2.GATE_VERDICT_PASSED, 0.8)
+    # A cache costs too, and scaled positions are another function of the model.
+    (gate,) = await home.deploy(exact, "3", cache_type_k="Q8_0")
+    assert (gate.verdict, gate.threshold) == (types_pb2.GATE_VERDICT_PASSED, 0.06)
+    (gate,) = await home.deploy(exact, "4", rope=pipeline_pb2.RopeSpec(type="ntk"))
+    assert gate.verdict == types_pb2.GATE_VERDICT_PASSED
+    rope = pipeline_pb2.RopeSpec(type="ntk", native_slots=1)
+    with pytest.raises(GateFailed, match=r"at most 0\.03"):
+        await home.deploy(exact, "5", rope=rope)
 
 
 async def test_without_golden_logits_the_gate_says_so(home):

@@ -135,11 +135,13 @@ class Comparison:
         kl_divergence: mean over positions of KL(golden || other), nats per token.
         kl_max: its largest value.
         top1_agreement: share of positions with the same most likely token.
-        confident_disagreements: positions where top-1 differs although golden's
-            lead over its second is above `noise`.
+        confident_disagreements: of `contexts` those where top-1 differs although
+            golden prefers its own to the other's choice by more than `noise`.
         noise: four times the mean absolute difference of log-probabilities over
             golden's 16 likeliest tokens: what differences of this size explain.
         tokens: positions compared.
+        contexts: of these those that no earlier position has the same tokens as up to
+            it: where sequences begin alike, one disagreement is not many.
     """
 
     kl_divergence: float
@@ -148,6 +150,7 @@ class Comparison:
     confident_disagreements: int
     noise: float
     tokens: int
+    contexts: int
 
 
 def compare(golden: Golden, logits: npt.NDArray[np.float32]) -> Comparison:
@@ -166,7 +169,7 @@ def compare(golden: Golden, logits: npt.NDArray[np.float32]) -> Comparison:
         )
     kl = np.empty(rows, dtype=np.float64)
     noise = np.empty(rows, dtype=np.float64)
-    lead = np.empty(rows, dtype=np.float64)
+    preference = np.empty(rows, dtype=np.float64)
     same = np.empty(rows, dtype=bool)
     for i in range(rows):  # row by row: a whole (256, 150k) float32 would be 150 MB, twice
         p = golden.logprobs[i].astype(np.float32)
@@ -176,15 +179,29 @@ def compare(golden: Golden, logits: npt.NDArray[np.float32]) -> Comparison:
         top = np.argpartition(p, -16)[-16:] if width > 16 else np.arange(width)
         top = top[np.argsort(p[top])[::-1]]
         noise[i] = float(np.abs(p[top] - q[top]).mean())
-        lead[i] = float(p[top[0]] - p[top[1]])
+        preference[i] = float(p[top[0]] - p[int(np.argmax(q))])
         # fp16 rounds near-equal log-probabilities to ties: any of the tied is right.
-        same[i] = p[int(np.argmax(q))] >= p[top[0]]
+        same[i] = preference[i] <= 0
     level = 4.0 * float(noise.mean())
+    first = _first_of_contexts(golden)
     return Comparison(
         kl_divergence=float(kl.mean()),
         kl_max=float(kl.max()),
         top1_agreement=float(same.mean()),
-        confident_disagreements=int(np.sum(~same & (lead > level))),
+        confident_disagreements=int(np.sum(first & ~same & (preference > level))),
         noise=level,
         tokens=rows,
+        contexts=int(first.sum()),
     )
+
+
+def _first_of_contexts(golden: Golden) -> npt.NDArray[np.bool_]:
+    """Whether each position is the first whose sequence has these tokens up to it."""
+    seen: set[bytes] = set()
+    first = []
+    for ids in golden.sequences:
+        for end in range(1, len(ids) + 1):
+            context = ids[:end].tobytes()
+            first.append(context not in seen)
+            seen.add(context)
+    return np.array(first, dtype=bool)

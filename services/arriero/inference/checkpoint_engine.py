@@ -254,6 +254,7 @@ class CheckpointEngine(Loop):
             "top1_agreement": found.top1_agreement,
             "confident_disagreements": found.confident_disagreements,
             "tokens": found.tokens,
+            "contexts": found.contexts,
             "seconds": time.monotonic() - score.started,
         }
         self.answer({"id": score.id}, score=figures)

@@ -286,6 +286,7 @@ class Engine(Loop):
             "top1_agreement": found.top1_agreement,
             "confident_disagreements": found.confident_disagreements,
             "tokens": found.tokens,
+            "contexts": found.contexts,
             "seconds": time.monotonic() - score.started,
         }
         self.events.append({"id": score.id, "done": True, "score": figures})

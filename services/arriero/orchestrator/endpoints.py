@@ -462,7 +462,17 @@ class Endpoints:
         if reason:
             gates.skip(smoke.GATE, reason)
             return gates.results[0]
-        return smoke.judge(await self._scores.of(record, observed.ready(spec.model)), modes)
+        scores = await self._scores.of(record, observed.ready(spec.model))
+        return smoke.judge(scores, modes, self._limit(spec))
+
+    def _limit(self, spec: pipeline_pb2.DeploySpec) -> float | None:
+        """The KL divergence that the types served explain; None where that is not known."""
+        settings = ReplicaSettings.of_spec(with_defaults(spec))
+        rope = settings.rope
+        if rope.type not in ("", "none") and not rope.native_slots:
+            return None  # positions mean something else by intention
+        kind = self._store.get(spec.model).manifest.labels.get("quant_type", "")
+        return smoke.limit_of(kind, (settings.cache_type_k, settings.cache_type_v))
 
     # Bookkeeping
 

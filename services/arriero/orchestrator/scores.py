@@ -89,6 +89,7 @@ class Scores:
                 answer.top1_agreement,
                 answer.confident_disagreements,
                 answer.tokens,
+                answer.contexts or answer.tokens,
                 answer.seconds,
             )
 

@@ -1,56 +1,20 @@
-"""The gate `quant.kld`: how much a type may cost before something must be wrong.
+"""The gate `quant.kld`: did a type cost more than it can before something must be wrong?
 
-Responsibility: a limit per quant type, and the verdict. Does not know how KL
-divergence is measured.
-
-The limits are several times what each type costs SmolLM2-135M, on which quantizing
-weighs more than on any larger model (benchmarks/RESULTS.md): a healthy file stays far
-below, a broken one (another model, a wrong rope, lost tensors) lies
-above by nats. Which file is good enough is another question: `choose` asks it.
+Responsibility: the type of a file, and the verdict by its limit. Does not know how KL
+divergence is measured. Which file is good enough is another question: `choose` asks it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from arriero.gates import Gates
+from arriero.gates.limits import LIMITS
 from arriero.llama import QUANT_TYPES, Header
 from arriero.quantization.evaluation import Measurement
 
 GATE = "quant.kld"
-
-# Nats per token. Types that are missing here (one to two bits, ternary) are for
-# models that were trained for them; what they do to others has no healthy bound.
-LIMITS: Mapping[str, float] = {
-    "F32": 0.01,
-    "F16": 0.01,
-    "BF16": 0.02,
-    "Q8_0": 0.03,
-    "MXFP4_MOE": 0.03,
-    "Q6_K": 0.1,
-    "Q5_K_M": 0.3,
-    "Q5_K_S": 0.3,
-    "Q5_1": 0.3,
-    "Q5_0": 0.3,
-    "Q4_K_M": 0.4,
-    "Q4_K_S": 0.5,
-    "Q4_1": 0.6,
-    "Q4_0": 0.8,
-    "IQ4_NL": 0.6,
-    "IQ4_XS": 0.6,
-    "Q3_K_L": 0.8,
-    "Q3_K_M": 0.8,
-    "Q3_K_S": 1.2,
-    "IQ3_M": 2.0,
-    "IQ3_S": 2.0,
-    "Q2_K": 2.0,
-    "IQ3_XS": 2.5,
-    "IQ3_XXS": 2.5,
-    "Q2_K_S": 2.5,
-    "BNB_INT8": 0.15,
-    "BNB_NF4": 1.0,
-}
 
 # `general.file_type` of a GGUF file is its ftype; files that split it say so in bit 10.
 _FILE_TYPE = "general.file_type"

@@ -596,6 +596,7 @@ class ScoreResponse(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
     CONFIDENT_DISAGREEMENTS_FIELD_NUMBER: _builtins.int
+    CONTEXTS_FIELD_NUMBER: _builtins.int
     kl_divergence: _builtins.float
     """Mean over positions of KL(golden || replica), in nats per token."""
     top1_agreement: _builtins.float
@@ -603,9 +604,11 @@ class ScoreResponse(_message.Message):
     tokens: _builtins.int
     seconds: _builtins.float
     confident_disagreements: _builtins.int
-    """Positions where top-1 differs although golden's lead over its second is
-    above the measured noise.
+    """Of `contexts` those where top-1 differs although golden prefers its own to
+    the replica's choice by more than the measured noise.
     """
+    contexts: _builtins.int
+    """Positions, those apart that repeat an earlier one's tokens up to them."""
     def __init__(
         self,
         *,
@@ -614,10 +617,11 @@ class ScoreResponse(_message.Message):
         tokens: _builtins.int = ...,
         seconds: _builtins.float = ...,
         confident_disagreements: _builtins.int = ...,
+        contexts: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["confident_disagreements", b"confident_disagreements", "kl_divergence", b"kl_divergence", "seconds", b"seconds", "tokens", b"tokens", "top1_agreement", b"top1_agreement"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["confident_disagreements", b"confident_disagreements", "contexts", b"contexts", "kl_divergence", b"kl_divergence", "seconds", b"seconds", "tokens", b"tokens", "top1_agreement", b"top1_agreement"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

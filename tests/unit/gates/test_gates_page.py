@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from arriero.gates import KNOWN_GATES
-from arriero.quantization.limits import LIMITS
+from arriero.gates.limits import LIMITS
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "gates.md"
 
