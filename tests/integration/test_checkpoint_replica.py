@@ -1,6 +1,7 @@
 """Hugging Face checkpoints served by transformers, with the API of all replicas."""
 
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from arriero.replica import ReplicaSettings
 from arriero.rpc import from_rpc_error
 from arriero.rpc.channel import check_health
 from arriero.store import ManifestDraft, Store
+from arriero.testing.models import VOCABULARY, tiny_llama
 from arriero.testing.serving import Running, start, wait_until
 from arriero.v1 import inference_pb2 as pb
 
@@ -210,6 +212,160 @@ def test_a_model_that_llama_cpp_does_not_know(
         assert all(alone)
     finally:
         replica.end()
+
+
+# Chats
+
+# ChatML that takes tools, and what they answered.
+TOOLED = """
+{%- if tools %}<|im_start|>system
+{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}<|im_end|>
+{% endif %}
+{%- for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\\n' ~ m.content }}
+{%- for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>
+{%- endfor %}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+WEATHER = {
+    "type": "function",
+    "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}},
+}
+
+CALL = 'So: <tool_call>{"name": "weather", "arguments": {"city": "Lima"}}</tool_call>'
+# The token that is spelled so: this backend has no grammar to make it say that.
+SPELLED = VOCABULARY - 1
+
+
+def respell(path: Path, token: int, text: str) -> None:
+    """Another text for a token, which no text is tokenized to from then on."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    vocab = data["model"]["vocab"]
+    old = next(piece for piece, i in vocab.items() if i == token)
+    data["model"]["merges"] = [
+        pair for pair in data["model"]["merges"] if old not in (*pair, "".join(pair))
+    ]
+    del vocab[old]
+    vocab[text.replace(" ", "Ġ")] = token  # as byte-level BPE writes a space
+    path.write_text(json.dumps(data), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def chatting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, Any, Any]]:
+    """A replica of a checkpoint with a template of its own, and both as transformers has them."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    home = tmp_path_factory.mktemp("chatting")
+    directory = tiny_llama(home / "model", tokenizer="smollm", seed=3)
+    respell(directory / "tokenizer.json", SPELLED, CALL)
+    (directory / "chat_template.jinja").write_text(TOOLED, encoding="utf-8")
+    running = serve(home, directory, directory / "config.json")
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    yield running, model, AutoTokenizer.from_pretrained(directory)
+    running.end()
+
+
+def asked(text: str = "Who walks?", **more: Any) -> pb.ChatRequest:
+    params = {"temperature": 0, "max_tokens": 16, **more.pop("sampling", {})}
+    return pb.ChatRequest(
+        messages=[
+            pb.Message(role="system", content="Be brief."),
+            pb.Message(role="user", content=text),
+        ],
+        sampling=pb.SamplingParams(**params),
+        **more,
+    )
+
+
+def test_a_chat_says_what_transformers_makes_of_the_rendered_template(
+    chatting: tuple[Running, Any, Any],
+) -> None:
+    replica, model, tokenizer = chatting
+    request = asked(sampling={"ignore_eos": True, "logprobs": 0})
+    messages = list(replica.stub.Chat(request))
+    ids = tokenizer.apply_chat_template(
+        [{"role": m.role, "content": m.content} for m in request.messages],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    made = model.generate(**ids, max_new_tokens=16, do_sample=False, eos_token_id=None)
+    prompt = ids["input_ids"].shape[1]
+    assert [e.token for m in messages for e in m.logprobs] == made[0, prompt:].tolist()
+    # It came in parts, and its end tells what it took.
+    assert sum(bool(message.delta) for message in messages) > 1
+    last = messages[-1]
+    assert last.finish_reason == pb.FINISH_REASON_LENGTH
+    assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (prompt, 16)
+    assert last.usage.prompt_seconds > 0
+    assert not any(message.HasField("usage") for message in messages[:-1])
+
+
+def test_a_chat_ends_at_the_templates_end_of_turn_and_at_stop_strings(
+    chatting: tuple[Running, Any, Any],
+) -> None:
+    replica, _, tokenizer = chatting
+    whole = "".join(m.delta for m in replica.stub.Chat(asked(sampling={"ignore_eos": True})))
+    cut = whole[len(whole) // 2 :][:2]
+    *said, last = replica.stub.Chat(asked(sampling={"ignore_eos": True, "stop": [cut]}))
+    assert "".join(m.delta for m in (*said, last)) == whole[: whole.index(cut)]
+    assert last.finish_reason == pb.FINISH_REASON_STOP
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    *said, last = replica.stub.Chat(asked(sampling={"logit_bias": {end: 1e6}}))
+    assert "".join(m.delta for m in (*said, last)) == ""
+    assert last.finish_reason == pb.FINISH_REASON_STOP
+    assert last.usage.completion_tokens <= 1
+
+
+def test_tools_reach_the_template_and_calls_come_back_apart_from_the_text(
+    chatting: tuple[Running, Any, Any],
+) -> None:
+    replica, _, tokenizer = chatting
+    tools = json.dumps([WEATHER])
+    *_, plain = replica.stub.Chat(asked())
+    *_, tooled = replica.stub.Chat(asked(tools=tools))
+    more = "<|im_start|>system\n" + json.dumps(WEATHER) + "\n<|im_end|>\n"
+    added = len(tokenizer(more, add_special_tokens=False)["input_ids"])
+    assert tooled.usage.prompt_tokens == plain.usage.prompt_tokens + added
+    biased = {"logit_bias": {SPELLED: 1e6}, "max_tokens": 1}
+    said = list(replica.stub.Chat(asked(tools=tools, sampling=biased)))
+    assert "".join(message.delta for message in said) == "So: "
+    assert said[-1].finish_reason == pb.FINISH_REASON_TOOL_CALLS
+    (found,) = said[-1].tool_calls
+    assert (found.name, json.loads(found.arguments)) == ("weather", {"city": "Lima"})
+    # Without tools it is text like any other.
+    said = list(replica.stub.Chat(asked(sampling=biased)))
+    assert "".join(message.delta for message in said) == CALL
+    assert said[-1].finish_reason == pb.FINISH_REASON_LENGTH
+    # What was called and answered goes into the next prompt.
+    request = asked(tools=tools)
+    calls = json.dumps([{"id": "1", "type": "function", "function": found_call(found)}])
+    request.messages.extend(
+        [
+            pb.Message(role="assistant", tool_calls=calls),
+            pb.Message(role="tool", content="It rains.", tool_call_id="1"),
+        ]
+    )
+    *_, answered = replica.stub.Chat(request)
+    assert answered.usage.prompt_tokens > tooled.usage.prompt_tokens + 20
+
+
+def found_call(call: pb.ToolCall) -> dict[str, str]:
+    return {"name": call.name, "arguments": call.arguments}
+
+
+def test_who_cannot_chat_or_takes_no_tools_says_so(
+    replica: Running, chatting: tuple[Running, Any, Any]
+) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        list(replica.stub.Chat(asked()))  # this model has no template
+    assert from_rpc_error(caught.value).code == "FAILED_PRECONDITION"
+    request = asked()
+    request.messages[0].role = "oracle"
+    with pytest.raises(grpc.RpcError) as caught:
+        list(chatting[0].stub.Chat(request))
+    assert from_rpc_error(caught.value).code == "INVALID_ARGUMENT"
 
 
 @pytest.mark.parametrize("kind", ["BNB_INT8", "BNB_NF4"])
