@@ -70,6 +70,7 @@ _BY_NAME: dict[str, dict[str, Any]] = {
     "ports": {"type": "array", "items": {"type": "integer"}},
     "profiles": _PROFILES,
     "resources": {"$ref": "#/$defs/resources"},
+    "fetchResources": {"$ref": "#/$defs/resources"},
     "securityContext": _OBJECT,
     "tolerations": _OBJECTS,
     "topologySpreadConstraints": _OBJECTS,
@@ -180,7 +181,7 @@ def _type(value: Value) -> dict[str, Any]:
         return {"type": "boolean"}
     if isinstance(default, int):
         return {"type": "integer", "minimum": 0, **value.hint}
-    if name == "size" or name.endswith("Size"):
+    if name == "size" or name.endswith(("Size", "Margin")):
         return _QUANTITY
     return {"type": "string", **value.hint}
 

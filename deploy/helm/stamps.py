@@ -33,7 +33,8 @@ def stamped(directory: Path) -> Iterator[dict[str, Any]]:
                 yield service
     elif (directory / "endpoint.yaml").exists():
         stamp = stamping.Stamp(stamping.Templates.read(directory), "arriero", owner)
-        wanted = Desired("chat", f"sha256:{'0' * 64}", 2, 1)
+        model = f"sha256:{'0' * 64}"
+        wanted = Desired("chat", model, 2, 1, artifacts=(model,), size=1 << 32)
         yield stamp.deployment(wanted)
         yield from stamp.services("chat")
         if scaler := stamp.autoscaler(wanted):

@@ -254,7 +254,8 @@ def check_used() -> None:
 _TOGETHER = {
     "store.s3": "gpu",
     "database.postgresql": "gpu",
-    "endpoints.modelVolumeSize": "gpu",
+    "endpoints.modelVolumeMargin": "gpu",
+    "endpoints.fetchResources": "gpu",
     "endpoints.autoscaling.prometheusAddress": "gpu",
     "networkPolicy.internet": "default",
     "endpoints.runtimeClassName": "gpu",
@@ -298,7 +299,11 @@ def _other(leaf: generate.Value, now: Any) -> Any:
         if choices:
             return choices[-1]
         return (
-            "7Gi" if leaf.path[-1].lower().endswith("size") else f"{now}7" if now else "s3://other7"
+            "7Gi"
+            if leaf.path[-1].lower().endswith(("size", "margin"))
+            else f"{now}7"
+            if now
+            else "s3://other7"
         )
     if isinstance(now, list):
         named = leaf.path[-1] in (
@@ -310,7 +315,7 @@ def _other(leaf: generate.Value, now: Any) -> Any:
         )
         number = leaf.path[-1] == "ports"
         return [*now, 7 if number else "other7" if named else {"name": "other7"}]
-    if leaf.path[-1] == "resources":
+    if leaf.path[-1].lower().endswith("resources"):
         return {"limits": {"memory": "7Gi"}}
     if leaf.path[-1] == "profiles":
         return {**now, "other": {"queue": "q7"}}

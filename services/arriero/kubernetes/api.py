@@ -158,13 +158,17 @@ class Api:
                     raise _error(int(item.get("code", 500)), item)
                 yield kind, item
 
-    def log(self, pod: str, *, previous: bool = False, lines: int | None = None) -> str:
-        """What a pod's first container wrote; at most a mebibyte of it.
+    def log(
+        self, pod: str, *, container: str = "", previous: bool = False, lines: int | None = None
+    ) -> str:
+        """What a container wrote, a pod's only one if none is named; at most a mebibyte of it.
 
         Raises:
             NotFound, InvalidArgument: there is nothing (any more, or yet).
         """
         query = {"limitBytes": str(1 << 20)}
+        if container:
+            query["container"] = container
         if previous:
             query["previous"] = "true"
         if lines is not None:

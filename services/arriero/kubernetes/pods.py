@@ -24,12 +24,14 @@ class Trouble:
     """Why a pod does not run.
 
     `reason` is an UPPER_SNAKE_CASE word; `heals` says whether waiting may help
-    (another node, another pod's end), as opposed to somebody's putting it right.
+    (another node, another pod's end), as opposed to somebody's putting it right;
+    `container` is the one that it is about, where it is about one.
     """
 
     reason: str
     message: str
     heals: bool = False
+    container: str = ""
 
 
 def name_of(item: Object) -> str:
@@ -80,6 +82,14 @@ def oom_killed(pod: Object) -> bool:
     )
 
 
+def initializing(pod: Object) -> str:
+    """The init container that runs now; empty without one."""
+    for state in pod.get("status", {}).get("initContainerStatuses") or ():
+        if (state.get("state") or {}).get("running") is not None:
+            return str(state["name"])
+    return ""
+
+
 def restarts(pod: Object) -> int:
     """How often its containers were started again, together."""
     return sum(int(state.get("restartCount") or 0) for state in _containers(pod))
@@ -113,8 +123,10 @@ def trouble(pod: Object, events: Iterable[Object] = ()) -> Trouble | None:
         if reason == _CRASH:
             last = (state.get("lastState") or {}).get("terminated") or {}
             how = "OOMKilled" if last.get("reason") == "OOMKilled" else f"exit code {_code(last)}"
-            count = state.get("restartCount")
-            return Trouble(_word(_CRASH), f"it ended {count} times ({_CRASH}), last with {how}")
+            count, called = state.get("restartCount"), str(state.get("name") or "")
+            what = f"its init container {called}" if _initial(pod, state) else "it"
+            said = f"{what} ended {count} times ({_CRASH}), last with {how}"
+            return Trouble(_word(_CRASH), said, container=called)
     scheduled = _condition(pod, "PodScheduled") or {}
     if scheduled.get("status") == "False":
         said = str(scheduled.get("message") or scheduled.get("reason") or "no node fits")
@@ -154,6 +166,10 @@ def _containers(pod: Object) -> list[Object]:
         *(status.get("initContainerStatuses") or ()),
         *(status.get("containerStatuses") or ()),
     ]
+
+
+def _initial(pod: Object, state: Object) -> bool:
+    return state in (pod.get("status", {}).get("initContainerStatuses") or ())
 
 
 def _terminated(pod: Object) -> Object | None:

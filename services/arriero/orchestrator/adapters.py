@@ -63,10 +63,13 @@ class AdapterSets:
     async def give(self, record: EndpointRecord, adapters: _Specs) -> None:
         """Let all replicas that are ready have these adapters and no others.
 
+        Where files are delivered, replicas are started with them instead.
+
         Raises:
             ArrieroError: what one of them refuses, or UNAVAILABLE when it went away.
         """
-        await self._give(self._ready(record), adapters)
+        if not self._platform.delivers:
+            await self._give(self._ready(record), adapters)
 
     async def give_new(self, record: EndpointRecord) -> None:
         """As `give`, to those alone that became ready since they were last looked at.
@@ -74,6 +77,8 @@ class AdapterSets:
         They may have been started with an older set.
         """
         name = record.endpoint.name
+        if self._platform.delivers:
+            return
         ready = self._ready(record)
         names = {replica.name for replica in ready}
         # Who comes back may be another process with the same name.

@@ -26,7 +26,7 @@ from arriero.kubernetes.api import (
 from arriero.kubernetes.informer import Informer
 from arriero.kubernetes.names import PREFIX, label
 from arriero.orchestrator.platform import Desired, Observed, ObservedReplica, until_observed
-from arriero.orchestrator.stamping import ENDPOINT, HASH, MODEL, Stamp
+from arriero.orchestrator.stamping import DELIVERY, ENDPOINT, HASH, MODEL, Stamp
 
 _log = logging.getLogger(__name__)
 _SYNC_SECONDS = 30.0
@@ -92,6 +92,11 @@ class KubernetesPlatform:
                 await self._task
 
     # What the orchestrator asks
+
+    @property
+    def delivers(self) -> bool:
+        """See `Platform`."""
+        return self._stamp.templates.delivers
 
     def check(self, name: str, replicas: int) -> None:
         """Refuse a number that whoever scales the endpoint would not allow.
@@ -184,7 +189,8 @@ class KubernetesPlatform:
             return "READY", "", True
         trouble = status.trouble(pod)
         if trouble is None:
-            return "STARTING", "", True
+            fetching = status.initializing(pod) == DELIVERY
+            return "STARTING", "its model is being fetched" if fetching else "", True
         if trouble.heals:
             return "FAILED", trouble.message, False
         if trouble.reason == "CRASH_LOOP_BACK_OFF":
@@ -331,7 +337,9 @@ class KubernetesPlatform:
                 continue
             text = ""
             with contextlib.suppress(ArrieroError):
-                text = await asyncio.to_thread(self._api.log, name, previous=True, lines=3)
+                text = await asyncio.to_thread(
+                    self._api.log, name, container=trouble.container, previous=True, lines=3
+                )
             self._tails[name] = (count, " | ".join(text.strip().splitlines())[:1000])
         gone = set(self._tails) - {status.name_of(pod) for pod in self._pods.all()}
         for name in gone:

@@ -486,10 +486,9 @@ class Endpoints:
     def _save(self, record: EndpointRecord) -> None:
         held: list[str] = []
         for endpoint in filter(None, (record.endpoint, record.previous)):
-            spec = endpoint.spec
-            held += [spec.model, spec.golden, *(item.adapter for item in spec.adapters)]
+            held += _read_by(endpoint.spec)
         name = record.endpoint.name
-        self._store.pin("endpoints", name, [d for d in dict.fromkeys(held) if d])
+        self._store.pin("endpoints", name, list(dict.fromkeys(held)))
         self._records.save_endpoint(record)
 
     def _want(self, record: EndpointRecord) -> None:
@@ -497,6 +496,7 @@ class Endpoints:
         record.generation += 1
         self._records.save_endpoint(record)
         spec = record.endpoint.spec
+        read = _read_by(spec) if self._platform.delivers else ()
         self._platform.apply(
             Desired(
                 record.endpoint.name,
@@ -504,8 +504,16 @@ class Endpoints:
                 record.endpoint.desired_replicas,
                 record.generation,
                 ReplicaSettings.of_spec(with_defaults(spec)),
+                read,
+                sum(self._store.manifest(digest).size for digest in read),
             )
         )
 
     def _seen(self, record: EndpointRecord) -> pb.Endpoint:
         return endpoint_message(record, self._platform.observe(record.endpoint.name))
+
+
+def _read_by(spec: pipeline_pb2.DeploySpec) -> tuple[str, ...]:
+    """Digests of all that a replica reads."""
+    found = [spec.model, spec.golden, *(item.adapter for item in spec.adapters)]
+    return tuple(dict.fromkeys(filter(None, found)))

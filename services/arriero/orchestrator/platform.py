@@ -35,6 +35,8 @@ class Desired:
         replicas: how many.
         generation: counts what was ever desired of this endpoint.
         settings: of each replica.
+        artifacts: digests of all that a replica reads; only where they are delivered.
+        size: of them together, in bytes.
     """
 
     name: str
@@ -42,6 +44,8 @@ class Desired:
     replicas: int
     generation: int
     settings: ReplicaSettings = field(default_factory=ReplicaSettings)
+    artifacts: tuple[str, ...] = ()
+    size: int = 0
 
     def environment(self) -> dict[str, str]:
         """All that a replica is told about itself; where it listens is the platform's.
@@ -109,7 +113,16 @@ class Observed:
 
 
 class Platform(Protocol):
-    """What runs replicas."""
+    """What runs replicas.
+
+    `delivers` says that replicas have the artifacts that they were started with, and
+    reach no others: whoever wants others of them wants other replicas.
+    """
+
+    @property
+    def delivers(self) -> bool:
+        """See above."""
+        ...
 
     def check(self, name: str, replicas: int) -> None:
         """Refuse a number of replicas that it would not make.
@@ -160,6 +173,8 @@ async def until_observed(
 
 class LocalPlatform:
     """Replicas are processes of the supervisor that shares `directory` with us."""
+
+    delivers = False
 
     def __init__(self, directory: Path) -> None:
         self._desired = directory / "desired"

@@ -23,6 +23,8 @@ from arriero.replica import ADAPTERS_VARIABLE
 
 Object = dict[str, Any]
 MODEL, ENDPOINT, HASH = f"{PREFIX}model", f"{PREFIX}name", f"{PREFIX}spec-hash"
+# The init container that fetches a replica's files, and the volume that it fetches them to.
+DELIVERY = "model"
 _GRPC_PORT = 50051
 
 
@@ -71,6 +73,12 @@ class Templates:
                 f"{optional[1]}: mode is {found.mode!r}; expected none, hpa or keda"
             )
         return cls(deployment, service, found)
+
+    @property
+    def delivers(self) -> bool:
+        """Whether an init container brings the files of a replica, which reads no others."""
+        pod = self.deployment["spec"]["template"]["spec"]
+        return any(item["name"] == DELIVERY for item in pod.get("initContainers") or ())
 
     def port(self, called: str, default: int) -> int:
         """Number of a named port of a replica."""
@@ -134,6 +142,8 @@ class Stamp:
         environment = desired.environment()
         kept = [e for e in container.get("env") or () if e["name"] not in environment]
         container["env"] = [*kept, *({"name": k, "value": v} for k, v in environment.items())]
+        if self.templates.delivers:
+            _deliver(pod, desired)
         annotations = template["metadata"].setdefault("annotations", {})
         annotations |= {MODEL: desired.digest, ENDPOINT: desired.name}
         digest = _digest(template)
@@ -220,6 +230,20 @@ class Stamp:
         if self.owner is not None:
             metadata["ownerReferences"] = [self.owner]
         return metadata
+
+
+def _deliver(pod: Object, desired: Desired) -> None:
+    """Say what is to be fetched; the volume's size in the template is what it may be larger."""
+    artifacts = " ".join(desired.artifacts)
+    for item in pod["initContainers"]:
+        if item["name"] == DELIVERY:
+            item.setdefault("env", []).append({"name": "ARRIERO_ARTIFACTS", "value": artifacts})
+    for volume in pod.get("volumes") or ():
+        if volume["name"] == DELIVERY and (volume.get("emptyDir") or {}).get("sizeLimit"):
+            from kubernetes.utils.quantity import parse_quantity  # an extra
+
+            margin = parse_quantity(volume["emptyDir"]["sizeLimit"])
+            volume["emptyDir"]["sizeLimit"] = str(int(margin) + desired.size)
 
 
 def _digest(template: Object) -> str:

@@ -19,7 +19,7 @@ from arriero.gates import GateResult, remedy
 from arriero.refs import Ref
 from arriero.store import gc, publish
 from arriero.store.artifacts import Artifact, Artifacts
-from arriero.store.backend import Backend, FileBackend
+from arriero.store.backend import Backend, FileBackend, Sealed
 from arriero.store.files import make_directories, safe_name
 from arriero.store.layout import Layout
 from arriero.store.manifest import Manifest, ManifestDraft
@@ -98,6 +98,19 @@ class Store:
             NotFound: no such source.
         """
         return publish.publish(self._backend, self._artifacts, self._roots, source, manifest)
+
+    def receive(self, artifact: Artifact) -> Artifact:
+        """Take an artifact of another store, at one instant; its cache gives the files away.
+
+        Both have to be on one filesystem. What is here already stays.
+
+        Raises:
+            NotFound, DataLoss, DiskFull, Unavailable: the other store can't fetch it.
+        """
+        if not self._backend.has(artifact.digest):
+            files = Sealed(artifact.path, artifact.manifest.files)
+            self._backend.place(files, artifact.manifest)
+        return self._artifacts.get(artifact.digest)
 
     def get(self, ref: str | Ref, *, wait: float = 0) -> Artifact:
         """An artifact by digest, digest prefix (8 digits or more), or reference.

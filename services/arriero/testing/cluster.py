@@ -67,7 +67,8 @@ class FakeCluster:
         port: of it.
         asked: (verb, group, resource) of every request, `deployments/scale` for
             subresources.
-        logs: what pods wrote, by name; `<name>/previous` of the container before.
+        logs: what pods wrote, by name; `<name>/<container>` of others than `main`,
+            and `/previous` behind both of the container before.
     """
 
     def __init__(self, tls: ssl.SSLContext | None = None) -> None:
@@ -262,7 +263,9 @@ class FakeCluster:
         with self._news:
             self.asked.add(("get", "", "pods/log"))
             previous = path.query.get("previous") == "true"
-            key = f"{path.name}/previous" if previous else path.name
+            container = path.query.get("container", "main")
+            key = path.name if container == "main" else f"{path.name}/{container}"
+            key += "/previous" if previous else ""
             if key not in self.logs:
                 raise ApiFault(400, "BadRequest", f"container of {path.name} has no log")
             lines = self.logs[key].splitlines()

@@ -323,6 +323,62 @@ async def test_a_crash_loop_shows_the_end_of_its_log(platform_with, cluster):
     assert "exit code 1" in replica.detail
 
 
+async def test_a_model_that_cannot_be_delivered_shows_what_its_init_container_said(
+    platform_with, cluster
+):
+    cluster.logs["herd-endpoint-zh-1/previous"] = "the wrong container\n"
+    cluster.logs["herd-endpoint-zh-1/model/previous"] = "a.gguf has sha256 1, expected 2\n"
+
+    def make(pod):
+        broken({"reason": "CrashLoopBackOff"}, 4, last={"exitCode": 1})(pod)
+        state = pod["status"].pop("containerStatuses")[0] | {"name": "model"}
+        waiting = {"name": "main", "state": {"waiting": {"reason": "PodInitializing"}}}
+        pod["status"] |= {"initContainerStatuses": [state], "containerStatuses": [waiting]}
+
+    DeploymentController(cluster, make)
+    platform = await platform_with()
+    platform.apply(desire(replicas=1))
+    await until(lambda: "expected 2" in platform.observe("zh").replicas[0].detail)
+    (replica,) = await failed(platform)
+    assert "its init container model ended 4 times" in replica.detail
+
+
+async def test_a_replica_whose_model_comes_says_so(platform_with, cluster):
+    def make(pod):
+        state = {"name": "model", "state": {"running": {}}}
+        pod["status"]["initContainerStatuses"] = [state]
+
+    DeploymentController(cluster, make)
+    platform = await platform_with()
+    platform.apply(desire(replicas=1))
+    await until(lambda: platform.observe("zh").replicas)
+    (replica,) = platform.observe("zh").replicas
+    assert (replica.state, replica.detail) == ("STARTING", "its model is being fetched")
+
+
+async def test_what_is_delivered_is_named_and_fits_its_volume(platform_with, cluster, monkeypatch):
+    DeploymentController(cluster)
+    spec = TEMPLATE["spec"]["template"]["spec"]
+    monkeypatch.setitem(spec, "initContainers", [{"name": "model", "image": "herd/llama:1"}])
+    volume = {"name": "model", "emptyDir": {"sizeLimit": "1Gi"}}
+    monkeypatch.setitem(spec, "volumes", [volume])
+    platform = await platform_with()
+    assert platform.delivers
+    for generation, adapters in ((1, ()), (2, (AdapterSettings("poet", TWO),))):
+        desired = Desired(
+            *("zh", ONE, 1, generation, ReplicaSettings(adapters=adapters)),
+            artifacts=(ONE, *(item.adapter for item in adapters)),
+            size=5000,
+        )
+        platform.apply(desired)
+        await complete(platform, desired)
+    # Replicas reach no other adapters than those that they were started with.
+    (pod,) = cluster.all("pods")
+    (first,) = pod["spec"]["initContainers"]
+    assert {"name": "ARRIERO_ARTIFACTS", "value": f"{ONE} {TWO}"} in first["env"]
+    assert pod["spec"]["volumes"][0]["emptyDir"]["sizeLimit"] == str((1 << 30) + 5000)
+
+
 async def test_a_node_that_is_missing_is_shown_and_waited_for(platform_with, cluster):
     said = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
     condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable"}

@@ -1,7 +1,8 @@
 {{/* What endpoints are made from: endpoint.yaml (the platform adds name, labels, replicas and the model) and autoscaling.yaml. Takes the root. */}}
 {{- define "arriero.platform" -}}
 {{- $v := .Values.endpoints -}}
-{{- $part := dict "root" . "component" "inference" "values" $v "role" "replica" "store" "ro" "class" "llama" "drainSeconds" $v.drainSeconds "cacheSize" $v.modelVolumeSize "managedBy" "arriero" -}}
+{{- $part := dict "root" . "component" "inference" "values" $v "role" "replica" "store" "ro" "class" "llama" "drainSeconds" $v.drainSeconds "managedBy" "arriero" -}}
+{{- $fetch := merge (dict "role" "fetch" "cache" "/model/.cache") $part -}}
 {{- $gpu := gt ($v.gpus | int) 0 -}}
 endpoint.yaml: |
   apiVersion: apps/v1
@@ -37,6 +38,31 @@ endpoint.yaml: |
         {{- include "arriero.spread" (dict "values" $v "selector" (include "arriero.selector" $part) "keys" "arriero.dev/endpoint") | nindent 8 }}
         # preStop, then running answers, then what is left.
         terminationGracePeriodSeconds: {{ add 5 $v.drainSeconds 10 }}
+        {{- if eq .Values.store.kind "s3" }}
+        initContainers:
+          # The orchestrator says which artifacts; the replica itself has no access to the bucket.
+          - name: model
+            {{- include "arriero.container" $part | nindent 12 }}
+            args: [python, -m, arriero.inference.delivery]
+            env:
+              {{- include "arriero.env" $fetch | nindent 14 }}
+              - {name: ARRIERO_DELIVERY, value: /model}
+              {{- with $v.env }}
+              {{- toYaml . | nindent 14 }}
+              {{- end }}
+            {{- with include "arriero.envFrom" $part | trim }}
+            envFrom:
+              {{- . | nindent 14 }}
+            {{- end }}
+            resources:
+              {{- toYaml $v.fetchResources | nindent 14 }}
+            volumeMounts:
+              - {name: tmp, mountPath: /tmp}
+              - {name: model, mountPath: /model}
+              {{- with $v.volumeMounts }}
+              {{- toYaml . | nindent 14 }}
+              {{- end }}
+        {{- end }}
         containers:
           - name: main
             {{- include "arriero.container" $part | nindent 12 }}

@@ -9,11 +9,15 @@ client (call); `store` says that the store is used.
 {{- $serves := has .role (list "service" "room" "replica") -}}
 {{- $calls := has .role (list "service" "client") -}}
 - {name: ARRIERO_HOME, value: /var/lib/arriero}
-{{- if .store }}
+{{- if and .store (eq $v.store.kind "s3") (eq .role "replica") }}
+- {name: ARRIERO_STORE, value: "file:///model"}
+{{- else if .store }}
 {{- if eq $v.store.kind "s3" }}
 - {name: ARRIERO_STORE, value: {{ $v.store.s3.url | quote }}}
-- {name: ARRIERO_STORE_CACHE, value: /var/lib/arriero/cache}
+- {name: ARRIERO_STORE_CACHE, value: {{ .cache | default "/var/lib/arriero/cache" }}}
+{{- if ne .role "fetch" }}
 - {name: ARRIERO_STORE_CACHE_BYTES, value: {{ div (mul (include "arriero.bytes" (.cacheSize | default $v.store.s3.cacheSize) | int64) 9) 10 | quote }}}
+{{- end }}
 {{- with $v.store.s3.endpointUrl }}
 - {name: ARRIERO_STORE_ENDPOINT_URL, value: {{ . | quote }}}
 {{- end }}
@@ -56,7 +60,7 @@ client (call); `store` says that the store is used.
 - {name: ARRIERO_INSECURE, value: "1"}
 {{- end }}
 {{- end }}
-{{- if $v.tls.enabled }}
+{{- if and $v.tls.enabled (ne .role "fetch") }}
 - {name: ARRIERO_TLS_CA, value: /etc/arriero/tls/ca.crt}
 - {name: ARRIERO_TLS_SERVER_NAME, value: {{ include "arriero.serverName" .root | quote }}}
 {{- if $v.tls.clientCertificates }}
@@ -111,7 +115,11 @@ the private key only where callers must show a certificate.
 - {name: store, mountPath: /store{{ if eq .store "ro" }}, readOnly: true{{ end }}}
 {{- end }}
 {{- if and .store (eq $v.store.kind "s3") }}
+{{- if eq .role "replica" }}
+- {name: model, mountPath: /model, readOnly: true}
+{{- else }}
 - {name: cache, mountPath: /var/lib/arriero/cache}
+{{- end }}
 {{- end }}
 {{- if $v.tls.enabled }}
 - {name: tls, mountPath: /etc/arriero/tls, readOnly: true}
@@ -147,8 +155,14 @@ the private key only where callers must show a certificate.
   persistentVolumeClaim: {claimName: {{ include "arriero.storeClaim" .root }}}
 {{- end }}
 {{- if and .store (eq $v.store.kind "s3") }}
+{{- if eq .role "replica" }}
+- name: model
+  # The orchestrator adds what the model takes.
+  emptyDir: {sizeLimit: {{ .values.modelVolumeMargin }}}
+{{- else }}
 - name: cache
   emptyDir: {sizeLimit: {{ .cacheSize | default $v.store.s3.cacheSize }}}
+{{- end }}
 {{- end }}
 {{- if $v.tls.enabled }}
 - name: tls

@@ -47,6 +47,7 @@ from arriero.store.s3.bucket import Bucket
 from arriero.store.s3.cache import DIRECTORIES, Cache, Use
 from arriero.store.s3.objects import S3Objects
 from arriero.store.s3.places import Places
+from arriero.store.s3.progress import Progress
 from arriero.store.sealing import checked, compare, seal
 from arriero.store.trash import Trash
 
@@ -145,7 +146,7 @@ class S3Backend:
         def fill(directory: Path) -> None:
             try:
                 files = wanted(directory, self._place(manifest))
-                transfer.fetch(self._bucket, files, lambda count: None)
+                transfer.fetch(self._bucket, files, Progress(manifest).add)
             except FileNotFoundError as error:
                 raise DataLoss(
                     f"{error} is gone: somebody changed the bucket behind the store's back; "
