@@ -162,7 +162,7 @@ class Attempts:
         finally:
             execution.waits_for = None
             self.queue.give_back(place)
-        self._check(execution, outcome=self._outcome(record))
+        self._check(execution, outcome=await self._told(record))
         return await self._conclude(execution, left)
 
     def _place(self, execution: Execution) -> Place:
@@ -186,7 +186,7 @@ class Attempts:
         record.state = State.RUNNING
         record.start_time = record.start_time or job.start_time
         # On disk before there is a job: a restart must know that there may be one.
-        self.records.save(record)
+        await self.records.keep(record)
         try:
             handle = await self.runner.start(self._to_launch(execution))
         except ArrieroError as error:
@@ -194,7 +194,7 @@ class Attempts:
             job.end_time = now()
             return Exit(EXIT_FAILED)
         job.process = handle.process
-        self.records.save(record)
+        await self.records.keep(record)
         return await self._see_out(execution, handle, place)
 
     def _assignment(self, execution: Execution) -> Assignment:
@@ -322,8 +322,8 @@ class Attempts:
                 finally:
                     self.queue.give_back(place)
             job.end_time = now()
-        self._check(execution, outcome=self._outcome(record))
-        if job.status is not None and self._outcome(record) is None:
+        self._check(execution, outcome=await self._told(record))
+        if job.status is not None and await self._told(record) is None:
             return False  # judged already: the next attempt was due
         return await self._conclude(execution, left)
 
@@ -341,7 +341,7 @@ class Attempts:
     async def _conclude(self, execution: Execution, left: Exit) -> bool:
         """Judge the newest attempt; whether that ended the execution."""
         record = execution.record
-        outcome = self._outcome(record)
+        outcome = await self._told(record)
         lines: Sequence[str] = []
         if outcome is None:
             self._fill_in(execution, left)
@@ -358,7 +358,7 @@ class Attempts:
         job.status, job.counted = ending.status, ending.counted
         if ending.next is Next.PUBLISH:
             assert outcome is not None
-            self.records.save(record)
+            await self.records.keep(record)
             await self._publish(execution, outcome)
             return True
         self._mark(record, f"attempt {record.attempt} ended: {ending.message}", "WARNING")
@@ -367,7 +367,7 @@ class Attempts:
             self._fail(execution, ending)
             return True
         await asyncio.to_thread(self._forget_attempt, record)
-        self.records.save(record)
+        await self.records.keep(record)
         pause = self.backoff(max(1, record.counted))
         await self._unless_stopped(execution, asyncio.sleep(pause))
         return False
@@ -381,7 +381,9 @@ class Attempts:
         )
         if record.cacheable and published.reusable:
             digests = {name: artifact.digest for name, artifact in published.artifacts.items()}
-            self.store.put_result(self.service, record.result_key, digests, published.gates)
+            await asyncio.to_thread(
+                self.store.put_result, self.service, record.result_key, digests, published.gates
+            )
         record.result = published.result()
         error = published.error()
         if error is None:
@@ -402,7 +404,8 @@ class Attempts:
         if record.jobs and not record.jobs[-1].end_time:
             record.jobs[-1].end_time = record.end_time
         try:
-            self.records.save(record)
+            # A store elsewhere is not waited for: a restart judges again.
+            self.records.save(record, durable=not self.store.remote)
         except ArrieroError:  # a full disk: memory knows, and a restart judges again
             _log.exception("the end of %s could not be recorded", record.id)
         self.ended(execution)
@@ -434,6 +437,11 @@ class Attempts:
     def _apart(self) -> bool:
         """Whether service and job meet in the store alone, and share no disk."""
         return self.runner.detached and self.store.remote
+
+    async def _told(self, record: ExecutionRecord) -> Outcome | None:
+        if self._apart:
+            return await asyncio.to_thread(self._outcome, record)
+        return self._outcome(record)
 
     def _outcome(self, record: ExecutionRecord) -> Outcome | None:
         """The newest attempt's outcome; one of an earlier attempt is never looked at."""

@@ -381,7 +381,8 @@ class Engine:
     def _finish(self, operation: OperationRecord, state: State, result: Result) -> None:
         operation.state, operation.result, operation.end_time = state, result, now()
         try:
-            self._records.save(operation)
+            # A store elsewhere is not waited for: a restart adopts the end again.
+            self._records.save(operation, durable=not self._store.remote)
         except ArrieroError:  # a full disk: memory knows, and a restart adopts it again
             _log.exception("the end of %s could not be recorded", operation.name)
         event = self._done.pop(operation.id, None)
@@ -409,9 +410,9 @@ class Engine:
             self._finish_cancelled(operation)
             self._hold(execution)
             return
-        self._records.save(operation)
+        await self._records.keep(operation)
         execution.record.cancelled = True
-        self._records.save(execution.record)
+        await self._records.keep(execution.record)
         execution.stop.set()
 
     def pause(self, name: str, *, paused: bool) -> None:

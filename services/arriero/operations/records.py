@@ -10,7 +10,9 @@ Does not know what moves an operation from one state to the next.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import itertools
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -171,7 +173,10 @@ class Records:
         self._directory = store.record_dir(service)
         self._prefix = f"operations/{service}/"
         self._writing = threading.Lock()
-        self._later: dict[str, bytes] = {}
+        self._numbers = itertools.count(1)
+        # Of each key: the number of what was written last, and what is to be written later.
+        self._written: dict[str, int] = {}
+        self._later: dict[str, tuple[int, bytes]] = {}
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="records")
         make_directories(self._directory / "executions", below=self._directory)
 
@@ -200,33 +205,53 @@ class Records:
         Raises:
             DiskFull: no space; the old record stays.
         """
-        if isinstance(record, OperationRecord):
-            directory, name = self._directory / record.id, "operation.json"
-        else:
-            directory, name = self.execution_dir(record.id), "execution.json"
+        directory, key = self._place(record)
         new = not directory.exists()
         directory.mkdir(exist_ok=True)
-        key = self._prefix + (directory / name).relative_to(self._directory).as_posix()
-        data = canonical(asdict(record))
+        number, data = next(self._numbers), canonical(asdict(record))
         if self._store.remote and not durable:
-            self._later[key] = data
+            self._later[key] = (number, data)
             self._writer.submit(self._write_later, key)
             return
         try:
-            with self._writing:  # never before what was to be written earlier
-                self._later.pop(key, None)
-                self._store.objects.write(key, data, durable=durable)
+            self._write(key, number, data, durable=durable)
         except BaseException:
             if new:
                 shutil.rmtree(directory, ignore_errors=True)
             raise
 
-    def _write_later(self, key: str) -> None:
+    async def keep(self, record: OperationRecord | ExecutionRecord) -> None:
+        """As `save`, of a record that was saved before; a store elsewhere holds nobody else up.
+
+        Raises:
+            DiskFull: no space; the old record stays. Unavailable: the store is away.
+        """
+        if not self._store.remote:
+            self.save(record)
+            return
+        _, key = self._place(record)
+        number, data = next(self._numbers), canonical(asdict(record))
+        await asyncio.to_thread(self._write, key, number, data, durable=True)
+
+    def _place(self, record: OperationRecord | ExecutionRecord) -> tuple[Path, str]:
+        if isinstance(record, OperationRecord):
+            directory, name = self._directory / record.id, "operation.json"
+        else:
+            directory, name = self.execution_dir(record.id), "execution.json"
+        return directory, self._prefix + (directory / name).relative_to(self._directory).as_posix()
+
+    def _write(self, key: str, number: int, data: bytes, *, durable: bool) -> None:
         with self._writing:
-            data = self._later.pop(key, None)
-            if data is not None:
-                with contextlib.suppress(ArrieroError):
-                    self._store.objects.write(key, data, durable=False)
+            if self._written.get(key, 0) > number:
+                return  # somebody was faster, with a newer one
+            self._store.objects.write(key, data, durable=durable)
+            self._written[key] = number
+
+    def _write_later(self, key: str) -> None:
+        number, data = self._later.pop(key, (0, b""))
+        if number:
+            with contextlib.suppress(ArrieroError):
+                self._write(key, number, data, durable=False)
 
     def operations(self) -> list[OperationRecord]:
         """Every operation, oldest first.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from toyroom_support import asked, metadata_of, order, result_of, trace_of
 
 from arriero.errors import Unavailable
 from arriero.operations import Engine, attempts, logs
+from arriero.operations.records import ExecutionRecord, Records
 from arriero.operations.runner import Launch, LocalProcess
 from arriero.settings import SourceSettings
 from arriero.store import Store
@@ -113,6 +116,52 @@ async def test_records_and_logs_are_there_on_the_service_s_next_machine(
     assert "a raw line" in lines
     again = await moved.start("import", order(steps=2), asked("b"))
     assert metadata_of(again).cached
+
+
+async def test_a_store_that_does_not_answer_holds_up_nobody_else(
+    store: Store, engines: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engines(store)
+    await engine.recover()
+    write, hangs, back = store.objects.write, asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def hang(key: str, data: bytes, *, durable: bool = True) -> None:
+        if b'"RUNNING"' in data or b'"SUCCEEDED"' in data:
+            loop.call_soon_threadsafe(hangs.set)
+            if not back.wait(30):
+                raise Unavailable("this loop was held up")
+        write(key, data, durable=durable)
+
+    monkeypatch.setattr(store.objects, "write", hang)
+    name = (await engine.start("import", order(steps=2), asked("a"))).name
+    await asyncio.wait_for(hangs.wait(), 20)
+    assert not engine.get(name).done  # others are answered meanwhile
+    assert not back.is_set()
+    back.set()
+    assert len(result_of(await engine.wait(name, 60)).outputs) == 2
+
+
+async def test_an_older_record_never_replaces_a_newer_one(store: Store) -> None:
+    records = Records(store, "merging")
+    record = ExecutionRecord(id="e1", kind="import", result_key="k", spec={}, inputs={})
+    records.save(record)
+    write, first = store.objects.write, threading.Event()
+
+    def slow(key: str, data: bytes, *, durable: bool = True) -> None:
+        first.set()
+        write(key, data, durable=durable)
+
+    store.objects.write = slow  # type: ignore[method-assign]
+    with records._writing:
+        record.attempt = 1
+        older = asyncio.create_task(records.keep(record))
+        await asyncio.sleep(0)
+        record.attempt = 2
+        newer = asyncio.create_task(records.keep(record))
+        await asyncio.sleep(0)
+    await asyncio.gather(older, newer)
+    assert [found.attempt for found in records.executions()] == [2]
 
 
 async def test_work_waits_for_a_store_that_is_away(

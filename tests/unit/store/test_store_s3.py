@@ -464,6 +464,21 @@ def test_a_kept_directory_comes_back_elsewhere(store: Store, elsewhere: Store) -
     assert keys(store, "staging/") == []
 
 
+def test_what_was_written_last_is_kept_last(store: Store) -> None:
+    here = store.staging("training", "e") / "checkpoints/step-1"
+    here.mkdir(parents=True)
+    for moment, name in enumerate(("tensors.pt", "state.json", "checkpoint.json"), 1_000):
+        (here / name).write_text(name)
+        os.utime(here / name, (moment, moment))
+    puts = requests(store, "PutObject")
+    store.keep(here.parent)
+    assert [put["Key"].rpartition("/")[2] for put in puts] == [
+        "tensors.pt",
+        "state.json",
+        "checkpoint.json",
+    ]
+
+
 # Refusals
 
 

@@ -20,7 +20,9 @@ Uploaded = dict[str, tuple[int, int]]
 
 
 def keep(bucket: Bucket, path: Path, key: str, uploaded: Uploaded, *, hidden: bool) -> None:
-    """Upload what changed since it was uploaded, then forget what is gone.
+    """Upload what changed since it was uploaded, as it was written, then forget what is gone.
+
+    So a file that says that others are whole, and was written after them, is there after them.
 
     Names that begin with a dot are being written, and left out unless `hidden`. What
     changes or vanishes meanwhile is for the next call.
@@ -38,7 +40,7 @@ def keep(bucket: Bucket, path: Path, key: str, uploaded: Uploaded, *, hidden: bo
                 for name, status in tree_files(path).items()
                 if hidden or not any(part.startswith(".") for part in Path(name).parts)
             }
-    for name, status in local.items():
+    for name, status in sorted(local.items(), key=lambda item: item[1].st_mtime_ns):
         place, seen = f"{key}/{name}", (status.st_size, status.st_mtime_ns)
         if uploaded.get(place) != seen if place in uploaded else _differs(there.get(name), status):
             with contextlib.suppress(FileNotFoundError):
