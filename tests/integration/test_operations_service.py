@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit/operations/toyroom"))
 
 from toyroom_support import Service, asked, eventually, metadata_of, result_of, trace_of
 
+from arriero.operations.handoff import TOKEN_KEY, Assignment
 from arriero.operations.process import marked
 from arriero.rpc import from_rpc_error
 from arriero.rpc.channel import check_health
@@ -115,6 +116,27 @@ def test_reports_without_the_attempts_token_are_refused(service):
     service.cancel(started.name)
     service.wait(started.name, 5)
     assert not list(marked(staging.name))
+
+
+def test_a_job_of_another_minor_version_reports(service):
+    trace = service.root / "trace-versions"
+    started = service.import_(asked("versions"), steps=1000, seconds=0.05, trace=str(trace))
+    eventually(lambda: trace_of(trace), "the job runs")
+    (staging,) = (
+        path
+        for path in (service.root / "store/staging/merging").iterdir()
+        if any(marked(path.name))
+    )
+    token = Assignment.read(staging / "attempts/1/assignment.json").report_token
+    # As the first protos had it, and with a field that this build does not know (99: 1).
+    older = job_pb2.ReportProgressRequest(execution=staging.name, attempt=1)
+    older.progress.phase, older.progress.step = "of another build", 7
+    newer = older.SerializeToString() + b"\x98\x06\x01"
+    report = service.channel.unary_unary("/arriero.v1.JobService/ReportProgress")
+    for sent in (older.SerializeToString(), newer):
+        assert report(sent, metadata=((TOKEN_KEY, token),), timeout=10) == b""
+    service.cancel(started.name)
+    service.wait(started.name, 5)
 
 
 def test_operations_are_listed_and_not_deleted(service):

@@ -18,7 +18,7 @@ import importlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -221,14 +221,18 @@ class Outcome:
             return None
         _check_format(data, path)
         data["outputs"] = tuple(_output(item) for item in data["outputs"])
-        data["gates"] = gates_from_json(data["gates"])
-        data["work"] = Cost(**data["work"]) if data.get("work") else None
+        data["gates"] = _gates(data["gates"])
+        data["work"] = Cost(**_known(Cost, data["work"])) if data.get("work") else None
         return cls(**_known(cls, data))
+
+
+def _gates(values: Sequence[Mapping[str, Any]]) -> tuple[GateResult, ...]:
+    return gates_from_json([_known(GateResult, value) for value in values])
 
 
 def _output(data: dict[str, Any]) -> OutputFiles:
     data["files"] = tuple((path, size, digest) for path, size, digest in data["files"])
-    data["gates"] = gates_from_json(data["gates"])
+    data["gates"] = _gates(data["gates"])
     data["metrics"] = {key: float(value) for key, value in data["metrics"].items()}
     data["parents"] = tuple(data["parents"])
     data["licenses"] = tuple(data["licenses"])

@@ -50,6 +50,21 @@ def pod(phase="Pending", *, waiting=None, conditions=(), terminated=None, **meta
             "3 Insufficient nvidia.com/gpu",
             True,
         ),
+        (
+            pod(
+                conditions=[
+                    {
+                        "type": "PodScheduled",
+                        "status": "False",
+                        "reason": "Unschedulable",
+                        "message": 'persistentvolumeclaim "models" not found',
+                    }
+                ]
+            ),
+            "UNSCHEDULABLE",
+            'persistentvolumeclaim "models" not found',
+            True,
+        ),
     ],
 )
 def test_why_a_pod_does_not_start(found, reason, said, heals):

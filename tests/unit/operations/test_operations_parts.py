@@ -78,6 +78,45 @@ def test_output_names_cannot_climb_out(store, tmp_path, name):
         job.output_dir(name)
 
 
+def other_version(value, *, newer):
+    """What a build one minor version away writes: a field more everywhere, or the new ones less."""
+    if isinstance(value, dict):
+        known = {k: other_version(v, newer=newer) for k, v in value.items()}
+        if newer and set(value) & {"name", "gate", "attempt", "seconds"}:
+            known["of_a_later_build"] = {"x": 1}
+        return known
+    return [other_version(v, newer=newer) for v in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("newer", [True, False])
+def test_service_and_job_may_be_one_minor_version_apart(store, model, tmp_path, newer):
+    job = make_job("merge", merging_pb2.MergeSpec(), {"model": model}, store, tmp_path)
+    job.gates.judge(GATE, True, figure=1.0)
+    made = job.output_dir("main")
+    (made / "a.txt").write_text("abc")
+    describe([Output("main", "model", made)], job).write(job.directory)
+    path = Outcome.path(tmp_path / "staging", 1)
+    written = other_version(json.loads(path.read_bytes()), newer=newer)
+    if not newer:  # fields that came after the first release of the format
+        del written["work"]
+    path.unlink()
+    path.write_text(json.dumps(written))
+    outcome = Outcome.read(path)
+    assert outcome is not None
+    assert (outcome.ok, outcome.gates[0].gate, outcome.outputs[0].name) == (True, GATE, "main")
+
+    known = {"service": "merging", "kind": "merge", "spec_type": "m:C", "spec": {}, "inputs": {}}
+    where = {"store": store.url, "staging": str(tmp_path / "staging"), "execution": "e"}
+    assignment = Assignment(**known, **where, attempt=1)
+    path = assignment.write()
+    written = other_version(json.loads(path.read_bytes()), newer=newer)
+    if not newer:
+        del written["detached"], written["last_failure"]
+    path.unlink()
+    path.write_text(json.dumps(written))
+    assert Assignment.read(path) == assignment
+
+
 def test_an_outcome_names_every_file_with_its_digest_and_survives_json(store, model, tmp_path):
     job = make_job("merge", merging_pb2.MergeSpec(), {"model": model}, store, tmp_path)
     job.gates.judge(GATE, False, figure=math.nan, threshold=math.inf)
