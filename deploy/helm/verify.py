@@ -27,7 +27,7 @@ import stamps
 import yaml
 from prometheus_client import CollectorRegistry
 
-from arriero.metrics import EngineLoad, GatewayMetrics, Metrics, ReplicaMetrics
+from arriero.metrics import EngineLoad, GatewayMetrics, Limits, Metrics, ReplicaMetrics
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -41,7 +41,6 @@ FOREIGN = {"Certificate", "PodMonitor", "PrometheusRule", "ServiceMonitor"}
 # Metrics of others that alerts use.
 FOREIGN_METRICS = {
     "up",
-    "certmanager_certificate_expiration_timestamp_seconds",
     "kube_cronjob_status_last_successful_time",
     "kube_pod_container_status_restarts_total",
     "kubelet_volume_stats_capacity_bytes",
@@ -387,7 +386,7 @@ def expressions() -> Iterator[tuple[str, str]]:
 def exported() -> set[str]:
     """Names of all series that orchestrator, gateway and replicas show."""
     pages = [CollectorRegistry() for _ in range(3)]
-    Metrics(pages[0], gpus=list)
+    Metrics(pages[0], gpus=list, limits=lambda: Limits(1, 1.0))
     GatewayMetrics(pages[1])
     ReplicaMetrics(pages[2], "model", EngineLoad)
     families = [family for page in pages for family in page.collect()]

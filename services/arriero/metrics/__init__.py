@@ -7,7 +7,7 @@ All names start with `arriero_`.
 """
 
 from arriero.metrics.gateway import GatewayMetrics
-from arriero.metrics.orchestrator import EndpointFigures, GpuFigures, Metrics, StageFigures
+from arriero.metrics.orchestrator import EndpointFigures, GpuFigures, Limits, Metrics, StageFigures
 from arriero.metrics.page import serve
 from arriero.metrics.replica import EngineLoad, ReplicaMetrics
 
@@ -16,6 +16,7 @@ __all__ = [
     "EngineLoad",
     "GatewayMetrics",
     "GpuFigures",
+    "Limits",
     "Metrics",
     "ReplicaMetrics",
     "StageFigures",

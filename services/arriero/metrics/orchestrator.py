@@ -242,6 +242,16 @@ def _copy(entry: _Run) -> _Run:
     return replace(entry, stages=dict(entry.stages))
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What comes to an end; None where nothing does, or nobody knows."""
+
+    store_bytes: int | None = None
+    """That the store may hold."""
+    certificate_ends: float | None = None
+    """Unix seconds."""
+
+
 class _LiveCollector(Collector):
     """Endpoints, store and host, asked when the page is read."""
 
@@ -249,9 +259,11 @@ class _LiveCollector(Collector):
         self,
         endpoints: Callable[[], Sequence[EndpointFigures]],
         store_bytes: Callable[[], Mapping[str, int]],
+        limits: Callable[[], Limits],
         gpus: Callable[[], Sequence[GpuFigures]],
         clock: Callable[[], float],
     ) -> None:
+        self._limits = limits
         self._endpoints, self._store_bytes, self._gpus = endpoints, store_bytes, gpus
         self._clock = clock
         self._usage: tuple[float, Mapping[str, int]] | None = None
@@ -261,7 +273,12 @@ class _LiveCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         # One part that cannot be read must not take the page away.
-        for part in (self._endpoint_families, self._store_family, self._host_families):
+        for part in (
+            self._endpoint_families,
+            self._store_family,
+            self._limit_families,
+            self._host_families,
+        ):
             try:
                 yield from list(part())
             except Exception:
@@ -296,6 +313,19 @@ class _LiveCollector(Collector):
         for kind, size in sorted(self._usage[1].items()):
             family.add_metric([kind], size)
         yield family
+
+    def _limit_families(self) -> Iterator[Metric]:
+        limits = self._limits()
+        if limits.store_bytes is not None:
+            yield GaugeMetricFamily(
+                "arriero_store_quota_bytes", "Bytes that the store may hold", limits.store_bytes
+            )
+        if limits.certificate_ends is not None:
+            yield GaugeMetricFamily(
+                "arriero_certificate_expiration_timestamp_seconds",
+                "When the certificate that this service shows ends, in Unix seconds",
+                limits.certificate_ends,
+            )
 
     def _host_families(self) -> Iterator[Metric]:
         import psutil
@@ -376,6 +406,7 @@ class Metrics:
         registry: where the series are registered.
         endpoints: the endpoints now.
         store_bytes: bytes in the store by kind; asked at most twice a minute.
+        limits: of the store and the certificate, now.
         gpus: this host's GPUs now.
         clock: Unix seconds.
     """
@@ -386,13 +417,16 @@ class Metrics:
         *,
         endpoints: Callable[[], Sequence[EndpointFigures]] = tuple,
         store_bytes: Callable[[], Mapping[str, int]] = dict,
+        limits: Callable[[], Limits] = Limits,
         gpus: Callable[[], Sequence[GpuFigures]] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.registry = registry
         self._runs = _RunCollector(clock)
         registry.register(self._runs)
-        registry.register(_LiveCollector(endpoints, store_bytes, gpus or LocalGpus(), clock))
+        registry.register(
+            _LiveCollector(endpoints, store_bytes, limits, gpus or LocalGpus(), clock)
+        )
         self._runs_total = Counter(
             "arriero_runs", "Runs that ended, by state", ["state"], registry=registry
         )

@@ -33,6 +33,7 @@ from arriero.orchestrator.runs import Runs
 from arriero.orchestrator.service import register
 from arriero.orchestrator.stamping import Stamp, Templates
 from arriero.rpc import Server, logs
+from arriero.rpc.certificates import not_after
 from arriero.settings import (
     ClientSettings,
     ClusterSettings,
@@ -41,6 +42,7 @@ from arriero.settings import (
     home,
 )
 from arriero.store import Store
+from arriero.store.disk import quota
 
 _log = logging.getLogger(__name__)
 
@@ -97,8 +99,16 @@ async def serve() -> None:
         local = settings.platform == "local"
         platform = LocalPlatform(settings.platform_dir) if local else on_kubernetes()
         endpoints = Endpoints(records, store, platform, Replicas(clients))
+        certificate = ServerSettings.from_env().tls_cert
+
+        def limits() -> metrics.Limits:
+            return metrics.Limits(quota(), not_after(certificate) if certificate else None)
+
         page = metrics.Metrics(
-            CollectorRegistry(), endpoints=endpoints.figures, store_bytes=store.usage
+            CollectorRegistry(),
+            endpoints=endpoints.figures,
+            store_bytes=store.usage,
+            limits=limits,
         )
         rooms = Rooms(settings.addresses, clients)
         runs = Runs(

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import ssl
 import threading
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,13 @@ import grpc
 from arriero.errors import InvalidArgument
 from arriero.settings import ServerSettings
 
-__all__ = ["Certificate", "server_credentials"]
+__all__ = ["Certificate", "not_after", "server_credentials"]
 
 _log = logging.getLogger(__name__)
+# `Validity` of RFC 5280: two times, one after the other, as UTCTime or GeneralizedTime.
+_TIME = rb"(?:\x17\x0d\d{12}Z|\x18\x0f\d{14}Z)"
+_VALIDITY = re.compile(_TIME + rb"(" + _TIME + rb")")
+_PEM = re.compile("-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
 
 
 class Certificate:
@@ -102,6 +108,21 @@ class Certificate:
 
     def _field(self, path: Path) -> str:
         return {self.ca: "tls_client_ca", self.cert: "tls_cert", self.key: "tls_key"}[path]
+
+
+def not_after(path: Path) -> float | None:
+    """When the first certificate of a PEM file ends, in Unix seconds; None if it can't be read."""
+    try:
+        first = _PEM.search(path.read_text(encoding="ascii"))
+        found = first and _VALIDITY.search(ssl.PEM_cert_to_DER_cert(first[0]))
+    except (OSError, ValueError):
+        return None
+    if not found:
+        return None
+    text = found[1][2:].decode()
+    if len(text) == len("YYMMDDhhmmssZ"):
+        text = ("19" if text[:2] >= "50" else "20") + text
+    return datetime.strptime(text, "%Y%m%d%H%M%SZ").replace(tzinfo=UTC).timestamp()
 
 
 def server_credentials(settings: ServerSettings) -> grpc.ServerCredentials | None:

@@ -13,6 +13,7 @@ from arriero.metrics import (
     EndpointFigures,
     EngineLoad,
     GpuFigures,
+    Limits,
     Metrics,
     ReplicaMetrics,
     StageFigures,
@@ -72,6 +73,17 @@ def test_a_training_shows_its_progress(registry, clock):
     assert f"arriero_training_checkpoint_age_seconds{labels} 7.0" in text
     assert "arriero_training_mfu_ratio{" not in text
     assert 'arriero_job_gpu_utilization_ratio{gpu="GPU-1",run="r-1",stage="sft"} 0.5' in text
+
+
+def test_what_comes_to_an_end_is_shown_where_it_is_known(registry):
+    Metrics(registry, limits=lambda: Limits(store_bytes=1000, certificate_ends=2e9))
+    text = page(registry)
+    assert "arriero_store_quota_bytes 1000.0" in text
+    assert "arriero_certificate_expiration_timestamp_seconds 2e+09" in text
+    other = CollectorRegistry()
+    Metrics(other)
+    assert "quota" not in page(other)
+    assert "certificate" not in page(other)
 
 
 def test_a_runs_series_go_fifteen_minutes_after_its_end(registry, clock):
