@@ -128,8 +128,21 @@ class Attempts:
         log.cancel()
         with contextlib.suppress(asyncio.CancelledError, ArrieroError):
             await log
-        if record.state.ended:
+        if record.state.ended and await self._recorded(execution):
             await asyncio.to_thread(self._clean, record)
+
+    async def _recorded(self, execution: Execution) -> bool:
+        """Whether the end is in the store, elsewhere too: only then may what led to it go."""
+        while self.store.remote:
+            try:
+                await self.records.keep(execution.record)
+                break
+            except ArrieroError as error:
+                _log.warning("the end of %s is not recorded: %s", execution.record.id, error)
+            if execution.stop.is_set():
+                return False
+            await self._unless_stopped(execution, asyncio.sleep(_STORE_SECONDS))
+        return True
 
     async def _keep_log(self, record: ExecutionRecord) -> None:
         """Let the log outlive this machine, now and then and at the end."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toyroom_support import asked, metadata_of, order, result_of, trace_of
+from toyroom_support import asked, eventually, metadata_of, order, result_of, trace_of
 
 from arriero.errors import Unavailable
 from arriero.operations import Engine, attempts, logs
@@ -80,8 +80,13 @@ async def test_a_job_that_shares_no_disk_with_its_service_goes_on_after_a_kill(
     assert store.get(outputs["main"]).file("data.txt").read_text() == "apart"
     for digest in outputs.values():
         store.verify(digest)
-    assert not any((store.root / "staging" / "merging").iterdir())
-    assert list(store.objects.find("staging/")) == []
+    # What led there goes beside the answer.
+    staging = store.root / "staging" / "merging"
+
+    def gone() -> bool:
+        return not any(staging.iterdir()) and not list(store.objects.find("staging/"))
+
+    await asyncio.to_thread(eventually, gone, "nothing stays")
 
     # Its inputs come from the store, its refusals are heard.
     from arriero.v1 import merging_pb2
@@ -140,6 +145,33 @@ async def test_a_store_that_does_not_answer_holds_up_nobody_else(
     assert not back.is_set()
     back.set()
     assert len(result_of(await engine.wait(name, 60)).outputs) == 2
+
+
+async def test_what_led_to_an_end_stays_until_the_end_is_recorded(
+    store: Store, engines: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempts, "_STORE_SECONDS", 0.05)
+    engine = engines(store)
+    await engine.recover()
+    write, away, cleaned = store.objects.write, threading.Event(), threading.Event()
+    away.set()
+
+    def refuse(key: str, data: bytes, *, durable: bool = True) -> None:
+        if b'"SUCCEEDED"' in data and away.is_set():
+            raise Unavailable("the store does not answer")
+        write(key, data, durable=durable)
+
+    def clean(_: object, record: ExecutionRecord) -> None:
+        assert [found.state for found in Records(store, "merging").executions()] == [record.state]
+        cleaned.set()
+
+    monkeypatch.setattr(store.objects, "write", refuse)
+    monkeypatch.setattr(attempts.Attempts, "_clean", clean)
+    name = (await engine.start("import", order(steps=2), asked("a"))).name
+    assert (await engine.wait(name, 60)).done
+    assert not await asyncio.to_thread(cleaned.wait, 0.3)
+    away.clear()
+    assert await asyncio.to_thread(cleaned.wait, 20)
 
 
 async def test_an_older_record_never_replaces_a_newer_one(store: Store) -> None:
