@@ -33,6 +33,11 @@ class Trouble:
     heals: bool = False
     container: str = ""
 
+    @property
+    def mounts(self) -> bool:
+        """Whether a volume or a network is what lacks."""
+        return self.reason in map(_word, _STARTING)
+
 
 def name_of(item: Object) -> str:
     """An object's name."""
@@ -80,6 +85,14 @@ def oom_killed(pod: Object) -> bool:
         for state in _containers(pod)
         for key in ("state", "lastState")
     )
+
+
+def making(pod: Object) -> bool:
+    """Whether it has a node, and no container yet, for no reason that its status tells."""
+    scheduled = (_condition(pod, "PodScheduled") or {}).get("status") == "True"
+    waits = [(state.get("state") or {}).get("waiting") for state in _containers(pod)]
+    unmade = all(w and w.get("reason") in ("ContainerCreating", "PodInitializing") for w in waits)
+    return phase(pod) == "Pending" and scheduled and unmade and not leaving(pod)
 
 
 def initializing(pod: Object) -> str:

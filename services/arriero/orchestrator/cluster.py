@@ -17,6 +17,7 @@ from arriero.kubernetes import pods as status
 from arriero.kubernetes.api import (
     AUTOSCALERS,
     DEPLOYMENTS,
+    EVENTS,
     PODS,
     SCALED_OBJECTS,
     SERVICES,
@@ -59,6 +60,8 @@ class KubernetesPlatform:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
         self._tails: dict[str, tuple[int, str]] = {}
+        # Of pods whose containers are not made: what alone says why.
+        self._events: dict[str, list[Object]] = {}
         selector = f"{PREFIX}release={label(stamp.release)}"
         self._deployments = Informer(api, DEPLOYMENTS, selector, self._on_deployments)
         self._pods = Informer(api, PODS, f"{PREFIX}deployment", self._on_pods)
@@ -187,7 +190,7 @@ class KubernetesPlatform:
             return "DRAINING", "", True
         if status.ready(pod):
             return "READY", "", True
-        trouble = status.trouble(pod)
+        trouble = status.trouble(pod, self._events.get(status.name_of(pod), ()))
         if trouble is None:
             fetching = status.initializing(pod) == DELIVERY
             return "STARTING", "its model is being fetched" if fetching else "", True
@@ -198,7 +201,8 @@ class KubernetesPlatform:
             said = f"{trouble.message}; its log ends with: {tail}" if tail else trouble.message
             given_up = status.restarts(pod) >= _RESTARTS
             return ("FAILED" if given_up else "STARTING"), said, True
-        if _FIRST_PULL in trouble.message:
+        # What is mounted may come yet; the roll-out's deadline tells.
+        if _FIRST_PULL in trouble.message or trouble.mounts:
             return "STARTING", trouble.message, True
         return "FAILED", trouble.message, True
 
@@ -249,7 +253,9 @@ class KubernetesPlatform:
             for name in sorted(dirty):
                 await self._bring(name)
             await self._read_tails()
-            seconds = _AGAIN_SECONDS if self._dirty else _COMPARE_SECONDS
+            await self._read_events()
+            soon = self._dirty or any(map(status.making, self._pods.all()))
+            seconds = _AGAIN_SECONDS if soon else _COMPARE_SECONDS
             # Not wait_for: in Python 3.11 it may take a cancellation for news.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
@@ -325,6 +331,17 @@ class KubernetesPlatform:
             if target.get("kind", "Deployment") == "Deployment" and target.get("name") == called:
                 return item
         return None
+
+    async def _read_events(self) -> None:
+        """A Secret or claim that is missing is told nowhere else."""
+        found = {}
+        for pod in self._pods.all():
+            name = status.name_of(pod)
+            if status.making(pod):
+                fields = f"involvedObject.name={name}"
+                with contextlib.suppress(ArrieroError):
+                    found[name], _ = await asyncio.to_thread(self._api.list, EVENTS, fields=fields)
+        self._events = found
 
     async def _read_tails(self) -> None:
         """The last words of containers that end again and again."""

@@ -356,6 +356,19 @@ async def test_a_replica_whose_model_comes_says_so(platform_with, cluster):
     assert (replica.state, replica.detail) == ("STARTING", "its model is being fetched")
 
 
+async def test_a_secret_that_is_missing_is_told_while_it_is_waited_for(platform_with, cluster):
+    scheduled = {"type": "PodScheduled", "status": "True"}
+    DeploymentController(cluster, broken({"reason": "ContainerCreating"}, conditions=[scheduled]))
+    platform = await platform_with()
+    said = 'MountVolume.SetUp failed for volume "tls": secret "arriero-tls" not found'
+    cluster.event("Pod", "herd-endpoint-zh-1", "FailedMount", said)
+    platform.apply(desire(replicas=1))
+    await until(lambda: platform.observe("zh").replicas[0].detail == said)
+    (replica,) = platform.observe("zh").replicas
+    assert replica.state == "STARTING"
+    assert platform.observe("zh").failed(ONE) == []
+
+
 async def test_what_is_delivered_is_named_and_fits_its_volume(platform_with, cluster, monkeypatch):
     DeploymentController(cluster)
     spec = TEMPLATE["spec"]["template"]["spec"]
