@@ -14,6 +14,7 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +28,15 @@ from arriero.errors import Internal
 from arriero.llama import Header, TensorInfo, quantize_rows, row_bytes
 from arriero.quantization.converter import Outline
 from arriero.weights import MergedWeights, TensorPlan, Weights
+from arriero.weights.sink import Sink, SinkFile, Written
 
 if TYPE_CHECKING:
     import torch
 
 # Numbers of a block: 4 MB as float32, small enough to stay in the cache.
 _BLOCK = 1 << 20
+# Blocks for each thread that are in the making or made: files are written in order.
+_AHEAD = 4
 _POLL_SECONDS = 0.2
 
 
@@ -105,7 +109,7 @@ def obstacle(outline: Outline, source: Source) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A file to fill: it exists in full length, with its header.
+    """A file to fill: it exists, with its header; the rest of it is made anew.
 
     Attributes:
         path: of the file.
@@ -126,8 +130,10 @@ def fill(
     n_threads: int,
     tick: Callable[[int, int], None],
     check: Callable[[], None],
-) -> None:
+) -> dict[str, Written]:
     """Read the model once and write every tensor of every target.
+
+    The files are hashed and pushed to the disk meanwhile.
 
     Args:
         outline: where tensors come from.
@@ -139,8 +145,12 @@ def fill(
         tick: called with numbers done and in all.
         check: called a few times a second; what it raises ends the work.
 
+    Returns:
+        Digests of the targets, by file name; they are on the disk.
+
     Raises:
         DataLoss: weights that are not finite.
+        DiskFull: no room for the targets, with figures, before a block is made.
     """
     import torch
 
@@ -150,6 +160,7 @@ def fill(
     try:
         with _Filling(outline, outline_header, source, targets, importance) as filling:
             _in_parallel(filling, list(filling.blocks()), n_threads, tick, check)
+            return filling.close()
     finally:
         torch.set_num_threads(before)
 
@@ -168,7 +179,7 @@ class _Block:
 
 
 class _Filling:
-    """The open files, and how one block gets into each of them."""
+    """The open files, and what a block is in each of them."""
 
     def __init__(
         self,
@@ -183,25 +194,34 @@ class _Filling:
         self._source = source
         self._importance = importance
         self._local = threading.local()
-        self._descriptors: list[int] = []
+        # Memory of blocks that were written.
+        self._spare: deque[npt.NDArray[np.uint8]] = deque()
+        self._targets = targets
         self._places = [
-            {tensor.name: (tensor, target.header.data_offset) for tensor in target.header.tensors}
-            for target in targets
+            {tensor.name: tensor for tensor in target.header.tensors} for target in targets
         ]
+        self._outline_file = os.open(outline.path, os.O_RDONLY)
+        self._sink = Sink()
         try:
-            self._outline_file = self._open(outline.path, os.O_RDONLY)
-            self._files = [self._open(target.path, os.O_WRONLY) for target in targets]
+            self._files = [self._begin(target) for target in targets]
         except BaseException:
-            self._close()
+            self._leave()
             raise
 
-    def _open(self, path: Path, flags: int) -> int:
-        self._descriptors.append(os.open(path, flags))
-        return self._descriptors[-1]
+    def _begin(self, target: Target) -> SinkFile:
+        with target.path.open("rb") as file:
+            head = file.read(target.header.data_offset)
+        made = self._sink.add(target.path, target.header.size)
+        self._sink.put(made, 0, memoryview(head))
+        return made
 
-    def _close(self) -> None:
-        while self._descriptors:
-            os.close(self._descriptors.pop())
+    def _leave(self) -> None:
+        os.close(self._outline_file)
+        self._sink.abandon()
+
+    def close(self) -> dict[str, Written]:
+        """Wait until everything is on the disk; returns digests by file name."""
+        return self._sink.close()
 
     def __enter__(self) -> Self:
         return self
@@ -212,13 +232,15 @@ class _Filling:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._close()
+        self._leave()
 
     def blocks(self) -> Iterator[_Block]:
-        """All blocks; heads that are permuted stay whole."""
-        for tensor in self._header.tensors:
+        """All blocks, as they lie in the targets; heads that are permuted stay whole."""
+        between = {tensor.name: tensor for tensor in self._header.tensors}
+        for name in self._places[0]:
+            tensor = between[name]
             columns, rows = _extent(tensor)
-            origin = self._outline.origins[tensor.name]
+            origin = self._outline.origins[name]
             step = max(1, _BLOCK // columns)
             if origin.heads and rows > 1:  # a bias is one row
                 head = rows // origin.heads
@@ -226,20 +248,36 @@ class _Filling:
             for start in range(0, rows, step):
                 yield _Block(tensor, start, min(start + step, rows))
 
-    def write(self, block: _Block) -> None:
-        """Compute a block and write it to every file."""
+    def make(self, block: _Block) -> list[npt.NDArray[np.uint8]]:
+        """The bytes of a block in each target; threads may do so side by side."""
         columns = block.tensor.shape[0]
         values = self._values(block)
         weights = self._importance.get(block.tensor.name)
-        for descriptor, places in zip(self._files, self._places, strict=True):
-            tensor, data_offset = places[block.tensor.name]
-            stride = row_bytes(tensor.type, columns)
-            if tensor.type == "F32":
-                out = values.reshape(-1).view(np.uint8)
+        made = []
+        for places in self._places:
+            kind = places[block.tensor.name].type
+            out = self._room((block.stop - block.start) * row_bytes(kind, columns))
+            if kind == "F32":
+                out[:] = values.reshape(-1).view(np.uint8)
             else:
-                out = self._buffer("out", (block.stop - block.start) * stride)
-                quantize_rows(tensor.type, values, out, weights)
-            _write_all(descriptor, out, data_offset + tensor.offset + block.start * stride)
+                quantize_rows(kind, values, out, weights)
+            made.append(out)
+        return made
+
+    def put(self, block: _Block, made: Sequence[npt.NDArray[np.uint8]]) -> None:
+        """Have a block written that was made; its memory is used again."""
+        columns, rows = _extent(block.tensor)
+        for out, file, target, places in zip(
+            made, self._files, self._targets, self._places, strict=True
+        ):
+            tensor = places[block.tensor.name]
+            offset = target.header.data_offset + tensor.offset
+            self._sink.put(file, offset + block.start * row_bytes(tensor.type, columns), out.data)
+            if block.stop == rows:
+                # Up to where the next tensor begins, or the file ends.
+                gap = bytes(-tensor.size % target.header.alignment)
+                self._sink.put(file, offset + tensor.size, memoryview(gap))
+            self._spare.append(out if out.base is None else out.base)
 
     def _values(self, block: _Block) -> npt.NDArray[np.float32]:
         """float32, shape (rows, columns), rounded as the converter's file would be."""
@@ -283,6 +321,16 @@ class _Filling:
         ):
             raise Internal(f"the outline ends within {block.tensor.name}")
 
+    def _room(self, size: int) -> npt.NDArray[np.uint8]:
+        """Memory for a block that waits to be written."""
+        try:
+            buffer = self._spare.popleft()
+        except IndexError:
+            buffer = np.empty(size, dtype=np.uint8)
+        if buffer.nbytes < size:
+            buffer = np.empty(size, dtype=np.uint8)
+        return buffer[:size]
+
     def _buffer(self, name: str, size: int) -> npt.NDArray[np.uint8]:
         """Memory of this thread, used again for every block."""
         buffer: npt.NDArray[np.uint8] | None = getattr(self._local, name, None)
@@ -304,32 +352,23 @@ def _in_parallel(
     tick: Callable[[int, int], None],
     check: Callable[[], None],
 ) -> None:
-    """Work on blocks, in order, and stop at the first error."""
+    """Make blocks side by side, have them written in order, and stop at the first error."""
     done, total = 0, sum(block.size for block in blocks)
     rest = iter(blocks)
-    running: dict[concurrent.futures.Future[None], _Block] = {}
+    running: deque[tuple[_Block, concurrent.futures.Future[list[npt.NDArray[np.uint8]]]]] = deque()
     pool = concurrent.futures.ThreadPoolExecutor(n_threads, thread_name_prefix="quantize")
     try:
         while True:
             check()
             tick(done, total)
-            # Two for each thread: one to work on, one to take next.
-            while len(running) < 2 * n_threads and (block := next(rest, None)) is not None:
-                running[pool.submit(filling.write, block)] = block
+            while len(running) < _AHEAD * n_threads and (block := next(rest, None)) is not None:
+                running.append((block, pool.submit(filling.make, block)))
             if not running:
                 return
-            ended, _ = concurrent.futures.wait(
-                running, _POLL_SECONDS, concurrent.futures.FIRST_COMPLETED
-            )
-            for future in ended:
-                done += running.pop(future).size
-                future.result()
+            concurrent.futures.wait([running[0][1]], _POLL_SECONDS)
+            while running and running[0][1].done():
+                block, future = running.popleft()
+                filling.put(block, future.result())
+                done += block.size
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _write_all(descriptor: int, data: npt.NDArray[np.uint8], offset: int) -> None:
-    view: memoryview = data.data
-    done = 0
-    while done < view.nbytes:
-        done += os.pwrite(descriptor, view[done:], offset + done)

@@ -6,7 +6,7 @@ how tensors are computed, nor how outputs are published.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +39,7 @@ from arriero.quantization.rows import sequences
 from arriero.quantization.template_proof import prove_rope, prove_template, trained_rows
 from arriero.store import Artifact
 from arriero.weights import LoraAdapter, MergedWeights, Weights
+from arriero.weights.sink import Written
 
 TEMPLATE_KEY = "arriero.template"
 SOURCE_KEY = "arriero.source"
@@ -96,8 +97,9 @@ def _files(job: Job, golden: GoldenLogits) -> list[Output]:
     golden.judge_bases()
     digest = golden.digest
     paths = [job.output_dir(k.name) / f"{work.name}.{k.name}.gguf" for k in kinds]
+    digests: Mapping[str, Written] = {}
     if method == ONEPASS:
-        _in_one_pass(work, kinds, plans, recipe, paths)
+        digests = _in_one_pass(work, kinds, plans, recipe, paths)
     else:
         reference.run(
             job,
@@ -130,6 +132,7 @@ def _files(job: Job, golden: GoldenLogits) -> list[Output]:
                     "fallback_tensors": len(plan.fallbacks),
                 },
                 labels={"quant_type": kind.name, "method": method},
+                digests=digests,
             )
         )
     return [*outputs, *([matrix] if matrix else [])]
@@ -273,13 +276,18 @@ class _Work:
                 self.conversion,
                 self.job.scratch / "outline.gguf",
                 log=log,
-                check=self.job.check_preempted,
+                check=self._prepare,
             )
         except (FailedPrecondition, ResourceExhausted):
             converter.tell(log, self.job.log, whole=True)
             raise
         converter.tell(log, self.job.log, whole=False)
         return made
+
+    def _prepare(self) -> None:
+        """While the converter reads: what the pass needs, which is there after the first time."""
+        self.job.check_preempted()
+        import torch  # noqa: F401
 
     @cached_property
     def method(self) -> str:
@@ -400,7 +408,7 @@ def _in_one_pass(
     plans: Sequence[TypePlan],
     recipe: Recipe,
     paths: Sequence[Path],
-) -> None:
+) -> dict[str, Written]:
     job = work.job
     importance = recipe.importance
     metadata = importance.metadata() if importance else {}
@@ -416,7 +424,7 @@ def _in_one_pass(
     # Exact by now; the files are still sparse.
     job.store.preflight(sum(target.header.size for target in targets))
     names = ", ".join(kind.name for kind in kinds)
-    onepass.fill(
+    return onepass.fill(
         work.outline,
         read_header(work.outline.path),
         work.source,

@@ -35,6 +35,8 @@ class Term:
         left: shape (rows, rank), float32.
         right: shape (rank, columns), float32.
         scale: LoRA's, by the adapter's weight; 1 where `left` is scaled already.
+        fused: the product may be summed up where it is added: that saves a pass, and
+            rounds as the sum of two does or, by the library, in other last bits.
         magnitude: DoRA's m.
         norms: of the columns, where m scales columns.
     """
@@ -49,6 +51,7 @@ class Term:
         self.own = own
         self.pair: LoraPair | None = None
         self.scale = 0.0
+        self.fused = False
         self.magnitude: torch.Tensor | None = None
 
     def add_pair(
@@ -74,6 +77,7 @@ class Term:
         # same to the last bit for powers of two, and else off by what rounding hides.
         if math.frexp(self.scale)[0] in (0.5, -0.5) or (rounded and not pair.embedding):
             self.left, self.scale = self.left * self.scale, 1.0
+        self.fused = rounded and magnitude is None and not pair.embedding
         self.magnitude = None if magnitude is None else magnitude.float()
         if magnitude is not None and pair.transposed:
             self.norms = _column_norms(self)
@@ -134,7 +138,9 @@ def sum_rows(
             total = fresh(base) if total is None else total
             if term.own is not base:
                 total += fresh(term.own).sub_(fresh(base)).mul_(term.weight)
-        if term.pair is not None:
+        if term.fused:
+            total.addmm_(term.left[start:stop], term.right)
+        elif term.pair is not None:
             change = room.empty(out.shape, torch.float32)
             delta(term.left[start:stop], term.right, term.scale, out=change)
             if term.pair.embedding and term.magnitude is None:

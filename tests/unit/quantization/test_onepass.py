@@ -1,5 +1,6 @@
 """One pass against the chain that everyone uses: merge, convert, llama-quantize."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -26,6 +27,7 @@ from arriero.quantization import converter, imatrix, onepass
 from arriero.quantization import quantize as quantize_module
 from arriero.quantization.quantize import run_quantize
 from arriero.store import Artifact, Store
+from arriero.store.files import sha256_file
 from arriero.testing.adapters import tiny_adapter
 from arriero.testing.jobs import run_job
 from arriero.testing.models import tiny_llama
@@ -170,6 +172,8 @@ def test_files_are_those_of_merging_converting_and_quantizing(
         assert list(tensors_of(path)) == list(tensors_of(expected))
         assert output.labels["method"] == "onepass"
         assert path.name == f"tuned.{name}.gguf"
+        written = output.digests[path.name]
+        assert (written.size, written.sha256) == sha256_file(path)
         header = read_header(path)
         assert header.metadata["general.file_type"] == resolve_type(name).ftype
         assert header.metadata["arriero.adapters"] == inputs["adapters"][0].digest  # type: ignore[index]
@@ -278,6 +282,25 @@ def test_a_disk_that_is_too_small_is_refused_with_figures(
         assert path.stat().st_blocks * 512 < 100_000  # the header alone
 
 
+def test_a_disk_that_fills_up_meanwhile_is_told_with_figures(
+    wide: Path,
+    outlined: converter.Outline,
+    store: Store,
+    publish: Publish,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from arriero.weights import sink
+
+    def put(stretch: sink._Stretch) -> None:
+        if stretch.offset:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sink, "_put", put)
+    with pytest.raises(DiskFull, match=r"no space left for .*Q8_0.gguf: \d+ bytes needed"):
+        run(store, tmp_path, {"model": publish(wide, "model")}, "Q8_0")
+
+
 def test_being_told_to_leave_stops_between_blocks(
     wide: Path,
     outlined: converter.Outline,
@@ -287,13 +310,13 @@ def test_being_told_to_leave_stops_between_blocks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     jobs: list[Job] = []
-    written = onepass._Filling.write
+    made = onepass._Filling.make
 
-    def write(self: onepass._Filling, block: onepass._Block) -> None:
+    def make(self: onepass._Filling, block: onepass._Block) -> object:
         jobs[0].preempted.set()
-        written(self, block)
+        return made(self, block)
 
-    monkeypatch.setattr(onepass._Filling, "write", write)
+    monkeypatch.setattr(onepass._Filling, "make", make)
     with pytest.raises(Preempted):
         run(store, tmp_path, {"model": publish(wide, "model")}, "Q8_0", prepare=jobs.append)
 
