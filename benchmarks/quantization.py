@@ -318,10 +318,11 @@ def onepass(place: Path, target: Path, way: str) -> Run:
         parts[name] = parts.get(name, 0.0) + now - began[0]
         began[0] = now
 
-    def fill(*arguments: Any, **options: Any) -> None:
+    def fill(*arguments: Any, **options: Any) -> Any:
         lap("metadata and types")
-        plain_fill(*arguments, **options)
+        digests = plain_fill(*arguments, **options)
         lap("merge, quantize, write")
+        return digests
 
     MergedWeights.rows, rows.fill = counted, fill  # type: ignore[method-assign]
     began = [0.0]
@@ -332,7 +333,7 @@ def onepass(place: Path, target: Path, way: str) -> Run:
             began[0] = time.perf_counter()
             outputs = run_quantize(job)
             describe(outputs, job)
-            lap("hash, sync")
+            lap("describe")
             sizes += [path.stat().st_size for output in outputs for path in output.path.iterdir()]
         elements = MergedWeights.open(inputs["model"][0].path, [], []).elements
         return {"parts": parts, "outputs": sum(sizes), "reads": sum(asked) / elements}
