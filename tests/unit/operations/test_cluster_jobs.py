@@ -82,7 +82,7 @@ async def serve(cluster, templates, tmp_path, make_engine):
         api = Api.connect(NAMESPACE, {"KUBECONFIG": str(config)})
         runner = KubernetesJobs(
             api,
-            templates,
+            settings.pop("templates", templates),
             room="merging",
             owner=api.owner("templates"),
             start_seconds=settings.pop("start_seconds", 300.0),
@@ -166,6 +166,29 @@ async def test_the_service_may_restart_and_adopts_what_runs(serve, cluster, kube
     assert len(trace_of(trace)) == 40 > before
     assert metadata_of(done).attempt == 1
     assert len(cluster.all("jobs")) == 1
+
+
+async def test_a_job_keeps_the_image_that_it_started_with(
+    serve, cluster, kubelet, templates, tmp_path
+):
+    trace = tmp_path / "trace"
+    engine = await serve()
+    long = order(steps=20, seconds=0.1, trace=str(trace))
+    started = await engine.start("import", long, asked("a"))
+    await until(lambda: trace_of(trace), "the job runs")
+    await engine.close()
+
+    newer = json.loads(json.dumps(TEMPLATE).replace("herd/worker:1", "herd/worker:2"))
+    upgraded = await serve(templates=Templates(newer, templates.profiles))
+    assert result_of(await upgraded.wait(started.name, 60)).outputs
+    after = await upgraded.start("import", order(steps=1), asked("b"))
+    assert result_of(await upgraded.wait(after.name, 60)).outputs
+
+    images = [
+        job["spec"]["template"]["spec"]["containers"][0]["image"] for job in cluster.all("jobs")
+    ]
+    assert sorted(images) == ["herd/worker:1", "herd/worker:2"]
+    assert len({pid for pid, _, _ in trace_of(trace)}) == 1
 
 
 async def test_a_job_that_ended_while_the_service_was_away_is_published(serve, cluster, kubelet):
