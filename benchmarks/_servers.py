@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import functools
 import importlib.util
 import json
 import os
@@ -27,6 +28,7 @@ import httpx2
 import psutil
 
 from arriero.inference.frontend import EngineOptions, Frontend
+from arriero.llama import Model
 from arriero.replica import ReplicaSettings
 from arriero.rpc import connect
 from arriero.rpc.channel import check_health
@@ -300,8 +302,14 @@ class LlamaCppServer(LlamaServer):
         return False
 
     def body(self, prompt: str) -> dict[str, Any]:
-        # It cannot ignore ends: the bias of EOS comes nearest.
-        return {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "stream": True}
+        return {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "stream": True,
+                "logit_bias": dict.fromkeys(map(str, self.ends), -100)}  # fmt: skip
+
+    @functools.cached_property
+    def ends(self) -> frozenset[int]:
+        """What ends a generation: it cannot ignore that, so a bias keeps it from it."""
+        with Model(self.gguf, vocab_only=True) as model:
+            return model.eog
 
     def text(self, data: dict[str, Any]) -> str:
         return str(data["choices"][0]["text"])

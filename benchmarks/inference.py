@@ -5,9 +5,10 @@
 Clients stream 64 greedy tokens each, end-of-generation ignored, and ask again until
 `--requests` answers have come. Servers are measured in turns, `--repeats` times;
 figures are medians. llama-server runs with whichever of its two KV settings made more
-tokens in the first turn. What is missing (llama-server, llama_cpp.server) is said and
-left out; `--build` compiles llama-server from the sources of the very llama.cpp that
-is linked, and installs what llama_cpp.server needs beside it.
+tokens in the first turn. llama_cpp.server cannot ignore ends of generation: a bias of
+-100 keeps it from them, so that it makes as many tokens as the others. What is missing
+of the two is said and left out; `--build` compiles llama-server from the sources of the
+very llama.cpp that is linked, and installs what llama_cpp.server needs beside it.
 
 Keys, ours by theirs: tokens/s `serve_vs_llama_server_N` with N clients and
 `serve_vs_llama_cpp_server_8`; seconds `ttft_shared_prefix` (median, 8 clients, whose
