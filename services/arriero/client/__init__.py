@@ -13,8 +13,10 @@ in a thread, so that both behave alike.
 """
 
 from arriero.client.address import orchestrator_address
-from arriero.client.aio import AsyncArtifacts, AsyncClient, AsyncEndpoints
+from arriero.client.aio import AsyncClient
+from arriero.client.artifacts import AsyncArtifacts
 from arriero.client.endpoint import AsyncEndpoint, AsyncStream, Sampling
+from arriero.client.endpoints import AsyncEndpoints
 from arriero.client.pipeline import (
     PipelineFile,
     Position,

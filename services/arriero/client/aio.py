@@ -1,4 +1,4 @@
-"""The asyncio client: runs, artifacts, endpoints.
+"""The asyncio client: runs, and the way to artifacts and endpoints.
 
 Responsibility: one method per thing that a caller may ask of the platform, with
 deadlines, idempotent starts and errors of Arriero's own. Does not know how the
@@ -10,36 +10,28 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from os import PathLike
-from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias
 
 from arriero import rpc
-from arriero.client import transfer
-from arriero.client.connection import FOLLOW_SECONDS, TRANSFER_SECONDS, Connection
+from arriero.client.artifacts import AsyncArtifacts
+from arriero.client.connection import FOLLOW_SECONDS, Connection
 from arriero.client.endpoint import AsyncEndpoint
+from arriero.client.endpoints import AsyncEndpoints
 from arriero.client.pipeline import PipelineFile, load_pipeline
-from arriero.client.reading import word_for
-from arriero.errors import ArrieroError, DeadlineExceeded, InvalidArgument, Unavailable
+from arriero.errors import ArrieroError, DeadlineExceeded, Unavailable
 from arriero.settings import ClientSettings
-from arriero.v1 import dataset_pb2, inference_pb2, pipeline_pb2
 from arriero.v1 import orchestrator_pb2 as pb
 from arriero.v1 import orchestrator_pb2_grpc as stubs
+from arriero.v1 import pipeline_pb2
 
-__all__ = ["ENDED", "AsyncArtifacts", "AsyncClient", "AsyncEndpoints", "Pipelines"]
+__all__ = ["ENDED", "AsyncClient", "Pipelines"]
 
 Pipelines = pipeline_pb2.Pipeline | PipelineFile | str | PathLike[str]
 
 ENDED = frozenset({pb.RUN_STATE_SUCCEEDED, pb.RUN_STATE_FAILED, pb.RUN_STATE_CANCELLED})
-
-# Inside of classes with a method `list` that word means the method.
-_Artifacts: TypeAlias = list[pb.Artifact]
-_Problems: TypeAlias = list[str]
-_Tags: TypeAlias = list[pb.Tag]
-_Endpoints: TypeAlias = list[pb.Endpoint]
 
 # How long a watch looks for a platform that went away while it watched.
 PATIENCE_SECONDS = 120.0
@@ -292,267 +284,3 @@ def _pipeline_file(pipeline: Pipelines) -> PipelineFile:
     if isinstance(pipeline, pipeline_pb2.Pipeline):
         return PipelineFile(pipeline, "pipeline")
     return pipeline if isinstance(pipeline, PipelineFile) else load_pipeline(pipeline)
-
-
-def _deploy_spec(
-    name: str, model: str, replicas: int, settings: Mapping[str, Any]
-) -> pipeline_pb2.DeploySpec:
-    words = {
-        field.name: {word: settings[field.name]}
-        for field in pipeline_pb2.DeploySpec.DESCRIPTOR.fields
-        if (word := word_for(field)) and isinstance(settings.get(field.name), str)
-    }
-    fields = {**settings, **words}
-    try:
-        return pipeline_pb2.DeploySpec(endpoint=name, model=model, replicas=replicas, **fields)
-    except (TypeError, ValueError) as error:
-        raise InvalidArgument(f"no deployment can be set like that: {error}") from None
-
-
-class AsyncArtifacts:
-    """What the store holds; `AsyncClient.artifacts`.
-
-    A `ref` is a digest, a unique prefix of one, or `kind/name:tag`.
-    """
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-
-    async def get(self, ref: str) -> pb.Artifact:
-        """An artifact."""
-        with rpc.translated():
-            return (await self._stub.GetArtifact(pb.GetArtifactRequest(ref=ref))).artifact
-
-    async def list(self, kind: str = "", limit: int = 1000) -> _Artifacts:
-        """The newest artifacts, of one kind or of all."""
-        found: list[pb.Artifact] = []
-        token = ""
-        while len(found) < limit:
-            size = min(_PAGE, limit - len(found))
-            request = pb.ListArtifactsRequest(kind=kind, page_size=size, page_token=token)
-            with rpc.translated():
-                page = await self._stub.ListArtifacts(request)
-            found.extend(page.artifacts)
-            token = page.next_page_token
-            if not token:
-                break
-        return found[:limit]
-
-    async def dataset_report(self, ref: str) -> dataset_pb2.DatasetReport:
-        """What a stage `dataset` did to its rows: counts, lengths, samples, what was left out.
-
-        Args:
-            ref: the stage's output `report`.
-
-        Raises:
-            InvalidArgument: an artifact of another kind, or another stage's report.
-        """
-        request = pb.GetDatasetReportRequest(ref=ref)
-        with rpc.translated():
-            return (await self._stub.GetDatasetReport(request)).report
-
-    async def lineage(self, ref: str) -> _Artifacts:
-        """The artifact itself, then all that it was made from, nearest first."""
-        with rpc.translated():
-            return [*(await self._stub.GetLineage(pb.GetLineageRequest(ref=ref))).artifacts]
-
-    async def tag(self, ref: str, tag: str, *, expected: str = "") -> str:
-        """Point `kind/name:tag` at an artifact; returns its digest.
-
-        Args:
-            ref: what to tag.
-            tag: `kind/name:tag`.
-            expected: the digest that the tag must have now, `none` for a new tag;
-                anything when empty.
-
-        Raises:
-            Aborted: the tag has another digest than `expected`.
-            FailedPrecondition: the artifact is quarantined.
-        """
-        request = pb.TagArtifactRequest(ref=ref, tag=tag, expected_digest=expected)
-        with rpc.translated():
-            return (await self._stub.TagArtifact(request)).digest
-
-    async def tags(self, kind: str = "") -> _Tags:
-        """Tags, of one kind or of all."""
-        with rpc.translated():
-            return [*(await self._stub.ListTags(pb.ListTagsRequest(kind=kind))).tags]
-
-    async def pull(
-        self, ref: str, directory: Path, *, on_bytes: Callable[[int, int], None] | None = None
-    ) -> pb.Artifact:
-        """Copy an artifact's files into a new (or empty) directory, all or nothing.
-
-        Every file's size and sha256 is verified.
-
-        Args:
-            ref: what to copy.
-            directory: where to.
-            on_bytes: called with bytes done and in all.
-
-        Raises:
-            FailedPrecondition: the directory has something in it.
-            DataLoss: what arrived is not what the digests say.
-        """
-        return await transfer.pull(self._stub, ref, Path(directory), on_bytes)
-
-    async def push(
-        self,
-        source: Path,
-        *,
-        kind: str,
-        name: str,
-        labels: Mapping[str, str] | None = None,
-        tag: str = "",
-        on_bytes: Callable[[int, int], None] | None = None,
-    ) -> pb.Artifact:
-        """Publish a directory's files, or one file, as an artifact.
-
-        Hidden files and directories stay behind.
-
-        Args:
-            source: directory or file.
-            kind: `dataset`, `model`, `adapter`, `gguf` or `tokenizer`.
-            name: recorded in the artifact.
-            labels: recorded in the artifact.
-            tag: `kind/name:tag` to set; none when empty.
-            on_bytes: called with bytes done and in all.
-
-        Raises:
-            NotFound: there is no such directory or file.
-            InvalidArgument: there is nothing in it.
-        """
-        header = pb.PushHeader(kind=kind, name=name, labels=labels, tag=tag)
-        return await transfer.push(self._stub, Path(source), header, on_bytes)
-
-    async def verify(
-        self, ref: str, *, on_bytes: Callable[[int, int], None] | None = None
-    ) -> _Problems:
-        """Let the platform read every byte of an artifact again.
-
-        Args:
-            ref: what to verify.
-            on_bytes: called with bytes done and in all.
-
-        Returns:
-            What differs from the manifest, a file each; empty when all is well.
-
-        Raises:
-            NotFound: no such artifact, or its files were collected.
-            DataLoss: the manifest itself is damaged.
-        """
-        problems: _Problems = []
-        request = pb.VerifyArtifactRequest(ref=ref)
-        call = self._stub.VerifyArtifact(request, timeout=TRANSFER_SECONDS)
-        try:
-            with rpc.translated():
-                async for message in call:
-                    problems += message.problems
-                    if on_bytes is not None:
-                        on_bytes(message.bytes_done, message.bytes_total)
-        finally:
-            call.cancel()
-        return problems
-
-    async def gc(self, *, dry_run: bool = False) -> pb.CollectGarbageResponse:
-        """Remove what no tag, endpoint or run holds; with `dry_run` list it alone."""
-        with rpc.translated():
-            return await self._stub.CollectGarbage(pb.CollectGarbageRequest(dry_run=dry_run))
-
-    @property
-    def _stub(self) -> stubs.ArtifactServiceAsyncStub:
-        return stubs.ArtifactServiceStub(self._connection.channel)
-
-
-class AsyncEndpoints:
-    """What is served; `AsyncClient.endpoints`."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-
-    async def create(
-        self, name: str, model: str, *, replicas: int = 1, **settings: Any
-    ) -> pb.Endpoint:
-        """Serve a gguf artifact under a new name.
-
-        Args:
-            name: of the endpoint.
-            model: digest or reference of the gguf artifact.
-            replicas: processes to serve it with.
-            settings: further fields of a deploy stage: `context=8192`, `slots=8`,
-                `rope="ntk"`, ...
-
-        Raises:
-            AlreadyExists: the name is in use; `update` replaces.
-            FailedPrecondition: the artifact is quarantined.
-        """
-        spec = _deploy_spec(name, model, replicas, settings)
-        with rpc.translated():
-            answer = await self._stub.CreateEndpoint(pb.CreateEndpointRequest(spec=spec))
-            return answer.endpoint
-
-    async def update(
-        self, name: str, model: str, *, replicas: int = 1, **settings: Any
-    ) -> pb.Endpoint:
-        """Replace what an endpoint serves, one replica after the other; as `create`."""
-        spec = _deploy_spec(name, model, replicas, settings)
-        with rpc.translated():
-            answer = await self._stub.UpdateEndpoint(pb.UpdateEndpointRequest(spec=spec))
-            return answer.endpoint
-
-    async def get(self, name: str, *, score: bool = False) -> pb.Endpoint:
-        """An endpoint; with `score` its live replicas are compared with the golden logits."""
-        request = pb.GetEndpointRequest(name=name, score=score)
-        with rpc.translated():
-            return (await self._stub.GetEndpoint(request)).endpoint
-
-    async def list(self) -> _Endpoints:
-        """All endpoints."""
-        with rpc.translated():
-            return [*(await self._stub.ListEndpoints(pb.ListEndpointsRequest())).endpoints]
-
-    async def scale(self, name: str, replicas: int) -> pb.Endpoint:
-        """Set the number of replicas; `get` tells when ready equals desired."""
-        request = pb.ScaleEndpointRequest(name=name, replicas=replicas)
-        with rpc.translated():
-            return (await self._stub.ScaleEndpoint(request)).endpoint
-
-    async def add_adapter(
-        self, name: str, adapter: str, *, called: str = "", scale: float = 1.0
-    ) -> pb.Endpoint:
-        """Load a LoRA adapter into every replica, while it serves.
-
-        Args:
-            name: of the endpoint.
-            adapter: digest or reference of what `quantize` with `adapter_only` made.
-            called: name that requests choose it by; default: the artifact's own.
-            scale: its change of the model is multiplied by this.
-
-        Raises:
-            AlreadyExists: the name is another adapter's.
-            FailedPrecondition: it belongs to another model.
-        """
-        spec = inference_pb2.AdapterSpec(adapter=adapter, name=called, scale=scale)
-        request = pb.AddEndpointAdapterRequest(name=name, adapter=spec)
-        with rpc.translated():
-            return (await self._stub.AddEndpointAdapter(request)).endpoint
-
-    async def remove_adapter(
-        self, name: str, called: str, *, allow_missing: bool = False
-    ) -> pb.Endpoint:
-        """Take an adapter away from every replica; answers under way are finished."""
-        request = pb.RemoveEndpointAdapterRequest(
-            name=name, adapter=called, allow_missing=allow_missing
-        )
-        with rpc.translated():
-            return (await self._stub.RemoveEndpointAdapter(request)).endpoint
-
-    async def delete(self, name: str, *, allow_missing: bool = False) -> None:
-        """Drain and remove the replicas, and the name."""
-        request = pb.DeleteEndpointRequest(name=name, allow_missing=allow_missing)
-        with rpc.translated():
-            await self._stub.DeleteEndpoint(request)
-
-    @property
-    def _stub(self) -> stubs.EndpointServiceAsyncStub:
-        return stubs.EndpointServiceStub(self._connection.channel)

@@ -12,7 +12,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
 
-from arriero.client.aio import AsyncArtifacts, AsyncClient, AsyncEndpoints, Pipelines
+from arriero.client.aio import AsyncClient, Pipelines
+from arriero.client.artifacts import AsyncArtifacts
+from arriero.client.endpoints import AsyncEndpoints
 from arriero.client.loop import LoopThread
 from arriero.client.sync_endpoint import Endpoint
 from arriero.settings import ClientSettings
