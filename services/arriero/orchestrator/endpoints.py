@@ -22,33 +22,28 @@ from arriero.errors import (
     AlreadyExists,
     ArrieroError,
     Cancelled,
-    DeadlineExceeded,
     FailedPrecondition,
     GateFailed,
     NotFound,
     Unavailable,
 )
-from arriero.gates import GateResult, Gates, Mode, Verdict
+from arriero.gates import GateResult, Verdict
 from arriero.metrics import EndpointFigures
 from arriero.operations.defaults import with_defaults
-from arriero.operations.job import gate_modes
 from arriero.operations.views import gate_message
-from arriero.orchestrator import smoke
 from arriero.orchestrator.adapters import AdapterSets, with_adapter, without_adapter
 from arriero.orchestrator.clients import Caller
 from arriero.orchestrator.deployments import Deployments, check_replicas, check_spec
-from arriero.orchestrator.platform import Desired, Observed, Platform
+from arriero.orchestrator.platform import Desired, Platform
+from arriero.orchestrator.proofs import Proofs
 from arriero.orchestrator.records import EndpointRecord, Records
-from arriero.orchestrator.replicas import endpoint_figures, endpoint_message, shortage
+from arriero.orchestrator.replicas import endpoint_figures, endpoint_message
 from arriero.orchestrator.scores import Scores
 from arriero.replica import ReplicaSettings
 from arriero.store import Store
 from arriero.v1 import inference_pb2, pipeline_pb2, types_pb2
 from arriero.v1 import orchestrator_pb2 as pb
 
-_SCORE_TRIES = 3
-# A supervisor may try a replica again; FAILED for this long means that it gave up.
-_FAILED_SECONDS = 2.0
 _log = logging.getLogger(__name__)
 
 
@@ -65,6 +60,7 @@ class Endpoints:
         self._known: dict[str, EndpointRecord] = {}
         self._rollouts: dict[str, asyncio.Task[None]] = {}
         self._scores = Scores(platform, caller, self._sets, self._known, self._save)
+        self._proofs = Proofs(platform, store, self._sets, self._scores)
         self._measuring: asyncio.Task[None] | None = None
 
     def load(self) -> None:
@@ -367,7 +363,7 @@ class Endpoints:
         error = ""
         gates: list[GateResult] = []
         try:
-            gates = [await self._judged(record)]
+            gates = [await self._proofs.of(record)]
             error = "; ".join(
                 f"{g.gate} failed: {g.detail}" for g in gates if g.verdict is Verdict.FAILED
             )
@@ -388,20 +384,6 @@ class Endpoints:
         record.endpoint.gates.extend(gate_message(g) for g in gates)
         self._save(record)
 
-    async def _judged(self, record: EndpointRecord) -> GateResult:
-        """The gate's result; replicas that die while they are asked are waited for again."""
-        for attempt in range(1, _SCORE_TRIES + 1):
-            observed = await self._ready(record)
-            try:
-                await self._sets.give(record, record.endpoint.spec.adapters)
-                return await self._prove(record, observed)
-            except Unavailable as error:
-                if attempt == _SCORE_TRIES:
-                    raise
-                _log.warning("endpoint %s: %s", record.endpoint.name, error.message)
-                await asyncio.sleep(1)
-        raise AssertionError("unreachable")
-
     def _restore(
         self, record: EndpointRecord, error: str, gates: list[GateResult] | None = None
     ) -> None:
@@ -415,64 +397,6 @@ class Endpoints:
         record.error = error
         self._save(record)
         self._want(record)
-
-    async def _ready(self, record: EndpointRecord) -> Observed:
-        """Wait until every wanted replica is ready; fail early when they gave up."""
-        name, spec = record.endpoint.name, record.endpoint.spec
-        loop = asyncio.get_running_loop()
-        failed_since: float | None = None
-
-        def until(observed: Observed) -> bool:
-            nonlocal failed_since
-            if observed.generation < record.generation:
-                return False
-            if observed.complete(spec.model, record.endpoint.desired_replicas):
-                return True
-            if not observed.failed(spec.model):
-                failed_since = None
-                return False
-            failed_since = failed_since or loop.time()
-            return loop.time() - failed_since >= _FAILED_SECONDS
-
-        try:
-            observed = await self._platform.wait(name, until, timeout=spec.timeout_seconds)
-        except DeadlineExceeded as error:
-            observed = self._platform.observe(name)
-            raise DeadlineExceeded(
-                f"endpoint {name}: {shortage(record, observed)} after {spec.timeout_seconds} s; "
-                "raise timeout_seconds, or look at the replicas' logs"
-            ) from error
-        if not observed.complete(spec.model, record.endpoint.desired_replicas):
-            raise FailedPrecondition(
-                f"endpoint {name}: {shortage(record, observed)}; look at the replicas' logs"
-            )
-        return observed
-
-    async def _prove(self, record: EndpointRecord, observed: Observed) -> GateResult:
-        spec = record.endpoint.spec
-        modes = gate_modes(spec)
-        gates = Gates(modes)
-        if gates.mode(smoke.GATE) is Mode.SKIP:
-            return GateResult(smoke.GATE, Mode.SKIP, Verdict.SKIPPED)
-        reason = ""
-        if not spec.golden:
-            reason = "the file carries no golden logits, and none are given"
-        elif not observed.ready(spec.model):
-            reason = "no replicas"
-        if reason:
-            gates.skip(smoke.GATE, reason)
-            return gates.results[0]
-        scores = await self._scores.of(record, observed.ready(spec.model))
-        return smoke.judge(scores, modes, self._limit(spec))
-
-    def _limit(self, spec: pipeline_pb2.DeploySpec) -> float | None:
-        """The KL divergence that the types served explain; None where that is not known."""
-        settings = ReplicaSettings.of_spec(with_defaults(spec))
-        rope = settings.rope
-        if rope.type not in ("", "none") and not rope.native_slots:
-            return None  # positions mean something else by intention
-        kind = self._store.get(spec.model).manifest.labels.get("quant_type", "")
-        return smoke.limit_of(kind, (settings.cache_type_k, settings.cache_type_v))
 
     # Bookkeeping
 
