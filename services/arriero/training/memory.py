@@ -49,6 +49,8 @@ class Demand:
         length: tokens of the longest row.
         lengths: tokens of the longest rows, as many as `rows`, longest first; where they
             are not known, all have `length`. No token is padding.
+        dropped: widths of the inputs that adapters drop values of, over all layers; each
+            is kept once more, or the mask of it.
         gradient_checkpointing: keeps one layer's activations instead of all.
         host: the libraries count too.
         spread: processes that the base is spread over.
@@ -69,6 +71,7 @@ class Demand:
     host: bool
     spread: int = 1
     lengths: tuple[int, ...] = ()
+    dropped: int = 0
 
     @property
     def tokens(self) -> int:
@@ -87,9 +90,9 @@ class Demand:
         per_layer = size * (_KEPT_PER_LAYER * hidden + 3 * inner)
         if size < 4:
             per_layer += _FLOAT32_PER_LAYER * 4 * hidden
-        kept = layers * per_layer
+        kept = layers * per_layer + size * self.dropped
         if self.gradient_checkpointing:
-            kept = layers * size * hidden + per_layer
+            kept = layers * size * hidden + per_layer + size * self.dropped // max(1, layers)
         tokens = self.tokens
         return Need(
             weights=self._weights(),

@@ -170,10 +170,14 @@ def demand_of(
         spread: processes that the base is spread over.
     """
     modules, lora, full = linear_modules(base), lora_of(spec), spec.method == "full"
+    dropped = 0
     if full:
         trained = base.elements
     else:
-        trained = lora.parameters({n: shape for n, shape in modules.items() if targets(n, lora)})
+        adapted = {n: shape for n, shape in modules.items() if targets(n, lora)}
+        trained = lora.parameters(adapted)
+        if lora.dropout:
+            dropped = sum(inner for _, inner in adapted.values())
         trained += sum(math.prod(info.shape) for info in saved_whole(base, lora))
     packed = quantization_of(spec)
     return Demand(
@@ -189,6 +193,7 @@ def demand_of(
         rows=rows,
         length=max(lengths, default=0),
         lengths=lengths,
+        dropped=dropped,
         gradient_checkpointing=spec.gradient_checkpointing,
         host=host,
         spread=spread,

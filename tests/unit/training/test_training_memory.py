@@ -1,7 +1,12 @@
 """What a training needs is told before it starts, and what would make it fit."""
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from arriero.errors import FailedPrecondition
@@ -96,6 +101,63 @@ def test_what_can_not_fit_is_refused_with_figures_and_the_knob_that_helps(demand
     assert caught.value.metadata["needed_bytes"] == str(least.total)
     assert f"weights {least.weights / 1e9:.2f} GB" in caught.value.message
     assert f"this host has {free / 1e9:.2f} GB free" in caught.value.message
+
+
+def test_what_adapters_drop_is_kept_besides():
+    dropping = replace(LORA, dropped=32 * 2 * 4096)  # two modules of each layer
+    more = dropping.need().activations - LORA.need().activations
+    assert more == LORA.tokens * 2 * 32 * 2 * 4096
+
+
+# A training in a process of its own, and what it took at most.
+CHILD = """
+import json, resource, sys
+from arriero.training import allocator
+allocator.settle()
+from pathlib import Path
+from arriero.operations.kinds import ResolveContext
+from arriero.settings import SourceSettings
+from arriero.store import Store
+from arriero.testing.jobs import run_job
+from arriero.training.job import train
+from arriero.training.rows import Rows
+from arriero.training.spec import demand_of, resolve
+from arriero.v1 import training_pb2
+from arriero.weights import Weights
+store, fields = Store.open(sys.argv[1]), json.loads(sys.argv[4])
+inputs = {"model": store.get(sys.argv[2]), "dataset": store.get(sys.argv[3])}
+context = ResolveContext(store, {n: [a] for n, a in inputs.items()}, SourceSettings())
+spec = resolve(training_pb2.TrainSpec(**fields), context).spec
+path, rows = inputs["model"].path, spec.micro_batch_size
+config = json.loads((path / "config.json").read_text())
+longest = Rows(inputs["dataset"].path).longest(rows)
+need = demand_of(spec, config, Weights.open(path), longest, rows, base_bytes=4).need()
+run_job(train, "train", spec, inputs, store, Path(sys.argv[1]).parent)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps({"estimate": need.total, "peak": 1024 * peak, "need": str(need)}))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="units of ru_maxrss")
+@pytest.mark.parametrize(
+    "method", [{"lora": {"r": 8, "target_modules": ["all-linear"]}}, {"method": "full"}]
+)
+def test_the_estimate_is_near_what_a_training_takes(kit, tmp_path: Path, method) -> None:
+    """Within -10% and +50% of the peak of its process."""
+    model = kit.model(hidden=512, layers=5, inner=1536)
+    random = np.random.default_rng(0)
+    rows = [([int(i) for i in random.integers(3, 384, 448)], 1) for _ in range(8)]
+    fields = {"max_steps": 1, "batch_size": 8, "micro_batch_size": 8, "dtype": "float32", **method}
+    arguments = [tmp_path / "store", model.digest, kit.dataset(rows).digest, json.dumps(fields)]
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert 0.9 < found["estimate"] / found["peak"] < 1.5, found
 
 
 def test_rows_count_with_their_own_lengths_and_not_as_if_padded():
