@@ -16,10 +16,10 @@ Each runs in a process of its own in which everything is imported already; the b
 is in the page cache. The peak is of private memory (RssAnon; mapped files apart),
 the interpreter and the libraries included. Gates run apart, once.
 
-Just before, each touches as much free memory as the page cache is going to take. A
-virtual machine that gives free memory back to its host pays for every page that it
-takes again, inside of whatever comes first after a pause: `cp` takes twice its time
-then. `--rest SECONDS` waits that long instead, to see that.
+Before each, the machine rests (`--rest`, 20 seconds). A virtual machine that gives free
+memory back to its host pays, in the kernel, for every page that it takes again; a way
+that starts right after another one freed gigabytes does not, and comparing the two says
+nothing. After the rest all pay alike.
 
 Ratios: `merge_vs_cp` is ours / cp (aim: at most 1.5), `merge_vs_peft` and
 `merge_vs_shardwise` are peer / ours (above 1: ours is faster).
@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import mmap
 import os
 import platform
 import shutil
@@ -56,7 +55,7 @@ def main() -> None:
     """Make the inputs, run everything, print the table and the JSON line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--layers", type=int, default=LAYERS, help="fewer: a smaller model")
-    parser.add_argument("--rest", type=float, help="seconds to wait before each, untouched")
+    parser.add_argument("--rest", type=float, default=20.0, help="seconds to wait before each")
     parser.add_argument("--way", choices=[*WAYS, "gates"], help=argparse.SUPPRESS)
     parser.add_argument("--place", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -174,25 +173,24 @@ def make_inputs(place: Path, layers: int) -> None:
 # --- one way, in a process of its own ------------------------------------------------------
 
 
-def in_process(way: str, place: Path, rest: float | None) -> dict[str, Any]:
+def in_process(way: str, place: Path, rest: float) -> dict[str, Any]:
     """Seconds and peak private memory of one way."""
-    command = [sys.executable, __file__, "--way", way, "--place", str(place)]
-    command += [] if rest is None else ["--rest", str(rest)]
+    command = [sys.executable, __file__, "--way", way, "--place", str(place), "--rest", str(rest)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def timed(way: str, place: Path, rest: float | None) -> dict[str, Any]:
+def timed(way: str, place: Path, rest: float) -> dict[str, Any]:
     """Import what the way needs, then time it."""
     target = place / "out"
     shutil.rmtree(target, ignore_errors=True)
     work = {"cp": cp, "arriero": arriero, "peft": peft, "shardwise": shardwise, "gates": gates}[way]
     run = work(place, target)
     os.sync()
-    if rest is not None:
-        time.sleep(rest)
-    at_hand(place / "base", touch=rest is None)
+    time.sleep(rest)
+    for path in (place / "base").iterdir():  # have it in the page cache
+        subprocess.run(["cat", str(path)], check=True, stdout=subprocess.DEVNULL)
     peak, stop = [0.0], threading.Event()
 
     def sample() -> None:
@@ -208,18 +206,6 @@ def timed(way: str, place: Path, rest: float | None) -> dict[str, Any]:
     watcher.join()
     shutil.rmtree(target, ignore_errors=True)
     return {"seconds": seconds, "private_mb": peak[0], **figures}
-
-
-def at_hand(base: Path, *, touch: bool) -> None:
-    """Have a directory in the page cache, and twice its size of memory that was used just now."""
-    size = 0
-    for path in base.iterdir():
-        subprocess.run(["cat", str(path)], check=True, stdout=subprocess.DEVNULL)
-        size += path.stat().st_size
-    if touch:
-        with mmap.mmap(-1, 2 * size) as room:
-            for start in range(0, 2 * size, mmap.PAGESIZE):
-                room[start] = 1
 
 
 def private_mb() -> float:
