@@ -4,8 +4,8 @@
 
 Clients stream 64 greedy tokens each, end-of-generation ignored, and ask again until
 `--requests` answers have come. Servers are measured in turns, `--repeats` times;
-figures are medians. llama-server runs with whichever of its two KV settings made more
-tokens in the first turn. llama_cpp.server cannot ignore ends of generation: a bias of
+figures are medians. llama-server runs with whichever of its two KV settings makes more
+tokens under the same load. llama_cpp.server cannot ignore ends of generation: a bias of
 -100 keeps it from them, so that it makes as many tokens as the others. What is missing
 of the two is said and left out; `--build` compiles llama-server from the sources of the
 very llama.cpp that is linked, and installs what llama_cpp.server needs beside it.
@@ -132,6 +132,8 @@ def compare(
     context: int = CONTEXT,
 ) -> dict[str, list[Timing]]:
     """All servers in turns."""
+    if LlamaServer in peers:
+        choose_kv(args, gguf, prompts, clients, context)
     found: dict[str, list[Timing]] = {}
     for _ in range(args.repeats):
         for kind in (Ours, *peers):
@@ -140,15 +142,17 @@ def compare(
     return found
 
 
-def choose_kv(args: argparse.Namespace, gguf: Path, prompts: Sequence[str]) -> None:
-    """Give llama-server the KV setting that suits it better with 8 clients."""
+def choose_kv(
+    args: argparse.Namespace, gguf: Path, prompts: Sequence[str], clients: int, context: int
+) -> None:
+    """Give llama-server the KV setting that suits it better with this load."""
     rates = {}
     for unified in (False, True):
         LlamaServer.unified = unified
-        rates[unified] = measure(LlamaServer, args, gguf, prompts, 8).rate
+        rates[unified] = measure(LlamaServer, args, gguf, prompts, clients, context).rate
     LlamaServer.unified = max(rates, key=lambda key: rates[key])
-    console.print(f"llama-server: {rates[False]:.0f} tok/s with a KV cache per stream, "
-                  f"{rates[True]:.0f} unified")  # fmt: skip
+    console.print(f"llama-server, {clients} clients: {rates[False]:.0f} tok/s with a KV cache per "
+                  f"stream, {rates[True]:.0f} unified")  # fmt: skip
 
 
 def median(timings: Sequence[Timing], what: str) -> float:
@@ -246,13 +250,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--requests", type=int, default=24)
     parser.add_argument("--clients", type=int, nargs="*", default=[1, 8, 32])
-    parser.add_argument("--only", choices=["peers", "overhead", "memory"], help="one part")
+    parser.add_argument(
+        "--only", choices=["peers", "prefix", "overhead", "memory"], help="one part"
+    )
     args = parser.parse_args()
 
     prompts = read_prompts(args.prompts)
     results = Results()
     for name, gguf in files(args):
-        if args.only in (None, "peers"):
+        if args.only in (None, "peers", "prefix"):
             against_peers(args, name, gguf, prompts, results)
         if args.only in (None, "overhead"):
             overhead(args, name, gguf, prompts, results)
@@ -296,12 +302,11 @@ def against_peers(
     else:
         LlamaServer.binary = binary
         peers.append(LlamaServer)
-        choose_kv(args, gguf, prompts)
     if binding is None:
         console.print("llama_cpp.server needs llama-cpp-python[server], or --build; left out")
     else:
         LlamaCppServer.packages = binding
-    for clients in args.clients:
+    for clients in args.clients if args.only != "prefix" else ():
         others = [*peers, *([LlamaCppServer] if binding is not None and clients == 8 else [])]
         found = compare(args, gguf, prompts, clients, others)
         results.add(name, str(clients), found)
@@ -310,7 +315,8 @@ def against_peers(
         results.ratio(name, "serve_vs_llama_cpp_server_8", found, "rate", peer=LlamaCppServer)
     # About 512 tokens that eight share, then a question of each one's own: a beginning
     # that nobody asked with before for every eight, or the same one for all.
-    for what, key, trips in (("new", "shared", len(prompts)), ("same", "repeated", 1)):
+    kinds = (("new", "shared", len(prompts)), ("same", "repeated", 1))
+    for what, key, trips in kinds if args.only != "peers" else ():
         asked = [f"{beginning(i // 8 % trips)}\n{prompt}" for i, prompt in enumerate(prompts)]
         found = compare(args, gguf, asked, 8, peers, PREFIX_CONTEXT)
         results.add(name, f"8, {what} beginning", found)
