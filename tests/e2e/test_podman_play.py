@@ -21,13 +21,13 @@ import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-import arriero
 from arriero.rpc.channel import check_health
 from arriero.testing.cluster import NAMESPACE
 from arriero.testing.controllers import JobController, ReplicaController
@@ -35,7 +35,7 @@ from arriero.testing.podman import Podman, missing
 
 ROOT = Path(__file__).parents[2]
 REGISTRY = os.environ.get("ARRIERO_PLAY_REGISTRY", "")
-TAG = os.environ.get("ARRIERO_PLAY_TAG") or arriero.__version__
+TAG = os.environ.get("ARRIERO_PLAY_TAG") or version("arriero")
 IMAGES = [f"{REGISTRY}/arriero-{name}:{TAG}" for name in ("control", "worker", "llama")]
 WHY_NOT = missing(IMAGES) if REGISTRY else "make kube-play runs these, with podman"
 

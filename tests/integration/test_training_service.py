@@ -233,5 +233,6 @@ def test_a_killed_rank_costs_an_attempt_and_not_the_training(service: Service):
     report = json.loads(service.store.get(result.outputs[1].digest).file("report.json").read_text())
     assert len(report["losses"]) == 300
     first, second = service.metadata(operation.name).jobs
-    assert "SIGKILL" in first.status.message
+    # By whom is a guess: memory may have run out for somebody else at that moment.
+    assert "was killed" in first.status.message
     assert not second.status.message

@@ -82,11 +82,22 @@ class LoopThread:
                 raise FailedPrecondition("the client is closed; make a new one")
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
+                self._loop.set_exception_handler(_handle)
                 self._thread = threading.Thread(
                     target=self._loop.run_forever, name="arriero-client", daemon=True
                 )
                 self._thread.start()
             return self._loop
+
+
+def _handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Report what went wrong in a callback, but for news that came too late for anybody.
+
+    grpc hands events of all loops round in whichever polls, also those of a closed one.
+    """
+    error = context.get("exception")
+    if not (isinstance(error, RuntimeError) and "Event loop is closed" in str(error)):
+        loop.default_exception_handler(context)
 
 
 async def _next(items: AsyncGenerator[_T, None]) -> _T:

@@ -57,6 +57,7 @@ def cluster():
 
 @pytest.fixture
 def kubelet(cluster):
+    """Ask for it before `serve`: an engine that leaves waits for pods, which it ends."""
     controller = JobController(cluster, {"PYTHONPATH": python_path()})
     yield controller
     controller.close()
@@ -123,7 +124,7 @@ def waits_for(engine, name):
     return metadata_of(engine.get(name)).waits_for.message
 
 
-async def test_a_stage_runs_as_a_job_and_its_words_come_home(serve, cluster, kubelet, store):
+async def test_a_stage_runs_as_a_job_and_its_words_come_home(kubelet, serve, cluster, store):
     engine = await serve()
     started = await engine.start("import", order(steps=3, seconds=0.3), asked("a", owner="Ann B."))
     await until(lambda: metadata_of(engine.get(started.name)).progress.phase == "toying")
@@ -148,7 +149,7 @@ async def test_a_stage_runs_as_a_job_and_its_words_come_home(serve, cluster, kub
     assert written.count("a raw line") == 1
 
 
-async def test_the_service_may_restart_and_adopts_what_runs(serve, cluster, kubelet, tmp_path):
+async def test_the_service_may_restart_and_adopts_what_runs(kubelet, serve, cluster, tmp_path):
     trace = tmp_path / "trace"
     engine = await serve()
     started = await engine.start(
@@ -169,7 +170,7 @@ async def test_the_service_may_restart_and_adopts_what_runs(serve, cluster, kube
 
 
 async def test_a_job_keeps_the_image_that_it_started_with(
-    serve, cluster, kubelet, templates, tmp_path
+    kubelet, serve, cluster, templates, tmp_path
 ):
     trace = tmp_path / "trace"
     engine = await serve()
@@ -191,7 +192,7 @@ async def test_a_job_keeps_the_image_that_it_started_with(
     assert len({pid for pid, _, _ in trace_of(trace)}) == 1
 
 
-async def test_a_job_that_ended_while_the_service_was_away_is_published(serve, cluster, kubelet):
+async def test_a_job_that_ended_while_the_service_was_away_is_published(kubelet, serve, cluster):
     engine = await serve()
     started = await engine.start("import", order(steps=8, seconds=0.1), asked("a"))
     await until(lambda: cluster.all("pods"), "the pod is there")
@@ -204,7 +205,7 @@ async def test_a_job_that_ended_while_the_service_was_away_is_published(serve, c
     assert cluster.all("jobs") == []
 
 
-async def test_a_lost_pod_costs_what_was_not_saved(serve, cluster, kubelet, tmp_path):
+async def test_a_lost_pod_costs_what_was_not_saved(kubelet, serve, cluster, tmp_path):
     trace = tmp_path / "trace"
     engine = await serve()
     spec = order(steps=20, seconds=0.1, save=True, trace=str(trace))
@@ -221,7 +222,7 @@ async def test_a_lost_pod_costs_what_was_not_saved(serve, cluster, kubelet, tmp_
     assert len({job["metadata"]["name"] for job in cluster.all("jobs")}) == 2
 
 
-async def test_a_kill_for_want_of_memory_is_named(serve, cluster, kubelet, tmp_path):
+async def test_a_kill_for_want_of_memory_is_named(kubelet, serve, cluster, tmp_path):
     trace = tmp_path / "trace"
     engine = await serve()
     started = await engine.start(
@@ -236,7 +237,7 @@ async def test_a_kill_for_want_of_memory_is_named(serve, cluster, kubelet, tmp_p
     await engine.wait(started.name, 30)
 
 
-async def test_evictions_use_up_no_attempt(serve, cluster, kubelet, tmp_path):
+async def test_evictions_use_up_no_attempt(kubelet, serve, cluster, tmp_path):
     trace = tmp_path / "trace"
     engine = await serve()
     spec = order(steps=12, seconds=0.15, save=True, trace=str(trace))
@@ -252,7 +253,7 @@ async def test_evictions_use_up_no_attempt(serve, cluster, kubelet, tmp_path):
     assert "DeletionByTaintManager" in record.record.jobs[0].status["message"]
 
 
-async def test_cancelling_deletes_the_job_and_ends_its_processes(serve, cluster, kubelet, tmp_path):
+async def test_cancelling_deletes_the_job_and_ends_its_processes(kubelet, serve, cluster, tmp_path):
     trace = tmp_path / "trace"
     engine = await serve()
     started = await engine.start(
@@ -266,7 +267,7 @@ async def test_cancelling_deletes_the_job_and_ends_its_processes(serve, cluster,
     assert all(process.poll() is not None for process in kubelet.processes.values())
 
 
-async def test_a_pause_suspends_the_job_and_a_resume_goes_on(serve, cluster, kubelet, tmp_path):
+async def test_a_pause_suspends_the_job_and_a_resume_goes_on(kubelet, serve, cluster, tmp_path):
     trace = tmp_path / "trace"
     engine = await serve(max_jobs=1)
     spec = order(steps=20, seconds=0.1, save=True, trace=str(trace))
@@ -291,7 +292,7 @@ async def test_a_pause_suspends_the_job_and_a_resume_goes_on(serve, cluster, kub
     assert not metadata_of(done).paused
 
 
-async def test_a_paused_job_stays_held_over_a_restart(serve, cluster, kubelet, tmp_path):
+async def test_a_paused_job_stays_held_over_a_restart(kubelet, serve, cluster, tmp_path):
     trace = tmp_path / "trace"
     engine = await serve()
     spec = order(steps=10, seconds=0.1, save=True, trace=str(trace))
@@ -364,7 +365,7 @@ async def test_a_gpu_that_nobody_has_is_shown_and_waited_for(serve, cluster):
     assert cluster.all("pods") == []
 
 
-async def test_a_quota_is_shown_and_waited_for(serve, cluster, kubelet):
+async def test_a_quota_is_shown_and_waited_for(kubelet, serve, cluster):
     said = 'jobs.batch "a" is forbidden: exceeded quota: jobs, requested: 1, used: 9, limited: 9'
     cluster.fail("create", "jobs", 403, "Forbidden", said)
     engine = await serve()
@@ -409,7 +410,7 @@ async def test_an_unknown_profile_is_refused_before_anything_starts(serve, clust
 # Faults of the API
 
 
-async def test_an_api_that_comes_and_goes_is_lived_through(serve, cluster, kubelet, tmp_path):
+async def test_an_api_that_comes_and_goes_is_lived_through(kubelet, serve, cluster, tmp_path):
     trace = tmp_path / "trace"
     engine = await serve()
     cluster.fail("create", "jobs", 409, "AlreadyExists", "an answer that got lost")
@@ -425,7 +426,7 @@ async def test_an_api_that_comes_and_goes_is_lived_through(serve, cluster, kubel
     assert len(trace_of(trace)) == 15
 
 
-async def test_a_job_that_somebody_deletes_is_made_again(serve, cluster, kubelet, tmp_path):
+async def test_a_job_that_somebody_deletes_is_made_again(kubelet, serve, cluster, tmp_path):
     trace = tmp_path / "trace"
     engine = await serve()
     spec = order(steps=15, seconds=0.1, save=True, trace=str(trace))
@@ -438,7 +439,7 @@ async def test_a_job_that_somebody_deletes_is_made_again(serve, cluster, kubelet
     assert [step for _, _, step in trace_of(trace)] == list(range(1, 16))
 
 
-async def test_a_crash_leaves_its_last_words(serve, cluster, kubelet):
+async def test_a_crash_leaves_its_last_words(kubelet, serve, cluster):
     engine = await serve()
     started = await engine.start("import", order(steps=2, kill_at=2, kill_attempt=1), asked("a"))
     await engine.wait(started.name, 60)
@@ -448,7 +449,7 @@ async def test_a_crash_leaves_its_last_words(serve, cluster, kubelet):
     assert "a raw line" in first.status["message"]
 
 
-async def test_kueue_holds_a_job_and_lets_it_go(serve, cluster, kubelet):
+async def test_kueue_holds_a_job_and_lets_it_go(kubelet, serve, cluster):
     engine = await serve()
     started = await engine.start("import", order(steps=1), asked("a", resources="kueue"))
     job = await until(lambda: the_job(cluster))
@@ -459,7 +460,7 @@ async def test_kueue_holds_a_job_and_lets_it_go(serve, cluster, kubelet):
     assert result_of(await engine.wait(started.name, 30)).outputs
 
 
-async def test_sigterm_to_the_pod_reaches_the_job(serve, cluster, kubelet, tmp_path):
+async def test_sigterm_to_the_pod_reaches_the_job(kubelet, serve, cluster, tmp_path):
     trace = tmp_path / "trace"
     engine = await serve()
     spec = order(steps=15, seconds=0.1, save=True, trace=str(trace))
@@ -475,7 +476,7 @@ async def test_sigterm_to_the_pod_reaches_the_job(serve, cluster, kubelet, tmp_p
 
 
 async def test_what_was_cancelled_while_the_service_died_is_ended_by_the_next(
-    serve, cluster, kubelet, store, tmp_path
+    kubelet, serve, cluster, store, tmp_path
 ):
     trace = tmp_path / "trace"
     engine = await serve()
@@ -494,7 +495,7 @@ async def test_what_was_cancelled_while_the_service_died_is_ended_by_the_next(
 
 
 async def test_an_api_that_is_away_when_the_service_comes_back_is_waited_for(
-    serve, cluster, kubelet, tmp_path
+    kubelet, serve, cluster, tmp_path
 ):
     trace = tmp_path / "trace"
     engine = await serve()
