@@ -390,7 +390,7 @@ def test_a_disk_that_fills_up_meanwhile_costs_no_more_than_a_retry(
         ended = client.wait(run.id, timeout=120)
         assert ended.state == pb.RUN_STATE_FAILED
         assert ended.error.code == code_pb2.RESOURCE_EXHAUSTED
-        figures = r"needed \(\d+ bytes\), .* free \(\d+ bytes\)|\d+ bytes needed, \d+ free"
+        figures = r"needed \(\d+ bytes\), .* free \(\d+ bytes\)|\d+ bytes needed, \d+ bytes free"
         assert re.search(figures, ended.error.message)
         store = Store.open(small_disk / "store")
         filler.unlink()

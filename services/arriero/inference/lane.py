@@ -175,12 +175,13 @@ class Lane:
         if not slots:
             return []
         self._use(adapter)
-        if len(texts[0]) > self._batch.capacity:
+        if len(texts[0]) > CHUNK:
             return [self._embed_long(texts[0], slots[0])]
         self._batch.clear()
         made: list[list[int]] = []
         for slot, ids in zip(slots, texts, strict=False):
-            if len(ids) > self._batch.room:
+            # llama.cpp ends the process when a model that looks ahead gets more at once.
+            if self._batch.size + len(ids) > CHUNK:
                 break
             self._slots.forget(slot)
             self.context.remove(slot)
@@ -196,9 +197,9 @@ class Lane:
         parts = []
         self._slots.forget(slot)
         self.context.remove(slot)
-        for start in range(0, len(ids), self._batch.capacity):
+        for start in range(0, len(ids), CHUNK):
             self._batch.clear()
-            chunk = ids[start : start + self._batch.capacity]
+            chunk = ids[start : start + CHUNK]
             self._batch.extend(chunk, start=start, sequence=slot, outputs="all")
             parts.append(self.context.embeddings(self._batch).copy())
         self.context.remove(slot)

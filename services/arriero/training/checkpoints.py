@@ -89,8 +89,8 @@ class Checkpoints:
                 free = shutil.disk_usage(self.directory).free
                 raise DiskFull(
                     f"no room for the checkpoint of step {step}: {needed} bytes needed, {free} "
-                    f"free in {self.directory}; free some (`arriero artifacts gc`) and retry, it "
-                    "goes on from the newest complete checkpoint",
+                    f"bytes free in {self.directory}; free some (`arriero artifacts gc`) and "
+                    "retry, it goes on from the newest complete checkpoint",
                     needed=needed,
                     free=free,
                 ) from error

@@ -157,3 +157,11 @@ def test_nobody_follows_what_another_adapter_computes(bench: Bench) -> None:
     other.adapter = SimpleNamespace(key=5)  # type: ignore[assignment]
     bench.lane.admit()
     assert (other.leader, same.leader) == (None, first)
+
+
+def test_texts_to_embed_are_never_more_at_once_than_one_computation_takes(bench: Bench) -> None:
+    texts = [bench.ids[:300], bench.ids[300:600], bench.ids[600:1300]]
+    vectors = bench.lane.embed(texts[:2], None)
+    vectors += bench.lane.embed(texts[1:2], None) + bench.lane.embed(texts[2:], None)
+    assert [len(rows) for rows in vectors] == [300, 300, 700]
+    assert max(sum(step.values()) for step in bench.context.seen) <= CHUNK
