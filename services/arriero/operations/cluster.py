@@ -175,10 +175,11 @@ class _Job:
         try:
             while not self._made:
                 self._made = await self._make()
+                if self._ended:
+                    await self.kill()  # the deletion may have come before the Job
+                    return Exit(None)
                 if not self._made:
                     await self._next_news(_CREATE_SECONDS)
-                if self._ended:
-                    return Exit(None)
             made_at = time.monotonic()
             while True:
                 self._news.clear()

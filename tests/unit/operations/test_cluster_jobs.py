@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import signal
+import threading
 
 import pytest
 import yaml
@@ -235,6 +236,33 @@ async def test_a_kill_for_want_of_memory_is_named(kubelet, serve, cluster, tmp_p
     assert "out-of-memory killer" in first.status.message
     await engine.cancel(started.name)
     await engine.wait(started.name, 30)
+
+
+async def test_a_job_that_is_cancelled_while_it_is_made_is_deleted(
+    kubelet, serve, cluster, monkeypatch
+):
+    engine = await serve()
+    create, delete, deleted, made = Api.create, Api.delete, threading.Event(), []
+
+    def create_late(api, resource, body):
+        deleted.wait(30)
+        made.append(create(api, resource, body))
+        return made[-1]
+
+    def delete_first(api, resource, name):
+        found = delete(api, resource, name)
+        deleted.set()
+        return found
+
+    monkeypatch.setattr(Api, "create", create_late)
+    monkeypatch.setattr(Api, "delete", delete_first)
+    started = await engine.start("import", order(steps=600, seconds=0.1), asked("a"))
+    await until(lambda: metadata_of(engine.get(started.name)).jobs, "it begins")
+    await engine.cancel(started.name)
+    await engine.wait(started.name, 30)
+
+    assert len(made) == 1
+    assert cluster.all("jobs") == cluster.all("pods") == []
 
 
 async def test_evictions_use_up_no_attempt(kubelet, serve, cluster, tmp_path):
