@@ -28,8 +28,8 @@ from arriero.llama.adapter import set_adapters
 
 # Prompt tokens of one stream in one step: what llama.cpp computes at once.
 CHUNK = 512
-# Prompt tokens of a step beside streams that generate: fewer are hardly cheaper.
-BESIDE = 16
+# Prompt tokens of a step beside few streams that generate: fewer are hardly cheaper.
+BESIDE = 8
 
 
 class Lane:
@@ -345,7 +345,7 @@ def allot(running: Sequence[Stream], most: int) -> dict[int, int]:
     While nobody generates, nobody but the prompts waits: a step takes all it can, so that
     those who came together generate together. Where more wait for their first token than
     for their next one, a step takes a whole chunk. Otherwise it takes one prompt token for
-    every two streams that generate: those keep about two thirds of their speed.
+    every three streams that generate: those keep about three quarters of their speed.
 
     Args:
         running: with slots.
@@ -358,7 +358,7 @@ def allot(running: Sequence[Stream], most: int) -> dict[int, int]:
     elif len(prompts) > making:
         room = CHUNK
     else:
-        room = max(BESIDE, making // 2)
+        room = max(BESIDE, making // 3)
     room = min(room, most - making)
     granted = {}
     for stream in sorted(prompts, key=lambda stream: stream.admitted):
