@@ -143,10 +143,12 @@ class Ours(Server):
         yield inference_pb2_grpc.InferenceServiceStub(channel)
         await channel.close()
 
-    async def stream(self, client: Any, prompt: str) -> AsyncIterator[str]:
+    def request(self, prompt: str) -> inference_pb2.GenerateRequest:
         sampling = inference_pb2.SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
-        request = inference_pb2.GenerateRequest(prompt=prompt, sampling=sampling)
-        async for message in client.Generate(request):
+        return inference_pb2.GenerateRequest(prompt=prompt, sampling=sampling)
+
+    async def stream(self, client: Any, prompt: str) -> AsyncIterator[str]:
+        async for message in client.Generate(self.request(prompt)):
             if message.delta:
                 yield message.delta
 

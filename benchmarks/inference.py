@@ -130,13 +130,14 @@ def compare(
     clients: int,
     peers: Sequence[type[Server]],
     context: int = CONTEXT,
+    ours: type[Ours] = Ours,
 ) -> dict[str, list[Timing]]:
     """All servers in turns."""
-    if LlamaServer in peers:
+    if any(issubclass(kind, LlamaServer) for kind in peers if kind is not LlamaCppServer):
         choose_kv(args, gguf, prompts, clients, context)
     found: dict[str, list[Timing]] = {}
     for _ in range(args.repeats):
-        for kind in (Ours, *peers):
+        for kind in (ours, *peers):
             timing = measure(kind, args, gguf, prompts, clients, context)
             found.setdefault(kind.name, []).append(timing)
     return found

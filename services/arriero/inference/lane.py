@@ -21,7 +21,7 @@ import numpy.typing as npt
 from arriero.errors import ArrieroError
 from arriero.inference.adapters import Loaded
 from arriero.inference.pooling import Vectors
-from arriero.inference.slots import MIN_COPY, Slots, common
+from arriero.inference.slots import MIN_COPY, Move, Slots, common
 from arriero.inference.stream import Stream, refusal
 from arriero.llama import Batch, Context, Model
 from arriero.llama.adapter import set_adapters
@@ -110,6 +110,8 @@ class Lane:
             placement = self._slots.place(first.prompt, first.key)
             if placement is None:
                 break
+            if placement.makes_room is not None:
+                self._move(placement.makes_room)
             stream = self.waiting.popleft()
             stream.slot, stream.filled = placement.slot, placement.reused
             self._streams[stream.slot] = stream
@@ -125,11 +127,7 @@ class Lane:
             self.cached_tokens += stream.cached
             self._choose_leader(stream)
         while (move := self._slots.compact()) is not None:
-            moved = self._streams[move.source]
-            assert moved is not None
-            self._copy(move.source, move.target)
-            moved.slot = move.target
-            self._streams[move.target], self._streams[move.source] = moved, None
+            self._move(move)
 
     def step(self) -> None:
         """One token for every stream that generates, and prompts as far as there is room."""
@@ -222,6 +220,13 @@ class Lane:
     def _copy(self, source: int, target: int) -> None:
         self.context.remove(target)
         self.context.copy(source, target)
+
+    def _move(self, move: Move) -> None:
+        moved = self._streams[move.source]
+        assert moved is not None
+        self._copy(move.source, move.target)
+        moved.slot = move.target
+        self._streams[move.target], self._streams[move.source] = moved, None
 
     def _runs(self, stream: Stream) -> bool:
         return self._streams[stream.slot] is stream

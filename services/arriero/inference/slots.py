@@ -8,13 +8,15 @@ A slot is a sequence of the context. What a finished request leaves behind stays
 until the slot is needed, so that a prompt with the same beginning starts there.
 Slots in use are kept next to each other: llama.cpp computes streams together
 only while their sequence ids have no gaps (eight streams on two cores: 218
-tokens a second, 157 with one gap, 76 one by one).
+tokens a second, 157 with one gap, 76 one by one). For the same reason those of one
+adapter are kept next to each other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +38,14 @@ def common(one: _Ids, other: _Ids) -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class Move:
+    """A running request changes its slot."""
+
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
 class Placement:
     """Where a prompt goes.
 
@@ -43,19 +53,13 @@ class Placement:
         slot: to use.
         source: slot to copy from first; the slot itself when nothing is copied.
         reused: tokens at the prompt's beginning that are in the cache then.
+        makes_room: what happens before all that.
     """
 
     slot: int
     source: int
     reused: int
-
-
-@dataclass(frozen=True, slots=True)
-class Move:
-    """A running request changes its slot."""
-
-    source: int
-    target: int
+    makes_room: Move | None = None
 
 
 class Slots:
@@ -119,13 +123,20 @@ class Slots:
                 continue
             if (found := self._shared(other, wanted, key)) >= reused + MIN_COPY:
                 source, reused = other, found
+        move = None
+        # What its own cache saves is worth more than company.
+        if (own[slot] < MIN_COPY or source != slot) and (near := self._near(slot, key)) != slot:
+            move = self._move(near, slot)
+            if source == slot:
+                source, reused = near, 0
+            slot = near
         if source != slot:
             self._ids[slot, :reused] = self._ids[source, :reused]
         self._lengths[slot] = reused
         self._busy[slot] = True
         self._keys[slot] = key
         self._touch(slot)
-        return Placement(slot, source, reused)
+        return Placement(slot, source, reused, move)
 
     def append(self, slot: int, ids: Sequence[int]) -> None:
         """Tokens were evaluated after what lies in a slot."""
@@ -171,6 +182,9 @@ class Slots:
             return None
         source = used[-1]
         target = next(i for i in range(used[0], source) if not self._busy[i])
+        return self._move(source, target)
+
+    def _move(self, source: int, target: int) -> Move:
         length = self._lengths[source]
         self._ids[target, :length] = self._ids[source, :length]
         self._lengths[target] = length
@@ -178,6 +192,21 @@ class Slots:
         self._used[target] = self._used[source]
         self._keys[target] = self._keys[source]
         return Move(source, target)
+
+    def _near(self, free: int, key: int) -> int:
+        """Where the fewest groups come about when whoever is there moves to the free slot."""
+        keys = [key if busy else None for key, busy in zip(self._keys, self._busy, strict=True)]
+        if all(other in (None, key) for other in keys):
+            return free
+
+        def groups(slot: int) -> int:
+            after = keys.copy()
+            after[free], after[slot] = after[slot], key
+            return sum(k is not None and k != before for before, k in pairwise([None, *after]))
+
+        ends = {i for i in range(len(keys)) if keys[i] is not None and keys[i] != key
+                and key in (keys[i - 1 : i] + keys[i + 1 : i + 2])}  # fmt: skip
+        return min((free, *sorted(ends)), key=groups)
 
     def _candidates(self) -> list[int]:
         """Free slots that leave no gap: inside of the used ones, or next to them."""

@@ -3,6 +3,7 @@
 import random
 
 import numpy as np
+import pytest
 
 from arriero.inference.slots import MIN_COPY, Move, Placement, Slots
 
@@ -68,7 +69,8 @@ def test_a_gap_is_closed_by_moving_the_last() -> None:
     assert slots.busy == 3
 
 
-def test_whatever_comes_and_goes_the_books_tell_the_truth() -> None:
+@pytest.mark.parametrize("adapters", [1, 3])
+def test_whatever_comes_and_goes_the_books_tell_the_truth(adapters: int) -> None:
     dice = random.Random(5)
     slots = Slots(5, 400)
     truth: dict[int, list[int]] = {}
@@ -83,10 +85,14 @@ def test_whatever_comes_and_goes_the_books_tell_the_truth() -> None:
                 running[move.target] = running.pop(move.source)
         else:
             prompt = [*LONG[: dice.randrange(1, len(LONG))], *dice.choices(range(9), k=5)]
-            placement = slots.place(prompt)
+            placement = slots.place(prompt, key=dice.randrange(adapters))
             if placement is None:
                 assert len(running) == 5
                 continue
+            if (move := placement.makes_room) is not None:
+                assert move.target not in running
+                truth[move.target] = list(truth[move.source])
+                running[move.target] = running.pop(move.source)
             assert placement.slot not in running
             assert truth.get(placement.source, [])[: placement.reused] == prompt[: placement.reused]
             assert placement.reused < len(prompt)
@@ -132,3 +138,22 @@ def test_a_moved_slot_is_still_its_adapters() -> None:
     again = slots.place(LONG, key=2)
     assert again is not None
     assert again.reused == len(LONG) - 1
+
+
+def test_requests_of_one_adapter_come_to_lie_together() -> None:
+    slots = Slots(4, 512)
+    for number, key in enumerate((1, 2, 1, 2)):
+        placement = slots.place([number] * 10, key)
+        assert placement is not None
+        slots.append(placement.slot, [number] * 10)
+    assert [int(slots.tokens(slot)[0]) % 2 for slot in range(4)] in ([0, 0, 1, 1], [1, 1, 0, 0])
+
+
+def test_what_its_own_cache_saves_is_worth_more_than_company() -> None:
+    slots = Slots(3, 512)
+    (first, _, _) = [slots.place(prompt, key) for prompt, key in ((LONG, 1), ([5], 2), ([6], 1))]
+    assert first is not None
+    slots.append(first.slot, LONG)
+    slots.release(first.slot)
+    again = slots.place(LONG, 1)
+    assert again == Placement(first.slot, first.slot, len(LONG) - 1)
