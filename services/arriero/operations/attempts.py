@@ -53,7 +53,9 @@ class Execution:
     `stop` is set to interrupt whatever it waits for: because it is cancelled
     (then the record says so) or because the service ends. `turned` is set when it
     was paused or resumed. `waits_for` says what its job waits for before it runs.
-    `received` counts the lines that came from each machine of the current attempt.
+    `heir_of` are executions of the same work that ended without a result, newest
+    first: it goes on from the checkpoints of one. `received` counts the lines that
+    came from each machine of the current attempt.
     """
 
     record: ExecutionRecord
@@ -61,6 +63,7 @@ class Execution:
     turned: asyncio.Event = field(default_factory=asyncio.Event)
     token: str = ""
     waits_for: ArrieroError | None = None
+    heir_of: tuple[str, ...] = ()
     received: dict[int, int] = field(default_factory=dict)
     publishing: bool = False
     task: asyncio.Task[None] | None = None
@@ -104,6 +107,8 @@ class Attempts:
             done, left = False, record.attempt > 0
             while not done:
                 try:
+                    await self.records.bring_log(record.id)
+                    await self._inherit(execution)
                     if left:
                         done, left = await self._resume(execution), False
                     else:
@@ -148,7 +153,7 @@ class Attempts:
         """Let the log outlive this machine, now and then and at the end."""
         seen = -1
         while self.store.remote:
-            path = await asyncio.to_thread(self.records.log_path, record.id)
+            path = self.records.log_path(record.id)
             size = path.stat().st_size if path.exists() else 0
             try:
                 if size > max(0, seen):
@@ -158,6 +163,16 @@ class Attempts:
             except ArrieroError as error:
                 _log.warning("the log of %s could not be kept: %s", record.id, error)
                 await asyncio.sleep(_LOG_SECONDS)
+
+    async def _inherit(self, execution: Execution) -> None:
+        """Go on from the checkpoints of the same work that failed or was cancelled."""
+        for old in execution.heir_of:
+            target = self._staging(execution.record)
+            source = self.store.root / "staging" / self.service / old
+            if await asyncio.to_thread(inherit_checkpoints, self.store, source, target):
+                _log.info("%s goes on from the checkpoints of %s", execution.record.id, old)
+                break
+        execution.heir_of = ()
 
     # One attempt
 
@@ -277,7 +292,7 @@ class Attempts:
                     self.queue.give_back(place)
                 elif held and not record.paused:
                     await self._unless_stopped(execution, self.queue.take(place))
-                    self._forget_outcome(record)
+                    await asyncio.to_thread(self._forget_outcome, record)
                     await handle.resume()
                     held = False
                 turned = asyncio.ensure_future(execution.turned.wait())
@@ -327,7 +342,7 @@ class Attempts:
             handle = await self._adopt(execution, launch, job)
             if handle is not None:
                 self._mark(record, f"attempt {record.attempt} goes on after a restart", "INFO")
-                execution.token = self._token(record)
+                execution.token = await asyncio.to_thread(self._token, record)
                 place = self._place(execution)
                 self.queue.hold(place)
                 try:
@@ -491,6 +506,8 @@ class Attempts:
         return self.store.staging(self.service, record.id)
 
     def _mark(self, record: ExecutionRecord, message: str, level: str) -> None:
+        if not self.records.has_log(record.id):
+            return  # what it would be added to is still to be brought
         log = self.records.log_path(record.id)
         with contextlib.suppress(OSError):
             logs.mark(log, message, attempt=record.attempt, stage=record.stage, level=level)
@@ -521,13 +538,18 @@ class Attempts:
 
 
 def inherit_checkpoints(store: Store, source: Path, target: Path) -> bool:
-    """Move the checkpoints of work that ended to the same work's next execution."""
+    """Move the checkpoints of work that ended to the same work's next execution.
+
+    Raises:
+        Unavailable: a store elsewhere is away; to be called again.
+    """
     old, new = source / "checkpoints", target / "checkpoints"
-    if not old.is_dir():
-        store.bring(old)
-    if not old.is_dir() or new.exists():
-        return False
-    old.rename(new)
+    if not new.exists():
+        if not old.is_dir():
+            store.bring(old)
+        if not old.is_dir():
+            return False
+        old.rename(new)
     store.keep(new)
     shutil.rmtree(source, ignore_errors=True)
     store.forget(source)

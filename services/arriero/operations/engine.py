@@ -28,7 +28,7 @@ from arriero.errors import (
     Unavailable,
 )
 from arriero.operations import intake
-from arriero.operations.attempts import Attempts, Execution, default_backoff, inherit_checkpoints
+from arriero.operations.attempts import Attempts, Execution, default_backoff
 from arriero.operations.handoff import to_json
 from arriero.operations.intake import Work
 from arriero.operations.kinds import WorkKind
@@ -105,9 +105,9 @@ class Engine:
             job_grace=job_grace,
         )
         self._closing = False
-        self._starting: weakref.WeakValueDictionary[str, asyncio.Lock] = (
-            weakref.WeakValueDictionary()
-        )
+        # By request and by result: one at a time is looked up and written down.
+        self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+        self._starting: set[asyncio.Task[OperationRecord]] = set()
         self._done: dict[str, asyncio.Event] = {}
         self._executions = {r.id: Execution(r) for r in self._records.executions()}
         self.reports = Reports(self._records, self._executions)
@@ -142,7 +142,7 @@ class Engine:
         tasks = [e.task for e in self._executions.values() if e.task is not None]
         for execution in self._executions.values():
             execution.stop.set()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, *self._starting, return_exceptions=True)
         await self._runner.close()
 
     def _reconcile(self) -> None:
@@ -164,8 +164,10 @@ class Engine:
                 record.result = Result(error=to_json(to_status(error)))
                 self._records.save(record)
                 self._on_end(execution)
-            elif not record.state.ended and not self._waiting(record.id):
-                record.cancelled = True  # nobody waits: only its job is to be cleared away
+            elif not record.state.ended:
+                # When nobody waits, only its job is to be cleared away.
+                record.cancelled = record.cancelled or not self._waiting(record.id)
+                record.paused = self._paused(record.id)
 
     # Starting
 
@@ -181,7 +183,7 @@ class Engine:
             InvalidArgument, NotFound, FailedPrecondition: the request is wrong.
             AlreadyExists: the request id was used for other work.
             DiskFull: the work needs more space than there is.
-            Unavailable: the service is stopping.
+            Unavailable: the service is stopping, or the store is away.
         """
         intake.check_context(context)
         known_kind = self._kinds.get(kind)
@@ -189,18 +191,31 @@ class Engine:
             raise InvalidArgument.field("kind", f"{kind!r} is none of {', '.join(self._kinds)}")
         if context.validate_only:
             return await self._validate(known_kind, spec, context)
+        profile, nodes = self._resources(spec, context)
+        starting = asyncio.create_task(self._start(known_kind, spec, context, profile, nodes))
+        self._starting.add(starting)
+        starting.add_done_callback(self._starting.discard)
+        # Whoever asked may leave: what was begun is whole when the request comes again.
+        return self._view(await asyncio.shield(starting))
+
+    async def _start(
+        self,
+        kind: WorkKind,
+        spec: Message,
+        context: types_pb2.StageContext,
+        profile: str,
+        nodes: int,
+    ) -> OperationRecord:
         request_id = context.request_id or str(uuid.uuid4())
         operation_id = intake.operation_id(self._service, request_id)
-        digest = intake.request_digest(kind, spec, context)
-        profile, nodes = self._resources(spec, context)
-        lock = self._starting.setdefault(operation_id, asyncio.Lock())
-        async with lock:
+        digest = intake.request_digest(kind.name, spec, context)
+        async with self._lock(f"request {operation_id}"):
             record = self._operations.get(operation_id)
             if record is None:
                 template = OperationRecord(
                     id=operation_id,
                     service=self._service,
-                    kind=kind,
+                    kind=kind.name,
                     request_id=request_id,
                     request_digest=digest,
                     result_key="",
@@ -213,15 +228,15 @@ class Engine:
                     create_time=now(),
                 )
                 # gc must see the inputs held before it is looked whether they are there.
-                with self._store.lease("operations", intake.named_digests(spec)):
+                named = intake.named_digests(spec)
+                lease = await asyncio.to_thread(self._store.lease, "operations", named)
+                try:
                     record = await self._accept(
-                        template,
-                        known_kind,
-                        spec,
-                        force=context.force,
-                        profile=profile,
-                        nodes=nodes,
+                        template, kind, spec, force=context.force, profile=profile, nodes=nodes
                     )
+                finally:
+                    with contextlib.suppress(Unavailable):  # it ends by itself
+                        await asyncio.to_thread(lease.release)
             elif record.request_digest != digest:
                 raise AlreadyExists(
                     f"request_id {request_id!r} was used for other work ({record.name}, "
@@ -229,7 +244,10 @@ class Engine:
                     reason="REQUEST_ID_REUSED",
                     metadata={"operation": record.name},
                 )
-            return self._view(record)
+            return record
+
+    def _lock(self, name: str) -> asyncio.Lock:
+        return self._locks.setdefault(name, asyncio.Lock())
 
     def _resources(self, spec: Message, context: types_pb2.StageContext) -> tuple[str, int]:
         """Name of the resource profile, and machines asked for (0: the work uses one).
@@ -252,7 +270,9 @@ class Engine:
     ) -> operations_pb2.Operation:
         self._resources(spec, context)
         work = await asyncio.to_thread(intake.resolve, kind, spec, self._store, self._sources)
-        known = intake.known_result(self._store, self._service, work, force=context.force)
+        known = await asyncio.to_thread(
+            intake.known_result, self._store, self._service, work, force=context.force
+        )
         metadata = types_pb2.OperationMetadata(
             kind=kind.name,
             result_key=work.key,
@@ -284,34 +304,43 @@ class Engine:
         record.inputs = work.inputs
         record.disk_bytes = work.resolved.disk_bytes
         record.memory_bytes = work.resolved.memory_bytes
-        if not self._answer(record, work, force=force):
-            await asyncio.to_thread(self._store.preflight, work.resolved.disk_bytes)
-            # Meanwhile somebody may have begun, or ended, the same work.
-            if not self._answer(record, work, force=force):
-                self._execute(record, work, force=force, profile=profile, nodes=nodes)
+        async with self._lock(f"result {work.key}"):
+            if not await self._answer(record, work, force=force):
+                await asyncio.to_thread(self._store.preflight, work.resolved.disk_bytes)
+                await self._execute(record, work, force=force, profile=profile, nodes=nodes)
         return record
 
-    def _answer(self, record: OperationRecord, work: Work, *, force: bool) -> bool:
+    async def _answer(self, record: OperationRecord, work: Work, *, force: bool) -> bool:
         """Answer from the store, or join the same work in flight, where that is possible."""
-        if self._closing:
-            raise Unavailable("the service is stopping; ask again", reason="DRAINING")
-        known = intake.known_result(self._store, self._service, work, force=force)
-        if known is not None:
-            record.cached = True
-            result = result_of(known.artifacts, known.gates)
-            self._operations[record.id] = record
-            self._finish(record, State.SUCCEEDED, result)
-            return True
+        while True:
+            if self._closing:
+                raise Unavailable("the service is stopping; ask again", reason="DRAINING")
+            running = self._joinable(work)
+            known = await asyncio.to_thread(
+                intake.known_result, self._store, self._service, work, force=force
+            )
+            if known is not None:
+                record.cached, record.state, record.end_time = True, State.SUCCEEDED, now()
+                record.result = result_of(known.artifacts, known.gates)
+                await self._records.keep(record)
+                self._operations[record.id] = record
+                return True
+            if running is None:
+                return False  # nor has it begun meanwhile: the lock is held
+            if running is self._joinable(work):
+                await self._join(record, running)
+                return True
+
+    def _joinable(self, work: Work) -> Execution | None:
+        """The same work, in flight."""
         for execution in self._executions.values():
             other = execution.record
             joinable = not other.state.ended and not other.cancelled and other.cacheable
             if joinable and work.resolved.cacheable and other.result_key == work.key:
-                self._join(record, other)
-                self._hold(execution)
-                return True
-        return False
+                return execution
+        return None
 
-    def _execute(
+    async def _execute(
         self, record: OperationRecord, work: Work, *, force: bool, profile: str, nodes: int
     ) -> None:
         execution = Execution(
@@ -333,29 +362,43 @@ class Engine:
                 create_time=now(),
             )
         )
-        self._records.save(execution.record)
-        self._join(record, execution.record)
-        self._executions[execution.record.id] = execution
         if not force and work.resolved.cacheable:
-            self._inherit(execution.record)
-        self._launch(execution)
+            execution.heir_of = self._ended_before(execution.record)
+        await self._records.keep(execution.record)
+        self._wait_for(record, execution.record)
+        await self._records.keep(record)
+        self._operations[record.id] = record
+        self._executions[execution.record.id] = execution
+        if not self._closing:
+            self._launch(execution)
 
-    def _join(self, record: OperationRecord, execution: ExecutionRecord) -> None:
+    async def _join(self, record: OperationRecord, execution: Execution) -> None:
+        self._wait_for(record, execution.record)
+        # At once: the work must not be cancelled by others, who leave meanwhile.
+        self._operations[record.id] = record
+        try:
+            self._hold(execution)
+            await self._records.keep(record)
+        except BaseException:
+            del self._operations[record.id]
+            if self._waiting(execution.record.id):
+                self._hold(execution)
+            elif not execution.record.state.ended:  # the others left
+                execution.record.cancelled = True
+                execution.stop.set()
+            raise
+
+    def _wait_for(self, record: OperationRecord, execution: ExecutionRecord) -> None:
         record.execution = execution.id
         record.staging = f"staging/{self._service}/{execution.id}"
-        self._records.save(record)
-        self._operations[record.id] = record
 
-    def _inherit(self, record: ExecutionRecord) -> None:
-        """Go on from the checkpoints of the same work that failed or was cancelled."""
-        for other in reversed(self._executions.values()):
-            old = other.record
-            if old.id != record.id and old.result_key == record.result_key and old.state.ended:
-                source = self._store.root / "staging" / self._service / old.id
-                target = self._store.staging(self._service, record.id)
-                if inherit_checkpoints(self._store, source, target):
-                    _log.info("%s goes on from the checkpoints of %s", record.id, old.id)
-                    return
+    def _ended_before(self, record: ExecutionRecord) -> tuple[str, ...]:
+        """Executions of the same work that ended, newest first."""
+        return tuple(
+            other.record.id
+            for other in reversed(self._executions.values())
+            if other.record.result_key == record.result_key and other.record.state.ended
+        )
 
     def _launch(self, execution: Execution) -> None:
         execution.task = asyncio.create_task(self._attempts.run(execution))
@@ -406,39 +449,50 @@ class Engine:
         if execution.publishing:
             return
         operation.cancel_requested = True
+        await self._records.keep(operation)
+        if operation.state.ended:
+            return
         if self._waiting(execution.record.id):
             self._finish_cancelled(operation)
             self._hold(execution)
             return
-        await self._records.keep(operation)
         execution.record.cancelled = True
         await self._records.keep(execution.record)
         execution.stop.set()
 
-    def pause(self, name: str, *, paused: bool) -> None:
+    async def pause(self, name: str, *, paused: bool) -> None:
         """Hold an operation's work, or let it go on; nothing happens to one that ended.
 
         Work that several wait for is held when all of them have paused it.
 
         Raises:
-            NotFound: no such operation.
+            NotFound: no such operation. Unavailable: the store is away; ask again.
         """
         operation = self._find(name)
-        if operation.state.ended or operation.paused == paused:
-            return
-        operation.paused = paused
-        self._records.save(operation)
-        self._hold(self._executions[operation.execution])
+        async with self._lock(f"request {operation.id}"):
+            if operation.state.ended or operation.paused == paused:
+                return
+            operation.paused = paused
+            try:
+                await self._records.keep(operation)
+            except BaseException:
+                operation.paused = not paused
+                raise
+            self._hold(self._executions[operation.execution])
 
     def _hold(self, execution: Execution) -> None:
         """Make an execution as paused as those who wait for it."""
         record = execution.record
-        waiting = self._waiting(record.id)
-        paused = bool(waiting) and all(operation.paused for operation in waiting)
+        paused = self._paused(record.id)
         if paused != record.paused and not record.state.ended:
             record.paused = paused
-            self._records.save(record)
+            # A store elsewhere is not waited for: a restart asks those who wait again.
+            self._records.save(record, durable=not self._store.remote)
             execution.turned.set()
+
+    def _paused(self, execution: str) -> bool:
+        waiting = self._waiting(execution)
+        return bool(waiting) and all(operation.paused for operation in waiting)
 
     def _waiting(self, execution: str) -> list[OperationRecord]:
         return [
@@ -492,14 +546,17 @@ class Engine:
         more = page[-1].id if len(records) > first + size else ""
         return [self._view(record) for record in page], more
 
-    def log_path(self, name: str) -> Path | None:
+    async def log_path(self, name: str) -> Path | None:
         """The kept log of an operation; None when the store had its result.
 
         Raises:
-            NotFound: no such operation.
+            NotFound: no such operation. Unavailable: the store is away.
         """
-        operation = self._find(name)
-        return self._records.log_path(operation.execution) if operation.execution else None
+        execution = self._find(name).execution
+        if not execution:
+            return None
+        await self._records.bring_log(execution)
+        return self._records.log_path(execution)
 
     def _find(self, name: str) -> OperationRecord:
         record = self._operations.get(name.removeprefix("operations/"))

@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 from arriero.errors import ArrieroError
 from arriero.operations.handoff import canonical
@@ -178,6 +179,9 @@ class Records:
         self._written: dict[str, int] = {}
         self._later: dict[str, tuple[int, bytes]] = {}
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="records")
+        # Executions whose log is here, and whose log is being brought.
+        self._brought: set[str] = set()
+        self._bringing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         make_directories(self._directory / "executions", below=self._directory)
 
     def execution_dir(self, execution: str) -> Path:
@@ -185,12 +189,27 @@ class Records:
         return self._directory / "executions" / execution
 
     def log_path(self, execution: str) -> Path:
-        """Where an execution's jobs write their log."""
-        path = self.execution_dir(execution) / "log.jsonl"
-        if self._store.remote and not path.exists():
-            path.parent.mkdir(exist_ok=True)
-            self._store.bring(path)
-        return path
+        """Where an execution's jobs write their log; bring what there was before, first."""
+        return self.execution_dir(execution) / "log.jsonl"
+
+    def has_log(self, execution: str) -> bool:
+        """Whether this machine has what there was of a log before."""
+        return not self._store.remote or execution in self._brought
+
+    async def bring_log(self, execution: str) -> None:
+        """Let an execution's log be here, as far as it was kept; nobody else is held up.
+
+        Raises:
+            Unavailable: the store is away.
+        """
+        async with self._bringing.setdefault(execution, asyncio.Lock()):
+            if self.has_log(execution):
+                return
+            path = self.log_path(execution)
+            if not path.exists():
+                path.parent.mkdir(exist_ok=True)
+                await asyncio.to_thread(self._store.bring, path)
+            self._brought.add(execution)
 
     def keep_log(self, execution: str) -> None:
         """Let an execution's log survive this machine, as far as it is written."""
@@ -206,13 +225,13 @@ class Records:
             DiskFull: no space; the old record stays.
         """
         directory, key = self._place(record)
-        new = not directory.exists()
-        directory.mkdir(exist_ok=True)
         number, data = next(self._numbers), canonical(asdict(record))
         if self._store.remote and not durable:
             self._later[key] = (number, data)
             self._writer.submit(self._write_later, key)
             return
+        new = not directory.exists()
+        directory.mkdir(exist_ok=True)
         try:
             self._write(key, number, data, durable=durable)
         except BaseException:
@@ -221,7 +240,7 @@ class Records:
             raise
 
     async def keep(self, record: OperationRecord | ExecutionRecord) -> None:
-        """As `save`, of a record that was saved before; a store elsewhere holds nobody else up.
+        """As `save`; a store elsewhere holds nobody else up.
 
         Raises:
             DiskFull: no space; the old record stays. Unavailable: the store is away.

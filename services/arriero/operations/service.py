@@ -102,21 +102,21 @@ class JobServicer(job_pb2_grpc.JobServiceServicer):
         self, request: job_pb2.PauseOperationRequest, context: _Context
     ) -> job_pb2.PauseOperationResponse:
         """Hold an operation's work."""
-        self._engine.pause(request.operation, paused=True)
+        await self._engine.pause(request.operation, paused=True)
         return job_pb2.PauseOperationResponse()
 
     async def ResumeOperation(
         self, request: job_pb2.ResumeOperationRequest, context: _Context
     ) -> job_pb2.ResumeOperationResponse:
         """Let it go on."""
-        self._engine.pause(request.operation, paused=False)
+        await self._engine.pause(request.operation, paused=False)
         return job_pb2.ResumeOperationResponse()
 
     async def ReadLogs(
         self, request: job_pb2.ReadLogsRequest, context: _Context
     ) -> AsyncIterator[job_pb2.ReadLogsResponse]:
         """Log lines, in batches; with `follow` until the operation ends."""
-        path = self._engine.log_path(request.operation)
+        path = await self._engine.log_path(request.operation)
         if path is None:
             return
         reader = LogReader(path)

@@ -117,8 +117,8 @@ def the_job(cluster):
     return job
 
 
-def log_of(engine, name):
-    return engine.log_path(name).read_text()
+async def log_of(engine, name):
+    return (await engine.log_path(name)).read_text()
 
 
 def waits_for(engine, name):
@@ -144,7 +144,7 @@ async def test_a_stage_runs_as_a_job_and_its_words_come_home(kubelet, serve, clu
     assert pod["containers"][0]["resources"] == {"limits": {"memory": "1Gi"}}
     assert not metadata_of(done).HasField("waits_for")
     cluster.remove("jobs", job["metadata"]["name"])  # and its pods
-    written = log_of(engine, started.name)
+    written = await log_of(engine, started.name)
     assert "a raw line" in written
     assert "starts at step 0" in written
     assert written.count("a raw line") == 1
@@ -301,7 +301,7 @@ async def test_a_pause_suspends_the_job_and_a_resume_goes_on(kubelet, serve, clu
     spec = order(steps=20, seconds=0.1, save=True, trace=str(trace))
     started = await engine.start("import", spec, asked("a"))
     await until(lambda: len(trace_of(trace)) >= 3, "some steps are done")
-    engine.pause(started.name, paused=True)
+    await engine.pause(started.name, paused=True)
     await until(lambda: not cluster.all("pods"), "its pod is gone")
     assert the_job(cluster)["spec"]["suspend"] is True
     assert metadata_of(engine.get(started.name)).paused
@@ -311,7 +311,7 @@ async def test_a_pause_suspends_the_job_and_a_resume_goes_on(kubelet, serve, clu
     assert result_of(await engine.wait(other.name, 30)).outputs
     assert len(trace_of(trace)) == held
 
-    engine.pause(started.name, paused=False)
+    await engine.pause(started.name, paused=False)
     done = await engine.wait(started.name, 60)
 
     steps = [step for _, _, step in trace_of(trace)]
@@ -326,13 +326,13 @@ async def test_a_paused_job_stays_held_over_a_restart(kubelet, serve, cluster, t
     spec = order(steps=10, seconds=0.1, save=True, trace=str(trace))
     started = await engine.start("import", spec, asked("a"))
     await until(lambda: trace_of(trace), "the job runs")
-    engine.pause(started.name, paused=True)
+    await engine.pause(started.name, paused=True)
     await until(lambda: not cluster.all("pods"), "its pod is gone")
     await engine.close()
     again = await serve()
     await asyncio.sleep(0.5)
     assert cluster.all("pods") == []
-    again.pause(started.name, paused=False)
+    await again.pause(started.name, paused=False)
     assert result_of(await again.wait(started.name, 60)).outputs
     assert len(trace_of(trace)) == 10
 
@@ -387,7 +387,7 @@ async def test_a_gpu_that_nobody_has_is_shown_and_waited_for(serve, cluster):
     await until(lambda: said in waits_for(engine, started.name), "it is shown")
     await asyncio.sleep(1.5)
     assert not engine.get(started.name).done
-    assert said in log_of(engine, started.name)
+    assert said in await log_of(engine, started.name)
     await engine.cancel(started.name)
     await engine.wait(started.name, 30)
     assert cluster.all("pods") == []

@@ -350,7 +350,7 @@ async def test_only_what_may_pass_is_tried_again(make_engine, store, fault, code
 async def test_a_full_disk_is_refused_with_the_figures_before_anything_is_written(
     make_engine, store, monkeypatch
 ):
-    engine = make_engine()
+    engine = make_engine(max_jobs=1)
     await engine.recover()
     monkeypatch.setenv("ARRIERO_STORE_QUOTA_BYTES", "100000")
     with pytest.raises(errors.DiskFull) as caught:
@@ -361,8 +361,10 @@ async def test_a_full_disk_is_refused_with_the_figures_before_anything_is_writte
     assert not any((store.root / "staging").glob("*/*"))
 
     # Room at the start that is gone when the job's turn comes.
+    before = await engine.start("import", order(steps=400, seconds=0.05), asked("a"))
     started = await engine.start("import", order(disk=50_000), asked("b"))
     monkeypatch.setenv("ARRIERO_STORE_QUOTA_BYTES", "10")
+    await engine.cancel(before.name)
     done = await engine.wait(started.name, 20)
     assert done.error.code == code_pb2.RESOURCE_EXHAUSTED
     assert metadata_of(done).attempt == 0
@@ -549,7 +551,7 @@ async def test_a_pause_lets_a_job_save_and_leave_and_a_resume_goes_on(make_engin
     started = await engine.start("import", spec, asked("a"))
     await until(lambda: len(trace_of(trace)) > 2, "some steps are done")
     (execution,) = engine._executions
-    engine.pause(started.name, paused=True)
+    await engine.pause(started.name, paused=True)
     await until(lambda: not list(marked(execution)), "its process is gone")
     held = len(trace_of(trace))
     assert metadata_of(engine.get(started.name)).paused
@@ -559,7 +561,7 @@ async def test_a_pause_lets_a_job_save_and_leave_and_a_resume_goes_on(make_engin
     await again.recover()
     await asyncio.sleep(0.3)
     assert len(trace_of(trace)) == held
-    again.pause(started.name, paused=False)
+    await again.pause(started.name, paused=False)
     done = await again.wait(started.name, 20)
     assert result_of(done).outputs
     assert [step for _, _, step in trace_of(trace)] == list(range(1, 13))
@@ -575,10 +577,10 @@ async def test_shared_work_is_held_when_all_who_wait_have_paused_it(make_engine,
     second = await engine.start("import", spec, asked("b"))
     await until(lambda: trace_of(trace), "the job runs")
     (execution,) = engine._executions
-    engine.pause(first.name, paused=True)
+    await engine.pause(first.name, paused=True)
     await asyncio.sleep(0.2)
     assert list(marked(execution))
-    engine.pause(second.name, paused=True)
+    await engine.pause(second.name, paused=True)
     await until(lambda: not list(marked(execution)), "its process is gone")
     await engine.cancel(first.name)
     assert not list(marked(execution))

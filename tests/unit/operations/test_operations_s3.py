@@ -115,7 +115,7 @@ async def test_records_and_logs_are_there_on_the_service_s_next_machine(
     moved = engines(Store.open(store.url))
     await moved.recover()
     assert metadata_of(moved.get(name)).run == "run-1"
-    path = moved.log_path(name)
+    path = await moved.log_path(name)
     assert path is not None
     lines = [line.message for line in logs.LogReader(path).read(ended=True)]
     assert "a raw line" in lines
@@ -145,6 +145,143 @@ async def test_a_store_that_does_not_answer_holds_up_nobody_else(
     assert not back.is_set()
     back.set()
     assert len(result_of(await engine.wait(name, 60)).outputs) == 2
+
+
+class Line:
+    """What goes to a store's bucket: held while it is cut, and none of it by the test's loop."""
+
+    def __init__(self, store: Store) -> None:
+        self.loop = threading.get_ident()
+        self.by_the_loop: list[str] = []
+        self.held = 0
+        self.there = threading.Event()
+        self.there.set()
+        events = store._backend._bucket.client.meta.events  # type: ignore[attr-defined]
+        events.register("before-send.s3", self.send)
+
+    def send(self, request: Any, **_: Any) -> None:
+        if threading.get_ident() == self.loop:
+            self.by_the_loop.append(f"{request.method} {request.url}")
+        if not self.there.is_set():
+            self.held += 1
+            assert self.there.wait(30)
+
+    async def hold(self, requests: int) -> None:
+        while self.held < requests:
+            await asyncio.sleep(0.01)
+
+
+async def test_starts_pauses_and_logs_wait_for_a_store_beside_all_else(
+    store: Store,
+    engines: Callable[..., Engine],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = engines(store)
+    await before.recover()
+    ended = (await before.start("import", order(steps=1), asked("a"))).name
+    await before.wait(ended, 60)
+    await before.close()
+
+    monkeypatch.setenv("ARRIERO_STORE_CACHE", str(tmp_path / "next"))
+    store = Store.open(store.url)
+    engine = engines(store)
+    await engine.recover()
+    line = Line(store)
+    spec = order(steps=400, seconds=0.05)
+    running = (await engine.start("import", spec, asked("b"))).name
+    line.there.clear()
+    calls = [
+        asyncio.create_task(engine.start("import", spec, asked("c"))),
+        asyncio.create_task(engine.start("import", order(steps=2), asked("d"))),
+        asyncio.create_task(engine.start("import", order(steps=1), asked("e"))),
+        asyncio.create_task(engine.pause(running, paused=True)),
+        asyncio.create_task(engine.log_path(ended)),
+    ]
+    await asyncio.wait_for(line.hold(5), 20)
+    assert not engine.get(running).done  # others are answered meanwhile
+    assert not any(call.done() for call in calls)
+    line.there.set()
+    joined, fresh, cached, _, path = await asyncio.gather(*calls)
+    assert metadata_of(cached).cached
+    assert metadata_of(engine.get(running)).paused
+    assert "a raw line" in path.read_text()
+    # What was answered is in the store.
+    kept = await asyncio.to_thread(lambda: Records(store, "merging").operations())
+    found = {record.name: record for record in kept}
+    assert found[running].paused
+    assert found[joined.name].execution == found[running].execution
+    assert found[cached.name].state == "SUCCEEDED"
+    assert (await engine.wait(fresh.name, 60)).done
+    await engine.cancel(running)
+    await engine.cancel(joined.name)
+    assert (await engine.wait(joined.name, 60)).done
+    assert not line.by_the_loop
+
+
+async def test_a_start_that_nobody_waits_for_any_more_is_whole(
+    store: Store, engines: Callable[..., Engine]
+) -> None:
+    engine = engines(store)
+    await engine.recover()
+    line = Line(store)
+    line.there.clear()
+    starts = [
+        asyncio.create_task(engine.start("import", order(steps=1), asked(name)))
+        for name in ("a", "a", "b")
+    ]
+    await asyncio.wait_for(line.hold(2), 20)
+    for start in starts[1:]:
+        start.cancel()
+    line.there.set()
+    first = await starts[0]
+    again = [await engine.start("import", order(steps=1), asked(name)) for name in ("a", "b")]
+    assert again[0].name == first.name
+    assert len(Records(store, "merging").executions()) == 1  # one work for both
+    for operation in again:
+        assert result_of(await engine.wait(operation.name, 60)).outputs
+
+
+async def test_a_start_that_could_not_be_recorded_leaves_nothing_behind(
+    store: Store, engines: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    engine = engines(store)
+    await engine.recover()
+    trace = tmp_path / "trace"
+    spec = order(steps=400, seconds=0.05, trace=str(trace))
+    write, leaving, go_on = store.objects.write, asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def refuse(key: str, data: bytes, *, durable: bool = True) -> None:
+        if b'"cancel_requested":true' in data and not go_on.is_set():
+            loop.call_soon_threadsafe(leaving.set)
+            assert go_on.wait(20)
+        if b'"request_id":"refused"' in data:
+            raise Unavailable("the store does not answer")
+        write(key, data, durable=durable)
+
+    monkeypatch.setattr(store.objects, "write", refuse)
+    with pytest.raises(Unavailable):
+        await engine.start("import", spec, asked("refused"))
+    assert engine.list() == ([], "")
+    first = await engine.start("import", spec, asked("a"))
+    await asyncio.to_thread(eventually, lambda: trace_of(trace), "the job runs")
+
+    # Another joins while the first leaves; then it can't be written down.
+    cancelling = asyncio.create_task(engine.cancel(first.name))
+    await leaving.wait()
+    joining = asyncio.create_task(engine.start("import", spec, asked("refused")))
+    while len(engine.list()[0]) < 2:
+        await asyncio.sleep(0.01)
+    go_on.set()
+    await cancelling
+    with pytest.raises(Unavailable):
+        await joining
+    assert [operation.name for operation in engine.list()[0]] == [first.name]
+    (execution,) = engine._executions.values()
+    assert execution.task is not None
+    await asyncio.wait_for(execution.task, 20)
+    assert execution.record.state == "CANCELLED"
 
 
 async def test_what_led_to_an_end_stays_until_the_end_is_recorded(
@@ -215,6 +352,6 @@ async def test_work_waits_for_a_store_that_is_away(
     done = await engine.wait(name, 60)
     assert len(refused) == 3
     assert len(result_of(done).outputs) == 2
-    path = engine.log_path(name)
+    path = await engine.log_path(name)
     assert path is not None
     assert "goes on when the store does: the store does not answer" in path.read_text()
