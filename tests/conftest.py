@@ -21,7 +21,10 @@ import yaml
 if TYPE_CHECKING:
     from arriero.client import Client
     from arriero.settings import ClientSettings
+    from arriero.testing.cluster import FakeCluster
+    from arriero.testing.control_plane import ControlPlane
     from arriero.testing.postgres import Postgres
+    from arriero.testing.real_cluster import RealCluster
 
 # Two cores: a process that takes both slows every other test.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -35,6 +38,40 @@ def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from arriero.testing.models import tiny_llama
 
     return tiny_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
+    """A real Kubernetes control plane, of the programs that the environment names."""
+    from arriero.testing.control_plane import MISSING, ControlPlane, binaries
+
+    programs = binaries()
+    if programs is None:
+        pytest.skip(MISSING)
+    with ControlPlane(programs, tmp_path_factory.mktemp("control-plane")) as made:
+        yield made
+
+
+@pytest.fixture
+def cluster(request: pytest.FixtureRequest) -> Iterator[FakeCluster | RealCluster]:
+    """A namespace of a cluster: a real one where there is one, a fake elsewhere."""
+    from arriero.testing.cluster import FakeCluster
+    from arriero.testing.control_plane import binaries
+    from arriero.testing.real_cluster import RealCluster
+
+    fake = request.node.get_closest_marker("fake")
+    if binaries() is None:
+        with FakeCluster() as made:
+            yield made
+    elif fake is not None:
+        pytest.skip(f"only a fake API server does it: {fake.args[0]}")
+    else:
+        plane = request.getfixturevalue("control_plane")
+        needs = request.node.get_closest_marker("kubernetes")
+        if needs is not None and plane.version < needs.args:
+            pytest.skip("Kubernetes {}.{} is too old for it".format(*plane.version))
+        with RealCluster(plane) as real:
+            yield real
 
 
 @pytest.fixture

@@ -212,9 +212,12 @@ class Api:
         path = self._path(resource, name, subresource)
         return self._json("PATCH", path, body=body, content="application/merge-patch+json")
 
-    def delete(self, resource: Resource, name: str) -> bool:
-        """Delete an object and, in time, what it owns; whether there was one."""
-        options = {"propagationPolicy": "Background"}
+    def delete(self, resource: Resource, name: str, *, dependents_first: bool = False) -> bool:
+        """Delete an object and, in time, what it owns; whether there was one.
+
+        With `dependents_first` it stays, being deleted, until what it owns is gone.
+        """
+        options = {"propagationPolicy": "Foreground" if dependents_first else "Background"}
         try:
             self._json("DELETE", self._path(resource, name), body=options)
         except NotFound:

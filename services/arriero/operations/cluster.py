@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -184,6 +185,9 @@ class _Job:
             while True:
                 self._news.clear()
                 job = self._place.jobs.get(self.name)
+                if job is not None and status.leaving(job) and _finished(job) is None:
+                    await self._pods_gone()
+                    return self._after_deletion()
                 if job is not None:
                     try:
                         left = await self._look(job)
@@ -203,7 +207,9 @@ class _Job:
         """Delete the Job: its pods get SIGTERM, and their grace period to save."""
         self._ended = True
         self._news.set()
-        await self.surely(lambda: asyncio.to_thread(self._place.api.delete, JOBS, self.name))
+        # The Job goes last: a pod that its controller is about to make is waited for, too.
+        delete = functools.partial(self._place.api.delete, JOBS, self.name, dependents_first=True)
+        await self.surely(lambda: asyncio.to_thread(delete))
 
     async def kill(self) -> None:
         """Delete the Job, and wait until no pod of it is left."""
@@ -390,9 +396,7 @@ class _Job:
             while True:
                 self._news.clear()
                 left = [p for p in self._pods() if status.phase(p) in ("Pending", "Running")]
-                job = self._place.jobs.get(self.name)
-                if not left and job is None:
-                    return
+                # Asked for: a watch may not have heard of the Job at all yet.
                 if not left and await self._is_gone():
                     return
                 if time.monotonic() > deadline:

@@ -33,6 +33,7 @@ _PATH = re.compile(
 )
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 _LABEL = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
+_FOREGROUND = "foregroundDeletion"
 # Objects whose names are DNS labels; pods take theirs from Jobs, with eleven characters more.
 _SHORT_NAMES = {"services": 63, "jobs": 52}
 
@@ -70,6 +71,10 @@ class FakeCluster:
         logs: what pods wrote, by name; `<name>/<container>` of others than `main`,
             and `/previous` behind both of the container before.
     """
+
+    namespace = NAMESPACE
+    version = (1, 36)
+    plane = None
 
     def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self.asked: set[tuple[str, str, str]] = set()
@@ -171,10 +176,12 @@ class FakeCluster:
             if item is None:
                 return
             self._record("DELETED", plural, item)
-            uid = item["metadata"]["uid"]
+            for key in self._dependents(item):
+                if key in self._objects and not _is_process(self._objects[key]):
+                    self.remove(*key)
             for key, other in list(self._objects.items()):
-                owners = other["metadata"].get("ownerReferences") or ()
-                if any(owner.get("uid") == uid for owner in owners) and not _is_process(other):
+                going = _FOREGROUND in (other["metadata"].get("finalizers") or ())
+                if going and key in self._objects and not self._dependents(other):
                     self.remove(*key)
 
     def event(self, kind: str, name: str, reason: str, message: str) -> None:
@@ -247,10 +254,27 @@ class FakeCluster:
         _merge(item, body)
         return self._store("MODIFIED", path.plural, item)
 
-    def _delete(self, path: _Asked, _: Object | None) -> Object:
-        self._find(path)
+    def _delete(self, path: _Asked, body: Object | None) -> Object:
+        item = copy.deepcopy(self._find(path))
+        if (body or {}).get("propagationPolicy") == "Foreground":
+            for key in self._dependents(item):
+                if not _is_process(self._objects[key]):
+                    self.remove(*key)
+            if self._dependents(item):
+                item["metadata"].setdefault("deletionTimestamp", _now())
+                item["metadata"]["finalizers"] = [_FOREGROUND]
+                return self._store("MODIFIED", path.plural, item)
         self.remove(path.plural, path.name)
         return {"kind": "Status", "status": "Success"}
+
+    def _dependents(self, item: Object) -> list[tuple[str, str]]:
+        """Keys of what an object owns."""
+        uid = item["metadata"]["uid"]
+        return [
+            key
+            for key, other in self._objects.items()
+            if any(o.get("uid") == uid for o in other["metadata"].get("ownerReferences") or ())
+        ]
 
     def _find(self, path: _Asked) -> Object:
         item = self._objects.get((path.plural, path.name))

@@ -86,7 +86,7 @@ class JobController:
                 return
             if _condition(job, "Complete") or _condition(job, "Failed"):
                 return
-            if job["spec"].get("suspend"):
+            if job["spec"].get("suspend") or job["metadata"].get("deletionTimestamp"):
                 self._stop(name)
             elif not self._pods(name):
                 for index in range(job["spec"]["completions"]):

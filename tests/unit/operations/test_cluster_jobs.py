@@ -1,4 +1,6 @@
-"""An engine whose jobs are Jobs of a cluster: a fake API server, and real processes for pods."""
+"""An engine whose jobs are Jobs of a cluster: an API server, and real processes for pods.
+
+The server is a fake, or a real one where `ARRIERO_KUBE_BIN` names its programs."""
 
 import asyncio
 import contextlib
@@ -19,8 +21,8 @@ from arriero.operations.profiles import Templates
 from arriero.operations.service import JobServicer
 from arriero.rpc import Server
 from arriero.settings import ServerSettings
-from arriero.testing.cluster import NAMESPACE, FakeCluster
 from arriero.testing.controllers import JobController
+from arriero.testing.node import Node
 from arriero.v1 import job_pb2_grpc, types_pb2
 
 FAILED = types_pb2.OPERATION_STATE_FAILED
@@ -51,17 +53,13 @@ PROFILES = {
 
 
 @pytest.fixture
-def cluster():
-    with FakeCluster() as made:
-        yield made
-
-
-@pytest.fixture
 def kubelet(cluster):
     """Ask for it before `serve`: an engine that leaves waits for pods, which it ends."""
-    controller = JobController(cluster, {"PYTHONPATH": python_path()})
-    yield controller
-    controller.close()
+    environment = {"PYTHONPATH": python_path()}
+    plane = cluster.plane
+    made = JobController(cluster, environment) if plane is None else Node(plane, environment)
+    yield made
+    made.close()
 
 
 @pytest.fixture
@@ -81,7 +79,7 @@ async def serve(cluster, templates, tmp_path, make_engine):
     servers = []
 
     async def make(**settings):
-        api = Api.connect(NAMESPACE, {"KUBECONFIG": str(config)})
+        api = Api.connect(cluster.namespace, {"KUBECONFIG": str(config)})
         runner = KubernetesJobs(
             api,
             settings.pop("templates", templates),
@@ -137,7 +135,9 @@ async def test_a_stage_runs_as_a_job_and_its_words_come_home(kubelet, serve, clu
     assert job["metadata"]["labels"]["arriero.dev/owner"] == "Ann-B"
     assert job["metadata"]["ownerReferences"][0]["name"] == "templates"
     spec = job["spec"]
-    assert (spec["completionMode"], spec["backoffLimit"], spec["completions"]) == ("Indexed", 0, 1)
+    assert (spec["backoffLimit"], spec["completions"]) == (0, 1)
+    if cluster.version >= (1, 24):
+        assert spec["completionMode"] == "Indexed"
     pod = spec["template"]["spec"]
     assert pod["restartPolicy"] == "Never"
     assert pod["automountServiceAccountToken"] is False
@@ -249,8 +249,8 @@ async def test_a_job_that_is_cancelled_while_it_is_made_is_deleted(
         made.append(create(api, resource, body))
         return made[-1]
 
-    def delete_first(api, resource, name):
-        found = delete(api, resource, name)
+    def delete_first(api, resource, name, **options):
+        found = delete(api, resource, name, **options)
         deleted.set()
         return found
 
@@ -265,6 +265,7 @@ async def test_a_job_that_is_cancelled_while_it_is_made_is_deleted(
     assert cluster.all("jobs") == cluster.all("pods") == []
 
 
+@pytest.mark.fake("evicts a pod without its controller")
 async def test_evictions_use_up_no_attempt(kubelet, serve, cluster, tmp_path):
     trace = tmp_path / "trace"
     engine = await serve()
@@ -295,6 +296,10 @@ async def test_cancelling_deletes_the_job_and_ends_its_processes(kubelet, serve,
     assert all(process.poll() is not None for process in kubelet.processes.values())
 
 
+needs_suspend = pytest.mark.kubernetes(1, 24)  # suspends Jobs
+
+
+@needs_suspend
 async def test_a_pause_suspends_the_job_and_a_resume_goes_on(kubelet, serve, cluster, tmp_path):
     trace = tmp_path / "trace"
     engine = await serve(max_jobs=1)
@@ -320,6 +325,7 @@ async def test_a_pause_suspends_the_job_and_a_resume_goes_on(kubelet, serve, clu
     assert not metadata_of(done).paused
 
 
+@needs_suspend
 async def test_a_paused_job_stays_held_over_a_restart(kubelet, serve, cluster, tmp_path):
     trace = tmp_path / "trace"
     engine = await serve()
@@ -357,6 +363,7 @@ def pending(cluster, job, **status):
     )
 
 
+@pytest.mark.fake("leaves a pod as a kubelet would")
 async def test_an_image_that_cannot_be_pulled_is_shown_and_then_given_up(serve, cluster):
     engine = await serve(start_seconds=1.0)
     started = await engine.start("import", order(), asked("a"))
@@ -374,6 +381,7 @@ async def test_an_image_that_cannot_be_pulled_is_shown_and_then_given_up(serve, 
     assert cluster.all("pods") == []
 
 
+@pytest.mark.fake("leaves a pod as a scheduler would")
 async def test_a_gpu_that_nobody_has_is_shown_and_waited_for(serve, cluster):
     engine = await serve(start_seconds=0.1)
     started = await engine.start("import", order(), asked("a", resources="gpu-4"))
@@ -393,6 +401,7 @@ async def test_a_gpu_that_nobody_has_is_shown_and_waited_for(serve, cluster):
     assert cluster.all("pods") == []
 
 
+@pytest.mark.fake("answers one request with an error")
 async def test_a_quota_is_shown_and_waited_for(kubelet, serve, cluster):
     said = 'jobs.batch "a" is forbidden: exceeded quota: jobs, requested: 1, used: 9, limited: 9'
     cluster.fail("create", "jobs", 403, "Forbidden", said)
@@ -403,6 +412,7 @@ async def test_a_quota_is_shown_and_waited_for(kubelet, serve, cluster):
     assert metadata_of(engine.get(started.name)).attempt == 1
 
 
+@pytest.mark.fake("makes an event")
 async def test_pods_that_the_quota_refuses_are_shown(serve, cluster):
     engine = await serve()
     started = await engine.start("import", order(), asked("a"))
@@ -414,6 +424,7 @@ async def test_pods_that_the_quota_refuses_are_shown(serve, cluster):
     await engine.wait(started.name, 30)
 
 
+@pytest.mark.fake("answers one request with an error")
 async def test_what_the_role_forbids_fails_at_once_and_says_so(serve, cluster):
     cluster.fail("create", "jobs", 403, "Forbidden", 'User "x" cannot create resource "jobs"')
     engine = await serve()
@@ -438,6 +449,7 @@ async def test_an_unknown_profile_is_refused_before_anything_starts(serve, clust
 # Faults of the API
 
 
+@pytest.mark.fake("answers one request with an error")
 async def test_an_api_that_comes_and_goes_is_lived_through(kubelet, serve, cluster, tmp_path):
     trace = tmp_path / "trace"
     engine = await serve()
@@ -477,6 +489,7 @@ async def test_a_crash_leaves_its_last_words(kubelet, serve, cluster):
     assert "a raw line" in first.status["message"]
 
 
+@pytest.mark.fake("has a queue without Kueue")
 async def test_kueue_holds_a_job_and_lets_it_go(kubelet, serve, cluster):
     engine = await serve()
     started = await engine.start("import", order(steps=1), asked("a", resources="kueue"))
@@ -522,6 +535,7 @@ async def test_what_was_cancelled_while_the_service_died_is_ended_by_the_next(
     assert all(process.poll() is not None for process in kubelet.processes.values())
 
 
+@pytest.mark.fake("answers one request with an error")
 async def test_an_api_that_is_away_when_the_service_comes_back_is_waited_for(
     kubelet, serve, cluster, tmp_path
 ):
