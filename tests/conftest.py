@@ -101,21 +101,36 @@ def tiny_gguf(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return target
 
 
-@pytest.fixture(scope="session")
-def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server of S3 in a process of its own: its URL."""
-    file = tmp_path_factory.mktemp("s3") / "port"
+@contextlib.contextmanager
+def _s3_at(directory: Path, address: str = "127.0.0.1") -> Iterator[str]:
+    file = directory / "port"
     child = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("s3server.py")), str(file)],
+        [sys.executable, str(Path(__file__).with_name("s3server.py")), str(file), address],
         stdin=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )
     try:
         wait_until(file.exists, what="the start of the S3 server")
-        yield f"http://127.0.0.1:{file.read_text()}"
+        yield f"http://{address}:{file.read_text()}"
     finally:
         child.kill()
         child.wait()
+
+
+@pytest.fixture(scope="session")
+def s3_at() -> Callable[..., AbstractContextManager[str]]:
+    """Runs a server of S3 in a process of its own for a `with` block: its URL.
+
+    Takes an empty directory, and the address that it listens at.
+    """
+    return _s3_at
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server of S3, shared by a session's tests: its URL."""
+    with _s3_at(tmp_path_factory.mktemp("s3")) as url:
+        yield url
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """A server of S3 in a process of its own: moto's, with conditional puts that are atomic.
 
-`python tests/s3server.py PORT_FILE`: serves until its parent is gone.
+`python tests/s3server.py PORT_FILE [ADDRESS]`: serves until its parent is gone.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def application(inner: Any) -> Any:
 
 def main() -> None:
     server = make_server(
-        "127.0.0.1",
+        sys.argv[2] if len(sys.argv) > 2 else "127.0.0.1",
         0,
         application(DomainDispatcherApplication(create_backend_app)),
         threaded=True,

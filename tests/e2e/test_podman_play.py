@@ -1,18 +1,19 @@
-"""The chart's pods, of its default values, in containers: `make kube-play`.
+"""The chart's pods in containers: of its default values, and over S3: `make kube-play`.
 
 Every pod spec is the one that helm renders (or that the services make of the chart's
 templates), started with `podman kube play` on the real images. The API server is a
 fake that pods reach as they would reach a cluster's, with a service account, over
 TLS; Jobs and Deployments that the services create become pods in the same way. Then
-`helm test`'s own pod takes a model the whole way. `arriero.testing.podman` says what podman
-ignores, and what is done here in the place of a kubelet; probes are asked from
-outside of the pods, as the chart has them.
+`helm test`'s own pod takes a model the whole way. The bucket is moto's, on this machine.
+`arriero.testing.podman` says what podman ignores, and what is done here in the place of
+a kubelet; probes are asked from outside of the pods, as the chart has them.
 
     ARRIERO_PLAY_REGISTRY, ARRIERO_PLAY_TAG   the images; default: localhost, the version
 """
 
 from __future__ import annotations
 
+import base64
 import os
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 import yaml
 
@@ -79,33 +81,65 @@ class Played:
         return all(map(self.probe, ("startupProbe", "livenessProbe", "readinessProbe")))
 
 
+@pytest.fixture(scope="module", params=["claim", "s3"])
+def kind(request: pytest.FixtureRequest) -> str:
+    """Where the models lie: `store.kind`."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def chart() -> list[Object]:
-    """What helm renders, for these images."""
+def podman(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Podman]:
+    name = f"arriero-play-{uuid.uuid4().hex[:6]}"
+    with Podman(name, tmp_path_factory.mktemp("podman")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def store(
+    kind: str, podman: Podman, s3_at: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[list[str]]:
+    """The chart's values for a kind of store, which is there; its Secret, too."""
+    if kind == "claim":
+        yield []
+        return
+    keys = {"AWS_ACCESS_KEY_ID": "AKIDLLAMA", "AWS_SECRET_ACCESS_KEY": "secret-of-the-herd"}
+    data = {name: base64.b64encode(value.encode()).decode() for name, value in keys.items()}
+    podman.cluster.put("secrets", {"metadata": {"name": "bucket"}, "data": data})
+    with s3_at(tmp_path_factory.mktemp("s3"), podman.gateway) as url:
+        key, secret = keys.values()
+        s3 = boto3.client(
+            "s3",
+            endpoint_url=url,
+            region_name="us-east-1",
+            aws_access_key_id=key,
+            aws_secret_access_key=secret,
+        )
+        s3.create_bucket(Bucket="models")
+        own = f"url=s3://models/herd,store.s3.endpointUrl={url},store.s3.existingSecret=bucket"
+        yield ["--set", f"store.kind=s3,store.s3.{own}"]
+
+
+@pytest.fixture(scope="module")
+def chart(podman: Podman, store: list[str]) -> list[Object]:
+    """What helm renders, for these images; claims and ConfigMaps are there."""
     fetch = [sys.executable, str(ROOT / "docker/fetch_helm.py")]
     helm = subprocess.run(fetch, check=True, capture_output=True, text=True).stdout.strip()
     where = ["--namespace", NAMESPACE, "--set", f"imageRegistry={REGISTRY},imageTag={TAG}"]
     rendered = subprocess.run(
-        [helm, "template", "arriero", str(ROOT / "deploy/helm/arriero"), *where],
+        [helm, "template", "arriero", str(ROOT / "deploy/helm/arriero"), *where, *store],
         check=True,
         capture_output=True,
         text=True,
     )
-    return [found for found in yaml.safe_load_all(rendered.stdout) if found]
+    found = [item for item in yaml.safe_load_all(rendered.stdout) if item]
+    podman.claim(of_kind(found, "PersistentVolumeClaim"))
+    for item in of_kind(found, "ConfigMap"):
+        podman.cluster.put("configmaps", item)
+    return found
 
 
 def of_kind(chart: list[Object], kind: str) -> list[Object]:
     return [found for found in chart if found["kind"] == kind]
-
-
-@pytest.fixture(scope="module")
-def podman(chart: list[Object], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Podman]:
-    claims = of_kind(chart, "PersistentVolumeClaim")
-    name = f"arriero-play-{uuid.uuid4().hex[:6]}"
-    with Podman(name, tmp_path_factory.mktemp("podman"), claims) as made:
-        for found in of_kind(chart, "ConfigMap"):
-            made.cluster.put("configmaps", found)
-        yield made
 
 
 @pytest.fixture(scope="module")
@@ -178,9 +212,16 @@ def test_every_pod_is_restricted_as_the_chart_says(pods: dict[str, Played], podm
 
 
 def test_the_whole_way_through_jobs_and_replicas_of_the_charts_templates(
-    chart: list[Object], pods: dict[str, Played], podman: Podman
+    chart: list[Object], pods: dict[str, Played], podman: Podman, kind: str
 ) -> None:
     """The pod of `helm test`."""
+    replicas: dict[str, Object] = {}
+
+    def note(_: str, plural: str, pod: Object) -> None:
+        if plural == "pods" and "arriero.dev/deployment" in pod["metadata"]["labels"]:
+            replicas[pod["metadata"]["name"]] = pod["spec"]
+
+    podman.cluster.listen(note)
     (pod,) = of_kind(chart, "Pod")
     process, _ = podman.start(pod)
     output, _ = process.communicate(timeout=1500)
@@ -190,6 +231,12 @@ def test_the_whole_way_through_jobs_and_replicas_of_the_charts_templates(
     assert "gateway answers" in said
     made = {job["metadata"]["labels"]["arriero.dev/stage"] for job in podman.cluster.all("jobs")}
     assert made >= {"rows", "sft", "tuned", "quants"}
+    assert replicas
+    for name, spec in replicas.items():
+        variables = {item["name"] for item in spec["containers"][0]["env"]}
+        assert not any(name.startswith("AWS_") for name in variables), variables
+        fetched = podman.cluster.logs.get(f"{name}/model", "")
+        assert ("all is there, verified" in fetched) == (kind == "s3"), fetched
 
 
 def test_every_pod_ends_in_order_within_its_grace_period(

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
-import yaml
 
 import arriero
 from arriero.client import Client
 from arriero.store import Artifact, ManifestDraft, Store
-from arriero.testing.cluster import NAMESPACE, FakeCluster
-from arriero.testing.controllers import ReplicaController
+from arriero.testing.cluster import FakeCluster
+from arriero.v1 import orchestrator_pb2 as pb
 
 ROOT = str(Path(next(iter(arriero.__path__))).parent)
 PATH = os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])
@@ -31,12 +31,6 @@ def delivery(env: dict[str, str]) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=120,
     )
-
-
-def without_a_bucket(env: dict[str, str]) -> dict[str, str]:
-    """What the replica's own container has of the environment."""
-    gone = ("AWS_", "ARRIERO_STORE")
-    return {key: value for key, value in env.items() if not key.startswith(gone)}
 
 
 @pytest.fixture
@@ -114,117 +108,88 @@ def test_what_is_damaged_or_gone_is_said_in_one_line_and_never_there(
 
 
 @pytest.fixture
-def cluster() -> Iterator[FakeCluster]:
-    with FakeCluster() as made:
-        yield made
+def herd(publish: Callable[..., Artifact], tiny_gguf: Path) -> Callable[[str], Artifact]:
+    """Publishes versions of a model."""
+    data = tiny_gguf.read_bytes()
+    return lambda name: publish(name, {"herd.gguf": data, "version": name.encode()})
+
+
+def test_replicas_have_their_files_and_no_access_to_the_bucket(
+    fetching: Client,
+    cluster: FakeCluster,
+    herd: Callable[[str], Artifact],
+    tmp_path: Path,
+    wait_until: Callable[..., Any],
+) -> None:
+    model = herd("v1")
+    herd("v2")
+    fetching.endpoints.create("herd", model.digest, context=256)
+    wait_until(lambda: fetching.endpoints.get("herd").ready_replicas, 90, "its replica")
+    assert fetching.endpoint("herd").generate("llama", max_tokens=4, temperature=0).text()
+    (pod,) = cluster.all("pods")
+    (volume,) = pod["spec"]["volumes"]
+    assert int(volume["emptyDir"]["sizeLimit"]) == model.manifest.size + (1 << 20)
+    name = pod["metadata"]["name"]
+    delivered = Store.open(tmp_path / "volumes" / name / "model")
+    assert [found.digest for found in delivered.list()] == [model.digest]
+    assert "all is there, verified" in cluster.logs[f"{name}/model"]
+    assert not any(e["name"].startswith("AWS") for e in pod["spec"]["containers"][0]["env"])
 
 
 @pytest.fixture
-def client(
-    cluster: FakeCluster,
-    s3_url: str,
-    s3_env: dict[str, str],
-    tmp_path: Path,
-    wait_until: Callable[..., Any],
-) -> Iterator[Client]:
-    """Of an orchestrator whose replicas are processes, each with a volume of its own."""
-    templates = tmp_path / "platform"
-    templates.mkdir()
+def deploy(
+    fetching: Client, tmp_path: Path, wait_until: Callable[..., Any]
+) -> Callable[[Artifact], str]:
+    """Deploys a model by a run: its error."""
 
-    def variables(**env: str) -> list[dict[str, str]]:
-        return [{"name": name, "value": value} for name, value in env.items()]
-
-    initial = {
-        "name": "model",
-        "image": "herd/llama:1",
-        "args": ["python", "-m", "arriero.inference.delivery"],
-        "env": variables(
-            ARRIERO_STORE=s3_url, ARRIERO_STORE_CACHE="/model/.cache", ARRIERO_DELIVERY="/model"
-        ),
-    }
-    container = {
-        "name": "main",
-        "image": "herd/llama:1",
-        "args": ["python", "-m", "arriero.inference"],
-        "env": variables(ARRIERO_STORE="file:///model"),
-        "ports": [{"name": "grpc", "containerPort": 50051}],
-    }
-    pod = {
-        "initContainers": [initial],
-        "containers": [container],
-        "volumes": [{"name": "model", "emptyDir": {"sizeLimit": "1Mi"}}],
-    }
-    body = {"kind": "Deployment", "spec": {"template": {"spec": pod}}}
-    (templates / "endpoint.yaml").write_text(yaml.safe_dump(body))
-    count = iter(range(2, 250))
-
-    def start(pod: dict[str, Any], env: Any) -> tuple[subprocess.Popen[bytes], str]:
-        """As a kubelet: the volume, the init container, the container."""
-        volume, address = str(tmp_path / pod["metadata"]["name"]), f"127.0.1.{next(count)}"
-        (first,) = pod["spec"]["initContainers"]
-        given = {e["name"]: e["value"].replace("/model", volume, 1) for e in first["env"][1:]}
-        done = delivery({"ARRIERO_STORE": s3_url, **given})
-        assert done.returncode == 0, done.stderr
-        here = {key: value.replace("/model", volume) for key, value in env.items()}
-        process = subprocess.Popen(
-            [sys.executable, *pod["spec"]["containers"][0]["args"][1:]],
-            env={
-                **without_a_bucket(dict(os.environ)),
-                "PYTHONPATH": PATH,
-                **here,
-                "ARRIERO_LISTEN": f"{address}:50051",
-            },
+    def run(model: Artifact) -> str:
+        work = {"model": model.digest, "endpoint": "herd", "context": 256, "timeout_seconds": 60}
+        body = {"name": "herd", "stages": [{"name": "live", "deploy": work}]}
+        (tmp_path / "herd.yaml").write_text(json.dumps(body))
+        made = fetching.create_run(tmp_path / "herd.yaml").id
+        ended = wait_until(
+            lambda: (found := fetching.get_run(made)).state > pb.RUN_STATE_RUNNING and found,
+            90,
+            "the run's end",
         )
-        return process, address
+        return str(ended.error.message)
 
-    replicas = ReplicaController(cluster, {}, start=start)
-    address = tmp_path / "address"
-    orchestrator = subprocess.Popen(
-        [sys.executable, "-m", "arriero.orchestrator"],
-        env={
-            **os.environ,
-            "PYTHONPATH": PATH,
-            "ARRIERO_STORE": s3_url,
-            "ARRIERO_HOME": str(tmp_path / "home"),
-            "ARRIERO_DATABASE_URL": f"sqlite:///{tmp_path / 'orchestrator.db'}",
-            "ARRIERO_ADDRESS_FILE": str(address),
-            "ARRIERO_METRICS_LISTEN": "127.0.0.1:0",
-            "ARRIERO_PLATFORM": "kubernetes",
-            "ARRIERO_PLATFORM_DIR": str(templates),
-            "ARRIERO_NAMESPACE": NAMESPACE,
-            "ARRIERO_RELEASE": "herd",
-            "KUBECONFIG": str(cluster.kubeconfig(tmp_path / "kubeconfig")),
-        },
-    )
-    try:
-        wait_until(lambda: address.exists() or orchestrator.poll() is not None, what="it is up")
-        with Client(address.read_text().strip()) as made:
-            yield made
-    finally:
-        orchestrator.terminate()
-        orchestrator.wait(20)
-        replicas.close()
+    return run
 
 
-def test_replicas_answer_without_access_to_the_bucket_and_another_model_takes_over(
-    client: Client,
-    cluster: FakeCluster,
-    publish: Callable[..., Artifact],
-    tiny_gguf: Path,
-    wait_until: Callable[..., Any],
+def test_a_model_that_is_damaged_is_the_runs_error_and_the_one_before_goes_on(
+    fetching: Client, store: Store, herd: Callable[[str], Artifact], deploy: Callable[..., str]
 ) -> None:
-    data = tiny_gguf.read_bytes()
-    models = [publish(name, {"herd.gguf": data, "n": name.encode()}) for name in ("v1", "v2")]
+    before, model = herd("v1"), herd("v2")
+    assert deploy(before) == ""
+    bucket, _, prefix = store.url.removeprefix("s3://").partition("/")
+    s3 = boto3.client("s3", endpoint_url=os.environ["ARRIERO_STORE_ENDPOINT_URL"], region_name="x")
+    for found in s3.list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/files/")["Contents"]:
+        place = {"Bucket": bucket, "Key": found["Key"]}
+        if s3.get_object(**place)["Body"].read() == b"v2":
+            s3.put_object(**place, Body=b"v3")
 
-    def settled(digest: str) -> bool:
-        found = client.endpoints.get("herd")
-        ready = found.ready_replicas == found.desired_replicas == len(found.replicas)
-        return ready and {r.digest for r in found.replicas} == {digest}
+    said = deploy(model)
+    assert "its init container model ended" in said
+    assert "somebody changed the bucket" in said
+    assert "serves what it served before" in said
+    assert fetching.endpoints.get("herd").spec.model == before.digest
+    assert fetching.endpoint("herd").generate("llama", max_tokens=4, temperature=0).text()
 
-    for model, ask in zip(models, (client.endpoints.create, client.endpoints.update), strict=True):
-        ask("herd", model.digest, context=256)
-        wait_until(lambda digest=model.digest: settled(digest), 90, "its replicas")
-        assert client.endpoint("herd").generate("llama", max_tokens=4, temperature=0).text()
-    spec = cluster.get("deployments", "herd-endpoint-herd")["spec"]["template"]["spec"]
-    (volume,) = spec["volumes"]
-    assert int(volume["emptyDir"]["sizeLimit"]) == models[1].manifest.size + (1 << 20)
+
+@pytest.mark.parametrize("endpoint_url", ["http://127.0.0.1:9"])
+def test_a_bucket_that_replicas_do_not_reach_is_the_runs_error(
+    herd: Callable[[str], Artifact], deploy: Callable[..., str]
+) -> None:
+    said = deploy(herd("v1"))
+    assert "its init container model ended" in said
+    assert "http://127.0.0.1:9" in said
+
+
+@pytest.mark.parametrize("margin", ["1"])
+def test_a_volume_that_is_too_small_is_the_runs_error(
+    herd: Callable[[str], Artifact], deploy: Callable[..., str]
+) -> None:
+    model = herd("v1")
+    said = deploy(model)
+    assert f'volume "model" exceeds the limit "{model.manifest.size + 1}"' in said

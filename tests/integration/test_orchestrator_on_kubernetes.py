@@ -4,75 +4,22 @@ and no caller notices."""
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-import arriero
 from arriero.client import Client
 from arriero.errors import FailedPrecondition
-from arriero.testing.cluster import NAMESPACE, FakeCluster
-from arriero.testing.controllers import ReplicaController
-
-ROOT = str(Path(next(iter(arriero.__path__))).parent)
+from arriero.testing.cluster import FakeCluster
 
 
-@pytest.fixture
-def cluster() -> Iterator[FakeCluster]:
-    with FakeCluster() as made:
-        yield made
-
-
-@pytest.fixture
-def client(
-    cluster: FakeCluster, tmp_path: Path, wait_until: Callable[..., Any]
-) -> Iterator[Client]:
-    store = str(tmp_path / "store")
-    path = os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])
-    env = {"PYTHONPATH": path, "ARRIERO_STORE": store, "OMP_NUM_THREADS": "1"}
-    templates = tmp_path / "platform"
-    templates.mkdir()
-    container = {
-        "name": "main",
-        "image": "herd/llama:1",
-        "args": ["python", "-m", "arriero.inference"],
-        "env": [{"name": "ARRIERO_STORE", "value": store}],
-        "ports": [{"name": "grpc", "containerPort": 50051}],
-    }
-    body = {"kind": "Deployment", "spec": {"template": {"spec": {"containers": [container]}}}}
-    (templates / "endpoint.yaml").write_text(yaml.safe_dump(body))
-    replicas = ReplicaController(cluster, env)
-    address = tmp_path / "address"
-    orchestrator = subprocess.Popen(
-        [sys.executable, "-m", "arriero.orchestrator"],
-        env={
-            **os.environ,
-            **env,
-            "ARRIERO_HOME": str(tmp_path / "home"),
-            "ARRIERO_DATABASE_URL": f"sqlite:///{tmp_path / 'orchestrator.db'}",
-            "ARRIERO_ADDRESS_FILE": str(address),
-            "ARRIERO_METRICS_LISTEN": "127.0.0.1:0",
-            "ARRIERO_PLATFORM": "kubernetes",
-            "ARRIERO_PLATFORM_DIR": str(templates),
-            "ARRIERO_NAMESPACE": NAMESPACE,
-            "ARRIERO_RELEASE": "herd",
-            "KUBECONFIG": str(cluster.kubeconfig(tmp_path / "kubeconfig")),
-        },
-    )
-    try:
-        wait_until(lambda: address.exists() or orchestrator.poll() is not None, what="it is up")
-        with Client(address.read_text().strip()) as made:
-            yield made
-    finally:
-        orchestrator.terminate()
-        orchestrator.wait(20)
-        replicas.close()
+@pytest.fixture(params=["sharing", "fetching"])
+def client(request: pytest.FixtureRequest) -> Any:
+    """Of an orchestrator whose replicas share its store, or have their models brought."""
+    return request.getfixturevalue(request.param)
 
 
 class Load:
@@ -140,14 +87,15 @@ def test_models_and_numbers_change_under_load_without_one_failed_request(
     assert load.failures == []
 
     replica = client.endpoints.get("herd").replicas[0]
-    assert replica.address.startswith("127.0.0.")
+    assert replica.address.endswith(":50051")
     client.endpoints.delete("herd")
     wait_until(lambda: not cluster.all("deployments") and not cluster.all("pods"), what="its end")
 
 
 def test_a_number_above_an_autoscalers_is_refused(
-    client: Client, cluster: FakeCluster, tiny_gguf: Path, wait_until: Callable[..., Any]
+    sharing: Client, cluster: FakeCluster, tiny_gguf: Path, wait_until: Callable[..., Any]
 ) -> None:
+    client = sharing
     digest = client.artifacts.push(tiny_gguf, kind="gguf", name="herd").digest
     client.endpoints.create("herd", digest, context=256)
     target = {"kind": "Deployment", "name": "herd-endpoint-herd"}

@@ -72,6 +72,11 @@ def evicted(pod: Object) -> str:
     return ""
 
 
+def outgrown(pod: Object) -> bool:
+    """Whether it was evicted for taking more disk than it may: another one fares no better."""
+    return "exceed" in evicted(pod)
+
+
 def exit_code(pod: Object) -> int | None:
     """Of the first container, once it ended; -n for signal n is not known here."""
     ended = _terminated(pod)

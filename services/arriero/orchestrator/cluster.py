@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 from arriero.errors import ArrieroError, FailedPrecondition, PermissionDenied, Unavailable
 from arriero.kubernetes import pods as status
@@ -142,11 +143,15 @@ class KubernetesPlatform:
         """See `Platform`; what pods say is told as they say it."""
         deployment = self._deployments.get(self._stamp.name(name))
         current = _annotation(deployment, HASH) if deployment else ""
+        pods = self._pods.labelled(f"{PREFIX}deployment", self._stamp.name(name))
         replicas = [
             self._replica(pod, current)
-            for pod in self._pods.labelled(f"{PREFIX}deployment", self._stamp.name(name))
+            for pod in pods
             if status.phase(pod) in ("Pending", "Running")
         ]
+        evicted = [p for p in pods if _annotation(p, HASH) == current and status.evicted(p)]
+        if not any(r.current and r.state == "READY" for r in replicas):
+            replicas = [_after(evicted, replica) for replica in replicas]
         problem = self._problem(name, deployment)
         if problem:
             desired = self._wanted.get(name)
@@ -192,8 +197,7 @@ class KubernetesPlatform:
             return "READY", "", True
         trouble = status.trouble(pod, self._events.get(status.name_of(pod), ()))
         if trouble is None:
-            fetching = status.initializing(pod) == DELIVERY
-            return "STARTING", "its model is being fetched" if fetching else "", True
+            return "STARTING", self._fetching(pod), True
         if trouble.heals:
             return "FAILED", trouble.message, False
         if trouble.reason == "CRASH_LOOP_BACK_OFF":
@@ -205,6 +209,14 @@ class KubernetesPlatform:
         if _FIRST_PULL in trouble.message or trouble.mounts:
             return "STARTING", trouble.message, True
         return "FAILED", trouble.message, True
+
+    def _fetching(self, pod: Object) -> str:
+        """What there is to say while its model comes, perhaps once more."""
+        if status.initializing(pod) != DELIVERY:
+            return ""
+        _, tail = self._tails.get(status.name_of(pod), (0, ""))
+        said = "its model is being fetched"
+        return f"{said} again; the log of the last time ends with: {tail}" if tail else said
 
     def _problem(self, name: str, deployment: Object | None) -> str:
         """What keeps pods from being made at all."""
@@ -361,6 +373,16 @@ class KubernetesPlatform:
         gone = set(self._tails) - {status.name_of(pod) for pod in self._pods.all()}
         for name in gone:
             del self._tails[name]
+
+
+def _after(evicted: list[Object], replica: ObservedReplica) -> ObservedReplica:
+    """A replica that starts, and what became of those before it."""
+    if not evicted or not replica.current or replica.state != "STARTING":
+        return replica
+    newest = max(evicted, key=lambda pod: str(pod["metadata"].get("creationTimestamp")))
+    said = f"the pod before it was taken away ({status.evicted(newest)})"
+    given_up = sum(map(status.outgrown, evicted)) >= _RESTARTS
+    return replace(replica, detail=said, state="FAILED" if given_up else "STARTING")
 
 
 def _annotation(item: Object, key: str) -> str:

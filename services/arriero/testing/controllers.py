@@ -1,32 +1,27 @@
-"""What a cluster's controllers and kubelets do, for a `FakeCluster`.
+"""What a cluster's controllers do, for a `FakeCluster`.
 
 Responsibility: Jobs become pods and real processes of this machine; Deployments
-become pods that are ready at once, replaced one after the other. Does not know
-what runs.
+become pods that are ready at once, or that a `Kubelet` runs, replaced one after the
+other. Does not know what runs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import math
 import os
 import secrets
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
 
-from arriero.rpc.channel import check_health
 from arriero.rpc.ports import free_port
 from arriero.testing.cluster import FakeCluster, Object
+from arriero.testing.kubelet import Kubelet, Processes, Start, environment
 
 _INDEX = "batch.kubernetes.io/job-completion-index"
-
-
-# Starts a pod (its object, the environment of its container): what runs, and its address.
-Start = Callable[[Object, Mapping[str, str]], tuple[subprocess.Popen[bytes], str]]
 
 
 class JobController:
@@ -34,18 +29,18 @@ class JobController:
 
     Args:
         cluster: whose Jobs.
-        environment: of every process, under what the Job says.
-        start: starts a pod otherwise.
+        extra: more of every process's environment, under what the Job says.
+        start: starts a container otherwise.
     """
 
     def __init__(
         self,
         cluster: FakeCluster,
-        environment: Mapping[str, str],
+        extra: Mapping[str, str],
         start: Start | None = None,
     ) -> None:
         self._cluster = cluster
-        self._environment = dict(environment)
+        self._extra = dict(extra)
         self._start = start or self._process
         self._lock = threading.RLock()
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -129,11 +124,16 @@ class JobController:
             "status": {"phase": "Running", "podIP": "127.0.0.1"},
         }
         self._cluster.put("pods", pod)
-        process, _ = self._start(pod, _env(template["spec"]["containers"][0], index))
+        container = template["spec"]["containers"][0]
+        env = {"JOB_COMPLETION_INDEX": str(index), **environment(self._cluster, pod, container)}
+        process, _ = self._start(pod, container["name"], env)
         self.processes[name] = process
         threading.Thread(target=self._follow, args=(job, name, process), daemon=True).start()
 
-    def _process(self, pod: Object, env: Mapping[str, str]) -> tuple[subprocess.Popen[bytes], str]:
+    def _process(
+        self, pod: Object, container: str, env: Mapping[str, str]
+    ) -> tuple[subprocess.Popen[bytes], str]:
+        del container  # its only one
         job = pod["metadata"]["labels"]["batch.kubernetes.io/job-name"]
         meeting = {}
         if "PET_MASTER_ADDR" in env:
@@ -141,7 +141,7 @@ class JobController:
             meeting = {"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": port}
         process = subprocess.Popen(
             [sys.executable if a == "python" else a for a in pod["spec"]["containers"][0]["args"]],
-            env={**os.environ, **self._environment, **env, **meeting},
+            env={**os.environ, **self._extra, **env, **meeting},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -288,15 +288,8 @@ def _condition(item: Object, kind: str) -> bool:
     return any(c["type"] == kind and c["status"] == "True" for c in conditions)
 
 
-def _env(container: Object, index: int) -> dict[str, str]:
-    found: dict[str, Any] = {"JOB_COMPLETION_INDEX": str(index)}
-    for item in container.get("env") or ():
-        found[item["name"]] = item["value"] if "value" in item else str(index)
-    return found
-
-
 class ReplicaController:
-    """Runs the pods of Deployments as real processes, each on a loopback address of its own.
+    """Runs the pods of Deployments as real processes, by a `Kubelet`.
 
     One more than are wanted may run while they are replaced, and a ready one goes
     only when another is ready, as `maxUnavailable: 0, maxSurge: 1` says. A pod that
@@ -304,27 +297,26 @@ class ReplicaController:
 
     Args:
         cluster: whose Deployments.
-        environment: of every process, under what the template says.
+        extra: more of every process's environment, under what the template says.
         notice: seconds between a pod's deletion and its SIGTERM.
-        start: starts a pod otherwise.
+        volumes: where emptyDirs lie; without it pods have none.
+        start: starts a container otherwise.
     """
 
     def __init__(
         self,
         cluster: FakeCluster,
-        environment: Mapping[str, str],
+        extra: Mapping[str, str],
         *,
         notice: float = 3.0,
+        volumes: Path | None = None,
         start: Start | None = None,
     ) -> None:
         self._cluster = cluster
-        self._environment = dict(environment)
-        self._begin = start or self._process
-        self._notice = notice
-        self._count = 10
-        self._leaving: dict[str, float] = {}
+        here = Processes(volumes, extra)
+        self._kubelet = Kubelet(cluster, start or here, overfull=here.overfull, notice=notice)
+        self._count = 0
         self._stop = threading.Event()
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -332,15 +324,13 @@ class ReplicaController:
         """Kill what still runs."""
         self._stop.set()
         self._thread.join(10)
-        for process in self.processes.values():
-            process.kill()
-            process.wait()
+        self._kubelet.close()
 
     def _run(self) -> None:
         while not self._stop.wait(0.1):
             for deployment in self._cluster.all("deployments"):
-                self._step(deployment)
-            self._probe()
+                with contextlib.suppress(KeyError):  # somebody else was quicker
+                    self._step(deployment)
 
     def _step(self, deployment: Object) -> None:
         name, spec = deployment["metadata"]["name"], deployment["spec"]
@@ -355,6 +345,7 @@ class ReplicaController:
             for pod in self._cluster.all("pods")
             if labels.items() <= pod["metadata"]["labels"].items()
             and "deletionTimestamp" not in pod["metadata"]
+            and pod["status"]["phase"] in ("Pending", "Running")
         ]
         new = [pod for pod in pods if pod["metadata"]["annotations"] == annotations]
         old = [pod for pod in pods if pod not in new]
@@ -373,46 +364,8 @@ class ReplicaController:
             "name": f"{deployment['metadata']['name']}-{self._count}",
             "ownerReferences": [{"uid": deployment["metadata"]["uid"]}],
         }
-        pod = {"metadata": metadata, "spec": template["spec"]}
-        env = {e["name"]: e["value"] for e in template["spec"]["containers"][0]["env"]}
-        process, address = self._begin(pod, env)
-        self.processes[metadata["name"]] = process
-        self._cluster.put("pods", {**pod, "status": {"phase": "Running", "podIP": address}})
-
-    def _process(self, pod: Object, env: Mapping[str, str]) -> tuple[subprocess.Popen[bytes], str]:
-        address = f"127.0.0.{self._count}"
-        process = subprocess.Popen(
-            [sys.executable if a == "python" else a for a in pod["spec"]["containers"][0]["args"]],
-            env={
-                **os.environ,
-                **self._environment,
-                **env,
-                "ARRIERO_LISTEN": f"{address}:50051",
-            },
-            stdin=subprocess.DEVNULL,
-        )
-        return process, address
+        self._kubelet.run({"metadata": metadata, "spec": template["spec"]})
 
     def _delete(self, pod: Object) -> None:
-        name = pod["metadata"]["name"]
-        with self._cluster.change("pods", name) as item:
+        with self._cluster.change("pods", pod["metadata"]["name"]) as item:
             item["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
-        self._leaving[name] = time.monotonic() + self._notice
-
-    def _probe(self) -> None:
-        alive = {pod["metadata"]["name"]: pod for pod in self._cluster.all("pods")}
-        for name, process in list(self.processes.items()):
-            if name not in alive:  # its Deployment is gone
-                self._leaving.setdefault(name, 0.0)
-            # Once: a second SIGTERM ends running calls.
-            if self._leaving.get(name, math.inf) < time.monotonic():
-                self._leaving[name] = math.inf
-                process.terminate()
-            if process.poll() is not None:
-                self._cluster.remove("pods", name)
-                del self.processes[name]
-            elif name in alive and not _ready(alive[name]):
-                address = f"{alive[name]['status']['podIP']}:50051"
-                if check_health(address):
-                    with self._cluster.change("pods", name) as item:
-                        become_ready(item)

@@ -5,11 +5,12 @@ name and its claims, for a `FakeCluster`. Does not know Arriero.
 
 What podman (4.3) does with a pod as it is: image, arguments, user and group,
 capabilities, read-only root, no new privileges, memory limits, emptyDirs, claims
-and ConfigMaps as volumes. What `play` does in the place of a kubelet: values from
-the downward API, the service account's directory, the API's address, names of
-Services (as aliases of the network). What nobody does here: probes (whoever plays
-asks them), ports of containers (podman would open them on this machine), preStop,
-fsGroup, sizes of volumes, spreading, network policies, restarts.
+and ConfigMaps as volumes. What `start` does in the place of a kubelet: values from
+Secrets and the downward API, the service account's directory, the API's address, names
+of Services (as aliases of the network); init containers are started by whoever plays,
+before the others. What nobody does here: probes (whoever plays asks them), ports of
+containers (podman would open them on this machine), preStop, fsGroup, sizes of volumes,
+spreading, network policies, restarts.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ import subprocess
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from arriero.errors import FailedPrecondition, Internal
+from arriero.errors import Internal
 from arriero.testing.cluster import NAMESPACE, FakeCluster, Object
+from arriero.testing.kubelet import environment
 
 _ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
 _TOKEN = "a-token"
@@ -53,30 +54,28 @@ class Podman:
     Args:
         name: of the network, and before the names of volumes.
         directory: an empty one, for files.
-        claims: PersistentVolumeClaims, which become volumes.
+
+    Attributes:
+        cluster: the API server; pods take their Secrets from it.
+        gateway: this machine's address, as pods see it.
     """
 
     cluster: FakeCluster
 
-    def __init__(self, name: str, directory: Path, claims: Iterable[Object] = ()) -> None:
+    def __init__(self, name: str, directory: Path) -> None:
         self._name = name
         self._directory = directory
-        self._claims = [copy.deepcopy(claim) for claim in claims]
         self._pods: list[str] = []
         self._volumes: list[str] = []
         (directory / "containers.conf").write_text(_ULIMITS)
         self._env = {**os.environ, "CONTAINERS_CONF": str(directory / "containers.conf")}
-        self._gateway = ""
+        self.gateway = ""
 
     def __enter__(self) -> Podman:
         self._run("network", "create", self._name)
         form = "{{(index .Subnets 0).Gateway}}"
-        self._gateway = self._run("network", "inspect", self._name, "--format", form).strip()
+        self.gateway = self._run("network", "inspect", self._name, "--format", form).strip()
         self.cluster = FakeCluster(self._tls()).__enter__()
-        for claim in self._claims:
-            claim["metadata"]["name"] = self._volume(claim["metadata"]["name"])
-            self._volumes.append(claim["metadata"]["name"])
-        self._play("claims", self._claims, "--network", self._name)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -86,32 +85,68 @@ class Podman:
         self._run("volume", "rm", "--force", *self._volumes, check=False)
         self._run("network", "rm", "--force", self._name, check=False)
 
+    def claim(self, claims: Iterable[Object]) -> None:
+        """Make PersistentVolumeClaims, which become volumes."""
+        made = [copy.deepcopy(claim) for claim in claims]
+        for claim in made:
+            claim["metadata"]["name"] = self._volume(claim["metadata"]["name"])
+            self._volumes.append(claim["metadata"]["name"])
+        if made:
+            self._play("claims", made, "--network", self._name)
+
     def start(
         self,
         pod: Object,
-        env: Mapping[str, str] | None = None,
+        container: str = "main",
+        env: Mapping[str, str] = {},
         *,
         config: Mapping[str, Mapping[str, str]] = {},
         aliases: Iterable[str] = (),
     ) -> tuple[subprocess.Popen[bytes], str]:
-        """Play a pod: a process that is its container's (output, SIGTERM, exit code), its address.
+        """Start a container of a pod, which is made for the first: see `kubelet.Start`.
 
         Args:
-            pod: with name and spec; only its container `main` is looked at.
-            env: of the container, where somebody has resolved it.
+            pod: with name and spec.
+            container: its name; init containers before `main`.
+            env: more of that container than its spec says; the pod's first call alone can.
             config: data of the ConfigMaps that it mounts, by name.
             aliases: names by which others find it.
+
+        Returns:
+            A process that is the container's (output, SIGTERM, exit code), and the pod's address.
 
         Raises:
             Internal: podman refuses; with its words.
         """
+        name = pod["metadata"]["name"]
+        if name not in self._pods:
+            self._make(pod, container, env, config, aliases)
+        process = subprocess.Popen(
+            ["podman", "start", "--attach", "--sig-proxy", f"{name}-{container}"],
+            env=self._env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        return process, self._address(name, process) if container == "main" else ""
+
+    def _make(
+        self,
+        pod: Object,
+        started: str,
+        env: Mapping[str, str],
+        config: Mapping[str, Mapping[str, str]],
+        aliases: Iterable[str],
+    ) -> None:
+        """Make a pod and its containers; none runs yet."""
         name, spec = pod["metadata"]["name"], copy.deepcopy(pod["spec"])
         maps = {key: dict(value) for key, value in config.items()}
         for container in (*spec.get("initContainers", ()), *spec["containers"]):
             for key in ("ports", "startupProbe", "readinessProbe", "livenessProbe", "lifecycle"):
                 container.pop(key, None)
-            resolved = env if env is not None else _resolved(container.get("env") or ())
-            container["env"] = [{"name": k, "value": v} for k, v in resolved.items()]
+            found = environment(self.cluster, pod, container)
+            found |= env if container["name"] == started else {}
+            container["env"] = [{"name": k, "value": v} for k, v in found.items()]
         spec["restartPolicy"] = "Never"
         if spec.get("automountServiceAccountToken", True):
             maps["kube-api-access"] = self._account(spec)
@@ -131,26 +166,14 @@ class Podman:
         self._pods.append(name)
         network = ":".join([self._name, ",".join(f"alias={alias}" for alias in aliases)])
         self._play(name, documents, "--start=false", "--network", network.rstrip(":"))
-        process = subprocess.Popen(
-            ["podman", "start", "--attach", "--sig-proxy", self.container(name)],
-            env=self._env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        return process, self._address(name, process)
-
-    def container(self, pod: str) -> str:
-        """What podman calls a pod's container."""
-        return f"{pod}-main"
 
     def inside(self, pod: str, *command: str) -> str:
         """What a command in a pod's container writes."""
-        return self._run("exec", self.container(pod), *command)
+        return self._run("exec", f"{pod}-main", *command)
 
     def stop(self, pod: str, grace: int) -> int:
         """SIGTERM, and SIGKILL after `grace` seconds; the container's exit code."""
-        container = self.container(pod)
+        container = f"{pod}-main"
         self._run("stop", "--time", str(grace), container)
         return int(self._run("inspect", container, "--format", "{{.State.ExitCode}}"))
 
@@ -168,7 +191,7 @@ class Podman:
         """Mount what a service account's pod has, and say where the API is."""
         for container in spec["containers"]:
             container["env"] += [
-                {"name": "KUBERNETES_SERVICE_HOST", "value": self._gateway},
+                {"name": "KUBERNETES_SERVICE_HOST", "value": self.gateway},
                 {"name": "KUBERNETES_SERVICE_PORT", "value": str(self.cluster.port)},
             ]
             container.setdefault("volumeMounts", []).append(
@@ -200,7 +223,7 @@ class Podman:
         place = self._directory
         files = ["-keyout", f"{place}/tls.key", "-out", f"{place}/tls.crt"]
         kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-        names = ["-subj", "/CN=api", "-addext", f"subjectAltName=IP:{self._gateway}"]
+        names = ["-subj", "/CN=api", "-addext", f"subjectAltName=IP:{self.gateway}"]
         subprocess.run(
             ["openssl", "req", "-x509", "-days", "2", *kind, *files, *names],
             check=True,
@@ -227,16 +250,3 @@ class Podman:
         if check and done.returncode:
             raise Internal(f"podman {' '.join(arguments)}: {done.stderr.strip()}")
         return done.stdout
-
-
-def _resolved(env: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """Values, those of the downward API too."""
-    found = {}
-    for item in env:
-        if "value" in item:
-            found[item["name"]] = str(item["value"])
-        elif item["valueFrom"] == {"fieldRef": {"fieldPath": "metadata.namespace"}}:
-            found[item["name"]] = NAMESPACE
-        else:
-            raise FailedPrecondition(f"{item} cannot be resolved here")
-    return found

@@ -343,6 +343,51 @@ async def test_a_model_that_cannot_be_delivered_shows_what_its_init_container_sa
     assert "its init container model ended 4 times" in replica.detail
 
 
+async def test_what_failed_last_time_is_said_while_it_is_tried_again(platform_with, cluster):
+    cluster.logs["herd-endpoint-zh-1/model/previous"] = "the bucket does not answer\n"
+
+    def make(pod):
+        broken({"reason": "CrashLoopBackOff"}, 1, last={"exitCode": 1})(pod)
+        state = pod["status"].pop("containerStatuses")[0] | {"name": "model"}
+        pod["status"]["initContainerStatuses"] = [state]
+
+    DeploymentController(cluster, make)
+    platform = await platform_with()
+    platform.apply(desire(replicas=1))
+    await until(lambda: "does not answer" in platform.observe("zh").replicas[0].detail)
+    with cluster.change("pods", "herd-endpoint-zh-1") as pod:
+        pod["status"]["initContainerStatuses"][0]["state"] = {"running": {}}
+    await until(lambda: "fetched again" in platform.observe("zh").replicas[0].detail)
+    (replica,) = platform.observe("zh").replicas
+    assert (replica.state, "does not answer" in replica.detail) == ("STARTING", True)
+
+
+@pytest.mark.parametrize(
+    ("said", "final"),
+    [
+        ('Usage of EmptyDir volume "model" exceeds the limit "5000". ', True),
+        ("The node was low on resource: ephemeral-storage. ", False),
+    ],
+)
+async def test_a_pod_that_was_evicted_is_told_of_by_the_next(platform_with, cluster, said, final):
+    DeploymentController(cluster, lambda _: None)
+    platform = await platform_with()
+    platform.apply(desire(replicas=1))
+    await until(lambda: platform.observe("zh").replicas)
+    (pod,) = cluster.all("pods")
+    status = {"phase": "Failed", "reason": "Evicted", "message": said}
+    for number in range(3):
+        assert not platform.observe("zh").failed(ONE)
+        metadata = pod["metadata"] | {"name": f"evicted-{number}"}
+        cluster.put("pods", {"metadata": metadata, "spec": {}, "status": status})
+        await until(lambda: said.strip(". ") in platform.observe("zh").replicas[0].detail)
+    await until(lambda: bool(platform.observe("zh").failed(ONE)) == final)
+    # Who is ready is not asked for the past.
+    with cluster.change("pods", pod["metadata"]["name"]) as item:
+        become_ready(item)
+    await until(lambda: platform.observe("zh").replicas[0].state == "READY")
+
+
 async def test_a_replica_whose_model_comes_says_so(platform_with, cluster):
     def make(pod):
         state = {"name": "model", "state": {"running": {}}}
