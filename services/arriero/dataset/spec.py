@@ -242,7 +242,7 @@ def _check_columns(spec: dataset_pb2.DatasetSpec, refuse: Callable[[str, str], N
 
 
 def _check_template(spec: dataset_pb2.DatasetSpec, context: ResolveContext) -> None:
-    directory = context.inputs["tokenizer"][0].path
+    directory = context.inputs["tokenizer"][0].outline
     tokens = special_tokens(directory)
     template = template_of(spec.template, directory)
     bound = template.bind(bos_token=tokens.bos, eos_token=tokens.eos)

@@ -122,7 +122,7 @@ def resolve_export(spec: merging_pb2.ExportSpec, context: ResolveContext) -> Res
         size = sum(item.nbytes for plans in plan.files for item in plans)
     else:
         _require_hugging_face(artifact)
-        weights = Weights.open(artifact.path)
+        weights = Weights.open(artifact.outline)
         size = sum(item.nbytes for item in converted(weights, resolved.dtype))
     return Resolved(
         spec=resolved,
@@ -181,7 +181,7 @@ def plan_meta(artifact: Artifact, *, shards: int, dtype: str) -> MetaPlan:
         InvalidArgument: shards that do not divide the sizes.
     """
     _require_hugging_face(artifact)
-    path = artifact.path
+    path = artifact.outline
     config = architecture.read_config(path)
     names = config.get("architectures") or []
     if not set(names) & {"LlamaForCausalLM", "LLaMAForCausalLM"}:
@@ -219,7 +219,7 @@ def plan_meta(artifact: Artifact, *, shards: int, dtype: str) -> MetaPlan:
 
 
 def _require_hugging_face(artifact: Artifact) -> None:
-    if not (artifact.path / "config.json").is_file():
+    if not (artifact.outline / "config.json").is_file():
         raise FailedPrecondition(
             f"model {artifact.digest} has no config.json: it is in Meta's layout already; import "
             "it first"

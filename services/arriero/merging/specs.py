@@ -215,7 +215,7 @@ def resolve_merge(spec: merging_pb2.MergeSpec, context: ResolveContext) -> Resol
         resolved.qlora_base = "full"
     [base] = context.inputs["model"]
     merged = MergedWeights.open(
-        base.path, [adapter.path for adapter in adapters], resolved.weights, resolved.dtype
+        base.outline, [adapter.outline for adapter in adapters], resolved.weights, resolved.dtype
     )
     proving = gate_modes(spec).get("merge.logits", Mode.ENFORCE) is not Mode.SKIP
     golden = _golden_bytes(base) if proving else 0
@@ -246,7 +246,7 @@ def _check_weights(weights: Sequence[float], adapters: int) -> None:
 
 def _golden_bytes(base: Artifact) -> int:
     try:
-        config = json.loads(base.file("config.json").read_text(encoding="utf-8"))
+        config = json.loads((base.outline / "config.json").read_text(encoding="utf-8"))
         return 2 * TOKENS * int(config["vocab_size"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FailedPrecondition(f"config.json of the model has no vocab_size: {error}") from error

@@ -42,15 +42,15 @@ def resolve_quantize(spec: pb.QuantizeSpec, context: ResolveContext) -> Resolved
         if found is not None:
             resolved.golden = found.digest
     if adapters:
-        paths = [adapter.path for adapter in adapters]
+        paths = [adapter.outline for adapter in adapters]
         checkpoint = Checkpoint.of(
-            MergedWeights.open(model.path, paths, list(resolved.weights)).values()
+            MergedWeights.open(model.outline, paths, list(resolved.weights)).values()
         )
     else:
-        checkpoint = read_checkpoint(model.path)
+        checkpoint = read_checkpoint(model.outline)
     if resolved.adapter_only:
-        adapter = LoraAdapter.open(adapters[0].path)
-        if why := adapter_file.obstacle(adapter, model.path):
+        adapter = LoraAdapter.open(adapters[0].outline)
+        if why := adapter_file.obstacle(adapter, model.outline):
             raise FailedPrecondition(
                 f"the adapter cannot become a GGUF adapter: {why}", reason="NO_GGUF_ADAPTER"
             )

@@ -43,6 +43,7 @@ class Artifact:
     quarantined: bool
     waivers: tuple[Waiver, ...] = ()
     _open: Callable[[], Path] = field(kw_only=True, repr=False, compare=False)
+    _outline: Callable[[], Path] = field(kw_only=True, repr=False, compare=False)
 
     @property
     def path(self) -> Path:
@@ -55,6 +56,19 @@ class Artifact:
             NotFound, DataLoss, DiskFull, Unavailable: they can't be fetched.
         """
         return self._open()
+
+    @property
+    def outline(self) -> Path:
+        """A directory to look at the artifact without its weights.
+
+        Small files are whole. Safetensors files have their headers and their sizes; do
+        not read their tensors. A store elsewhere brings no more than that, unless it is
+        here already, and leaves other files out that are large. It stays as `path` does.
+
+        Raises:
+            NotFound, DataLoss, DiskFull, Unavailable: it can't be fetched.
+        """
+        return self._outline()
 
     @property
     def gates(self) -> tuple[GateResult, ...]:
@@ -145,6 +159,7 @@ class Artifacts:
             bool(left),
             waivers,
             _open=self._backend.opener(manifest),
+            _outline=self._backend.outliner(manifest),
         )
 
     def claim(self, digest: str) -> bool:

@@ -101,6 +101,9 @@ class Backend(Protocol):
         As long as the opener lives, the directory that it gave stays.
         """
 
+    def outliner(self, manifest: Manifest) -> Callable[[], Path]:
+        """As `opener`, of what is known without the weights; see `Artifact.outline`."""
+
     def location(self, digest: str) -> str:
         """Where an artifact's files are, for people."""
 
@@ -221,6 +224,10 @@ class FileBackend:
             if path.stat().st_mode & 0o222:  # its publisher died between rename and chmod
                 path.chmod(DIRECTORY_MODE)
         return lambda: path
+
+    def outliner(self, manifest: Manifest) -> Callable[[], Path]:
+        """See `Backend`. Here all is there, and nothing is read that is not looked at."""
+        return self.opener(manifest)
 
     def location(self, digest: str) -> str:
         """See `Backend`."""

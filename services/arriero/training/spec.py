@@ -61,13 +61,13 @@ def resolve(spec: training_pb2.TrainSpec, context: ResolveContext) -> Resolved:
     datasets += [("val_dataset", item) for item in context.inputs.get("val_dataset", [])]
     facts = read_facts(dataset.path)
     plan = plan_of(resolved, facts["rows"])
-    weights = Weights.open(model.path)
+    weights = Weights.open(model.outline)
     modules = linear_modules(weights)
     problems = [*checks.alone(resolved, plan, lora_of(resolved))]
     if resolved.method == "lora":
         problems += checks.modules(lora_of(resolved), modules, weights)
     checks.refuse([*problems, *checks.validation(plan, len(datasets) > 1)])
-    config = read_config(model.path)
+    config = read_config(model.outline)
     _check_weights(weights, modules)
     _check_datasets(datasets, model, embedding_rows(weights, config))
     lengths = Rows(dataset.path).longest(plan.micro_batch_size)

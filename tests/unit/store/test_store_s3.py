@@ -27,7 +27,7 @@ from arriero.errors import (
     Unavailable,
 )
 from arriero.store import Artifact, FileEntry, ManifestDraft, Store
-from arriero.store.s3 import S3Backend, lease, transfer
+from arriero.store.s3 import S3Backend, lease, outline, transfer
 from arriero.store.s3.bucket import Bucket
 from arriero.store.s3.places import Places
 from arriero.testing.s3 import serving_s3
@@ -168,6 +168,51 @@ def test_what_a_killed_fetch_left_wrong_is_fetched_again(
     found = elsewhere.get(artifact.digest).file("weights")
     assert found.read_bytes() == artifact.file("weights").read_bytes()
     assert sorted(path.name for path in found.parent.iterdir()) == ["config.json", "weights"]
+
+
+def test_an_outline_has_headers_and_small_files_and_no_weights(
+    store: Store, elsewhere: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outline, "HEAD_BYTES", 100)
+    monkeypatch.setattr(outline, "LARGEST", 1 << 20)
+    header = b'{"w":{"dtype":"U8","shape":[4194304],"data_offsets":[0,4194304]}}'.ljust(300)
+    whole = len(header).to_bytes(8, "little") + header + b"1" * (4 << 20)
+    source = store.staging("training", "model") / "out"
+    source.mkdir()
+    (source / "model.safetensors").write_bytes(whole)
+    (source / "old.bin").write_bytes(bytes(2 << 20))
+    (source / "config.json").write_text("{}")
+    digest = store.publish(source, DRAFT).digest
+    ranges = requests(elsewhere, "GetObject")
+    artifact = elsewhere.get(digest)
+    place = artifact.outline
+    assert place.name == digest.removeprefix("sha256:")
+    assert artifact.outline == place
+    assert {path.name for path in place.iterdir()} == {"model.safetensors", "config.json"}
+    assert (place / "config.json").read_text() == "{}"
+    there = (place / "model.safetensors").read_bytes()
+    assert there == whole[:308] + bytes(4 << 20)
+    asked = [request["Range"] for request in ranges if "Range" in request]
+    assert sorted(asked) == ["bytes=0-1", "bytes=0-99", "bytes=100-307"]
+    del artifact
+    assert not place.exists()
+    # What is here already is looked at where it is.
+    whole_place = elsewhere.get(digest).path
+    assert elsewhere.get(digest).outline == whole_place
+    assert (whole_place / "model.safetensors").read_bytes() == whole
+
+
+def test_an_outline_of_what_is_damaged_in_the_bucket_is_refused(
+    store: Store, elsewhere: Store
+) -> None:
+    digest = store.publish(big(store), DRAFT).digest
+    [config] = [key for key in keys(store, "files/") if key.endswith("config.json")]
+    bucket(store).put(config, b"[]")
+    with pytest.raises(DataLoss, match="other bytes"):
+        _ = elsewhere.get(digest).outline
+    bucket(store).delete([config])
+    with pytest.raises(DataLoss, match="is gone"):
+        _ = elsewhere.get(digest).outline
 
 
 def test_of_processes_that_want_the_same_one_fetches(store: Store, elsewhere: Store) -> None:

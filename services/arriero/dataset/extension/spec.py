@@ -48,7 +48,7 @@ def resolve(spec: dataset_pb2.ExtendTokenizerSpec, context: ResolveContext) -> R
     """
     resolved = with_defaults(spec)
     found = sources.look_up(_check(resolved, context), None, field="corpus")
-    directory = context.inputs["model"][0].path
+    directory = context.inputs["model"][0].outline
     weights = _check_model(resolved, directory)
     del resolved.corpus[:]
     resolved.corpus.extend(source.text for source in found)

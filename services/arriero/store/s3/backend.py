@@ -10,6 +10,7 @@ asking whether an object is still the one that was meant).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import secrets
@@ -22,6 +23,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from arriero.errors import DataLoss, FailedPrecondition, NotFound
 from arriero.settings import S3Settings
@@ -42,7 +44,7 @@ from arriero.store.layout import Layout
 from arriero.store.manifest import FORMAT, FileEntry, Manifest, check_digest
 from arriero.store.objects import Objects
 from arriero.store.roots import Roots
-from arriero.store.s3 import lease, mirror, transfer
+from arriero.store.s3 import lease, mirror, outline, transfer
 from arriero.store.s3.bucket import Bucket
 from arriero.store.s3.cache import DIRECTORIES, Cache, Use
 from arriero.store.s3.objects import S3Objects
@@ -90,6 +92,17 @@ def _check_format(bucket: Bucket) -> None:
         parse_json(bucket.get("format.json"), FORMAT, what)
 
 
+@contextlib.contextmanager
+def _missing_is_loss() -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DataLoss(
+            f"{error} is gone: somebody changed the bucket behind the store's back; "
+            "restore it, or make the artifact again"
+        ) from error
+
+
 class S3Backend:
     """A store in a bucket; see `Backend`."""
 
@@ -134,6 +147,28 @@ class S3Backend:
 
         return open_
 
+    def outliner(self, manifest: Manifest) -> Callable[[], Path]:
+        """See `Backend`. Kept as long as the outliner lives, and not beside the whole."""
+        name = check_digest(manifest.digest)
+        made: list[Use | TemporaryDirectory[str]] = []
+        one = threading.Lock()
+
+        def open_() -> Path:
+            with one:
+                if not made:
+                    made.append(self._cache.known(name) or self._outlined(manifest))
+                [there] = made
+                return there.path if isinstance(there, Use) else Path(there.name, name)
+
+        return open_
+
+    def _outlined(self, manifest: Manifest) -> TemporaryDirectory[str]:
+        made = TemporaryDirectory(prefix="arriero-", ignore_cleanup_errors=True)
+        directory = Path(made.name, check_digest(manifest.digest))
+        with _missing_is_loss():
+            outline.fill(self._bucket, manifest, self._place(manifest), directory)
+        return made
+
     def _fetched(self, manifest: Manifest) -> Use:
         name = check_digest(manifest.digest)
 
@@ -144,14 +179,9 @@ class S3Backend:
             ]
 
         def fill(directory: Path) -> None:
-            try:
+            with _missing_is_loss():
                 files = wanted(directory, self._place(manifest))
                 transfer.fetch(self._bucket, files, Progress(manifest).add)
-            except FileNotFoundError as error:
-                raise DataLoss(
-                    f"{error} is gone: somebody changed the bucket behind the store's back; "
-                    "restore it, or make the artifact again"
-                ) from error
 
         return self._cache.get(
             name, manifest.size, lambda directory: transfer.reserve(wanted(directory)), fill
