@@ -111,7 +111,7 @@ def _s3_at(directory: Path, address: str = "127.0.0.1") -> Iterator[str]:
     )
     try:
         wait_until(file.exists, what="the start of the S3 server")
-        yield f"http://{address}:{file.read_text()}"
+        yield f"http://127.0.0.1:{file.read_text()}"
     finally:
         child.kill()
         child.wait()
@@ -119,9 +119,9 @@ def _s3_at(directory: Path, address: str = "127.0.0.1") -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def s3_at() -> Callable[..., AbstractContextManager[str]]:
-    """Runs a server of S3 in a process of its own for a `with` block: its URL.
+    """Runs a server of S3 in a process of its own for a `with` block: its URL on this machine.
 
-    Takes an empty directory, and the address that it listens at.
+    Takes an empty directory, and the address that it listens at (0.0.0.0 for others).
     """
     return _s3_at
 

@@ -105,7 +105,7 @@ def store(
     keys = {"AWS_ACCESS_KEY_ID": "AKIDLLAMA", "AWS_SECRET_ACCESS_KEY": "secret-of-the-herd"}
     data = {name: base64.b64encode(value.encode()).decode() for name, value in keys.items()}
     podman.cluster.put("secrets", {"metadata": {"name": "bucket"}, "data": data})
-    with s3_at(tmp_path_factory.mktemp("s3"), podman.gateway) as url:
+    with s3_at(tmp_path_factory.mktemp("s3"), "0.0.0.0") as url:
         key, secret = keys.values()
         s3 = boto3.client(
             "s3",
@@ -115,7 +115,8 @@ def store(
             aws_secret_access_key=secret,
         )
         s3.create_bucket(Bucket="models")
-        own = f"url=s3://models/herd,store.s3.endpointUrl={url},store.s3.existingSecret=bucket"
+        seen = url.replace("127.0.0.1", podman.gateway)
+        own = f"url=s3://models/herd,store.s3.endpointUrl={seen},store.s3.existingSecret=bucket"
         yield ["--set", f"store.kind=s3,store.s3.{own}"]
 
 

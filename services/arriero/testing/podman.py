@@ -39,7 +39,7 @@ _ULIMITS = '[containers]\ndefault_ulimits = ["nofile=1024:1024", "nproc=4096:409
 
 def missing(images: Iterable[str]) -> str:
     """Why pods can't be played here; empty when they can."""
-    for command in ("podman", "openssl"):
+    for command in ("podman", "openssl", "ip"):
         if shutil.which(command) is None:
             return f"needs the {command} command"
     for image in images:
@@ -185,7 +185,19 @@ class Podman:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise Internal(f"podman did not start {pod}")
             time.sleep(0.1)
+        self._hold()
         return found
+
+    def _hold(self) -> None:
+        """Keep this machine's hardware address in the network, which follows the lowest of pods'.
+
+        When it changes, pods that run send what is for this machine to nobody for half a minute.
+        """
+        form = "{{.NetworkInterface}}"
+        bridge = self._run("network", "inspect", self._name, "--format", form).strip()
+        address = Path(f"/sys/class/net/{bridge}/address").read_text().strip()
+        command = ["ip", "link", "set", "dev", bridge, "address", address]
+        subprocess.run(command, check=True, capture_output=True)
 
     def _account(self, spec: Object) -> dict[str, str]:
         """Mount what a service account's pod has, and say where the API is."""
