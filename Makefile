@@ -90,7 +90,7 @@ e2e: $(STAMP) ## Install, hurt and remove a release on a real cluster (tests/e2e
 	@test -n "$(ARRIERO_E2E_KUBECONFIG)" || { echo "Which cluster? make e2e ARRIERO_E2E_KUBECONFIG=... ARRIERO_E2E_REGISTRY=... ARRIERO_E2E_TAG=..."; exit 2; }
 	@ARRIERO_E2E_KUBECONFIG="$(ARRIERO_E2E_KUBECONFIG)" ARRIERO_E2E_REGISTRY="$(ARRIERO_E2E_REGISTRY)" ARRIERO_E2E_TAG="$(ARRIERO_E2E_TAG)" $(BIN)/python -m pytest -x tests/e2e/test_cluster.py
 
-kube-play: $(STAMP) ## Start the chart's pods, of its default values, with podman (tests/e2e/test_podman_play.py)
+kube-play: $(STAMP) ## Start the chart's pods, of its default values and over S3, with podman (tests/e2e/test_podman_play.py)
 	@ARRIERO_PLAY_REGISTRY="$${ARRIERO_PLAY_REGISTRY:-localhost}" $(BIN)/python -m pytest -x tests/e2e/test_podman_play.py
 
 clean: ## Remove what set-up made (the wheel of llama.cpp stays cached)
