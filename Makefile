@@ -23,7 +23,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.arriero-setup
 export LLAMA_CMAKE_ARGS
 
-.PHONY: help setup demo test verify lint types imports chart protos proto-lint format bench images images-smoke kube-play e2e clean
+.PHONY: help setup demo test verify lint types imports chart protos proto-lint format bench images images-smoke kube-play kube-api e2e clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*?## ' '{printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}'
@@ -92,6 +92,10 @@ e2e: $(STAMP) ## Install, hurt and remove a release on a real cluster (tests/e2e
 
 kube-play: $(STAMP) ## Start the chart's pods, of its default values and over S3, with podman (tests/e2e/test_podman_play.py)
 	@ARRIERO_PLAY_REGISTRY="$${ARRIERO_PLAY_REGISTRY:-localhost}" $(BIN)/python -m pytest -x tests/e2e/test_podman_play.py
+
+kube-api: $(STAMP) ## Meet a real API server, controllers and scheduler (ARRIERO_KUBE_BIN names their directory)
+	@test -n "$(ARRIERO_KUBE_BIN)" || { echo "Which programs? make kube-api ARRIERO_KUBE_BIN=<directory of etcd, kube-apiserver, kube-controller-manager, kube-scheduler>"; exit 2; }
+	@ARRIERO_KUBE_BIN="$(ARRIERO_KUBE_BIN)" $(BIN)/python -m pytest tests/e2e/test_api_server.py tests/unit/operations/test_cluster_jobs.py
 
 clean: ## Remove what set-up made (the wheel of llama.cpp stays cached)
 	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

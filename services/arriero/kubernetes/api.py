@@ -322,7 +322,10 @@ class Api:
             if response.status >= 300:
                 data = response.read()
                 response.close()
-                raise _error(response.status, _status(data))
+                status = _status(data)
+                if response.status == 404 and "kind" not in status:
+                    raise NotFound(_unserved(path), reason="NO_SUCH_API")
+                raise _error(response.status, status)
         return response
 
 
@@ -352,6 +355,16 @@ def _status(data: bytes) -> Object:
     except ValueError:
         answer = None
     return answer if isinstance(answer, dict) else {"message": data[:200].decode(errors="replace")}
+
+
+def _unserved(path: str) -> str:
+    """Of a path that a server has nothing at: it answers so without a `Status`."""
+    base, _, rest = path.partition("/namespaces/")
+    plural = (rest.split("/") + [""])[1]
+    return (
+        f"the cluster's API serves no {plural} of {base.removeprefix('/apis/')}; install what "
+        "defines them, or turn off what needs them"
+    )
 
 
 def _error(code: int, status: Mapping[str, Any]) -> ArrieroError:

@@ -70,6 +70,7 @@ class FakeCluster:
             subresources.
         logs: what pods wrote, by name; `<name>/<container>` of others than `main`,
             and `/previous` behind both of the container before.
+        unserved: groups of kinds that nobody has installed.
     """
 
     namespace = NAMESPACE
@@ -79,6 +80,7 @@ class FakeCluster:
     def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self.asked: set[tuple[str, str, str]] = set()
         self.logs: dict[str, str] = {}
+        self.unserved: set[str] = set()
         self._objects: dict[tuple[str, str], Object] = {}
         self._history: list[tuple[int, str, str, Object]] = []
         self._version = 100
@@ -411,6 +413,9 @@ def _handler(cluster: FakeCluster) -> type[BaseHTTPRequestHandler]:
                 if (scheme.lower(), token) != ("bearer", "a-token"):
                     raise ApiFault(401, "Unauthorized", "Unauthorized")
                 path = _Asked(self.path)
+                if path.group in cluster.unserved:  # no `Status`: nobody is there to make one
+                    self._send(404, b"404 page not found\n", "text/plain")
+                    return
                 if path.subresource == "log":
                     self._send(200, cluster.log(path).encode(), "text/plain")
                     return

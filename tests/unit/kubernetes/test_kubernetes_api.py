@@ -8,7 +8,7 @@ import pytest
 
 from arriero import errors
 from arriero.kubernetes import Api, Informer
-from arriero.kubernetes.api import DEPLOYMENTS, PODS, SERVICES
+from arriero.kubernetes.api import DEPLOYMENTS, PODS, SCALED_OBJECTS, SERVICES
 
 
 def service(name="a", **labels):
@@ -55,6 +55,15 @@ def test_failures_are_our_own_errors(api, cluster):
     cluster.fail("list", "services", 503, "ServiceUnavailable", "etcd is away")
     with pytest.raises(errors.Unavailable, match="etcd is away"):
         api.list(SERVICES)
+
+
+def test_kinds_that_nobody_installed_are_named(api, cluster):
+    cluster.unserved.add("keda.sh")
+    said = "serves no scaledobjects of keda.sh/v1alpha1; install what defines them"
+    with pytest.raises(errors.NotFound, match=said) as caught:
+        api.ensure(SCALED_OBJECTS, service(), lambda found, wanted: None)
+    assert caught.value.reason == "NO_SUCH_API"
+    assert not api.delete(SCALED_OBJECTS, "a")
 
 
 def test_an_api_that_is_away_is_unavailable(tmp_path, cluster):
