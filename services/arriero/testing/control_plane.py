@@ -234,6 +234,18 @@ class ControlPlane:
         assert found is not None
         self.version = (int(found[1]), int(found[2]))
 
+    def check(self) -> None:
+        """See that all programs run.
+
+        Raises:
+            RuntimeError: one ended by itself; with the end of its log.
+        """
+        for program, process in self._processes.items():
+            if process.poll() is not None:
+                raise RuntimeError(
+                    f"{program} ended with {process.returncode}; {self._log(program)}"
+                )
+
     def kill(self) -> None:
         """SIGKILL to the API server."""
         process = self._processes.pop("kube-apiserver")
@@ -282,18 +294,20 @@ class ControlPlane:
         )
 
     def _start_controllers(self, config: Path) -> None:
+        # Old ones listen without TLS, too, on ports that may be another control plane's.
+        closed = ("--port=0",) if self.version < (1, 23) else ()
         self._run(
             *("kube-controller-manager", f"--kubeconfig={config}", "--leader-elect=false"),
             *("--bind-address=127.0.0.1", f"--secure-port={self._controllers}"),
             *(f"--cert-dir={self._root / 'controllers'}", "--use-service-account-credentials"),
             f"--service-account-private-key-file={self._root / 'accounts.key'}",
             f"--root-ca-file={self.ca}",
-            *("--kube-api-qps=200", "--kube-api-burst=400"),
+            *("--kube-api-qps=200", "--kube-api-burst=400", *closed),
         )
         self._run(
             *("kube-scheduler", f"--kubeconfig={config}", "--leader-elect=false"),
             *("--bind-address=127.0.0.1", f"--secure-port={self._scheduler}"),
-            f"--cert-dir={self._root / 'scheduler'}",
+            *(f"--cert-dir={self._root / 'scheduler'}", *closed),
         )
 
     def _run(self, program: str, *flags: str) -> None:
@@ -313,11 +327,13 @@ class ControlPlane:
                 return
             except (ApiFailure, urllib3.exceptions.HTTPError) as error:
                 said = str(error)
-            ended = self._processes[program].poll() is not None
-            if ended or time.monotonic() > deadline:
-                log = (self._root / f"{program}.log").read_text()[-2000:]
-                raise RuntimeError(f"{program} is not ready: {said}; its log ends with\n{log}")
+            self.check()
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{program} is not ready: {said}; {self._log(program)}")
             time.sleep(0.2)
+
+    def _log(self, program: str) -> str:
+        return "its log ends with\n" + (self._root / f"{program}.log").read_text()[-2000:]
 
     def _end(self) -> None:
         for process in reversed(list(self._processes.values())):

@@ -49,6 +49,7 @@ class RealCluster:
         self.plane.ask("POST", "/api/v1/namespaces", {"metadata": {"name": self.namespace}})
         deadline = time.monotonic() + _SECONDS
         while True:  # no pod is made before the account that it runs as
+            self.plane.check()
             try:
                 self.plane.ask("GET", self.path("serviceaccounts", "default"))
                 return self
