@@ -13,6 +13,8 @@ from arriero.kubernetes.api import Object
 
 # Reasons of a waiting container that do not go away by waiting, as the kubelet has them.
 _IMAGE = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
+IMAGE_PULL = "IMAGE_PULL"
+_UNMADE = ("ContainerCreating", "PodInitializing", "ImagePullBackOff")
 _CONFIG = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
 _CRASH = "CrashLoopBackOff"
 # Warnings that say why a pod that has a node does not start.
@@ -93,10 +95,10 @@ def oom_killed(pod: Object) -> bool:
 
 
 def making(pod: Object) -> bool:
-    """Whether it has a node, and no container yet, for no reason that its status tells."""
+    """Whether it has a node, and no container yet, and only its events may say why."""
     scheduled = (_condition(pod, "PodScheduled") or {}).get("status") == "True"
     waits = [(state.get("state") or {}).get("waiting") for state in _containers(pod)]
-    unmade = all(w and w.get("reason") in ("ContainerCreating", "PodInitializing") for w in waits)
+    unmade = all(w and w.get("reason") in _UNMADE for w in waits)
     return phase(pod) == "Pending" and scheduled and unmade and not leaving(pod)
 
 
@@ -131,8 +133,9 @@ def trouble(pod: Object, events: Iterable[Object] = ()) -> Trouble | None:
         said = str(waiting.get("message") or "").strip()
         if reason in _IMAGE:
             image = state.get("image") or "its image"
+            said = _pull_failure(events) or said
             return Trouble(
-                "IMAGE_PULL",
+                IMAGE_PULL,
                 f"{image} cannot be pulled ({reason}): {said or 'no message'}; check the name, "
                 "the tag, the registry and imagePullSecrets",
             )
@@ -167,6 +170,15 @@ def refused(events: Iterable[Object]) -> Trouble | None:
                 return Trouble("QUOTA_EXCEEDED", f"the namespace's quota is used up: {said}", True)
             return Trouble("POD_REFUSED", f"the cluster refuses its pods: {said}")
     return None
+
+
+def _pull_failure(events: Iterable[Object]) -> str:
+    """Why an image could not be pulled; while it backs off its container says only that."""
+    for event in _newest(events):
+        message = str(event.get("message") or "")
+        if event.get("reason") == "Failed" and message.startswith("Failed to pull"):
+            return message
+    return ""
 
 
 def _newest(events: Iterable[Object]) -> list[Object]:

@@ -306,6 +306,9 @@ class _Job:
             return None
         for pod in found:
             trouble = status.trouble(pod)
+            if trouble is not None and trouble.reason == status.IMAGE_PULL:
+                events = await self._recent_events([status.name_of(pod)])
+                return status.trouble(pod, events)
             if trouble is not None:
                 return trouble
         pending = [pod for pod in found if status.phase(pod) == "Pending"]

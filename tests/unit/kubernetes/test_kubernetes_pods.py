@@ -83,6 +83,19 @@ def test_a_missing_volume_is_told_by_events_alone():
     assert 'secret "tls" not found' in pods.trouble(pod(), [event]).message
 
 
+def test_an_image_that_is_tried_again_later_says_why():
+    found = pod(waiting={"reason": "ImagePullBackOff", "message": 'Back-off pulling image "a:1"'})
+    found["status"]["conditions"] = [{"type": "PodScheduled", "status": "True"}]
+    assert pods.making(found)
+    said = 'Failed to pull image "a:1": failed to resolve reference: connection refused'
+    events = [
+        {"type": "Warning", "reason": "Failed", "message": said, "lastTimestamp": "2026-01-01T1"},
+        {"type": "Warning", "reason": "Failed", "message": "Error: ImagePullBackOff"},
+    ]
+    assert said in pods.trouble(found, events).message
+    assert "Back-off" in pods.trouble(found).message
+
+
 def test_a_crash_loop_says_how_often_and_with_what():
     found = pod("Running", waiting={"reason": "CrashLoopBackOff"})
     found["status"]["containerStatuses"][0] |= {
