@@ -88,8 +88,8 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def podman(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Podman]:
-    name = f"arriero-play-{uuid.uuid4().hex[:6]}"
+def podman(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Podman]:
+    name = f"arriero-play-{kind}-{uuid.uuid4().hex[:6]}"
     with Podman(name, tmp_path_factory.mktemp("podman")) as made:
         yield made
 
