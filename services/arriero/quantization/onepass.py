@@ -114,10 +114,12 @@ class Target:
     Attributes:
         path: of the file.
         header: what it says.
+        scratch: nobody needs its digest, nor the file when the machine stops.
     """
 
     path: Path
     header: Header
+    scratch: bool = False
 
 
 def fill(
@@ -146,7 +148,7 @@ def fill(
         check: called a few times a second; what it raises ends the work.
 
     Returns:
-        Digests of the targets, by file name; they are on the disk.
+        Digests of the targets that stay, by file name; they are on the disk.
 
     Raises:
         DataLoss: weights that are not finite.
@@ -211,7 +213,7 @@ class _Filling:
     def _begin(self, target: Target) -> SinkFile:
         with target.path.open("rb") as file:
             head = file.read(target.header.data_offset)
-        made = self._sink.add(target.path, target.header.size)
+        made = self._sink.add(target.path, target.header.size, scratch=target.scratch)
         self._sink.put(made, 0, memoryview(head))
         return made
 

@@ -334,7 +334,7 @@ class _Work:
         kind = resolve_type(self.conversion.out_type)
         if self.method == ONEPASS:
             plan = plan_types(self.outline.path, kind)
-            _in_one_pass(self, [kind], [plan], Recipe(), [path])
+            _in_one_pass(self, [kind], [plan], Recipe(), [path], scratch=True)
         else:
             reference.convert(self.job, self.conversion, self.merged, path, self.workers)
 
@@ -408,6 +408,8 @@ def _in_one_pass(
     plans: Sequence[TypePlan],
     recipe: Recipe,
     paths: Sequence[Path],
+    *,
+    scratch: bool = False,
 ) -> dict[str, Written]:
     job = work.job
     importance = recipe.importance
@@ -418,6 +420,7 @@ def _in_one_pass(
             write_header(
                 work.outline.path, path, file_type=kind.ftype, types=plan.types, metadata=metadata
             ),
+            scratch,
         )
         for kind, plan, path in zip(kinds, plans, paths, strict=True)
     ]

@@ -54,9 +54,9 @@ class Written:
 
 
 class SinkFile:
-    """A file in the making."""
+    """A file in the making; nobody asks for a `scratch` one after a loss of power."""
 
-    def __init__(self, path: Path, size: int) -> None:
+    def __init__(self, path: Path, size: int, *, scratch: bool = False) -> None:
         """Create it in full length, its space reserved.
 
         Raises:
@@ -64,6 +64,7 @@ class SinkFile:
         """
         self.path = path
         self.size = size
+        self.scratch = scratch
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         self.hash = hashlib.sha256()
         self.hashed = 0
@@ -77,12 +78,12 @@ class SinkFile:
 
     def update(self, offset: int, data: memoryview) -> None:
         """Hash, as long as what comes is what follows."""
-        if offset == self.hashed:
+        if offset == self.hashed and not self.scratch:
             self.hash.update(data)
             self.hashed += data.nbytes
 
     def written(self) -> Written | None:
-        """Its digest, where all of it came in order."""
+        """Its digest, where all of it came in order and it is to stay."""
         if self.hashed != self.size:
             return None
         status = os.fstat(self.descriptor)
@@ -123,13 +124,13 @@ class Sink:
         self._error: BaseException | None = None
         self._threads: list[threading.Thread] = []
 
-    def add(self, path: Path, size: int) -> SinkFile:
-        """Create a file.
+    def add(self, path: Path, size: int, *, scratch: bool = False) -> SinkFile:
+        """Create a file; a `scratch` one is neither hashed nor pushed to the disk.
 
         Raises:
             DiskFull: no room for it, with figures.
         """
-        file = SinkFile(path, size)
+        file = SinkFile(path, size, scratch=scratch)
         self.files.append(file)
         if not self._threads:
             for work in (self._write, self._hash, self._sync):
@@ -191,10 +192,10 @@ class Sink:
             self._give(_Stretch(file, offset + done, piece, source=place))
 
     def close(self) -> dict[str, Written]:
-        """Wait until everything is on the disk, and close the files.
+        """Wait until everything that is to stay is on the disk, and close the files.
 
         Returns:
-            Digests by file name, of the files that came in order.
+            Digests by file name, of those files that came in order.
         """
         self._flush()
         self._stop()
@@ -203,7 +204,8 @@ class Sink:
             raise self._error
         digests = {}
         for file in self.files:
-            os.fsync(file.descriptor)
+            if not file.scratch:
+                os.fsync(file.descriptor)
             if (written := file.written()) is not None:
                 digests[file.path.name] = written
         self._release()
@@ -272,7 +274,7 @@ class Sink:
                 except BaseException as error:
                     self._error = _translated(error, stretch.file)
             stretch.file.dirty += stretch.data.nbytes
-            if stretch.file.dirty >= _DIRTY:
+            if stretch.file.dirty >= _DIRTY and not stretch.file.scratch:
                 with contextlib.suppress(queue.Full):  # busy with an earlier stretch
                     self._to_sync.put_nowait(stretch.file)
                     stretch.file.dirty = 0

@@ -1,6 +1,8 @@
 """Writing safetensors tensor by tensor."""
 
+import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from arriero.errors import DiskFull, Internal, InvalidArgument
-from arriero.weights import TensorPlan, Weights, WeightsWriter
+from arriero.weights import TensorPlan, Weights, WeightsWriter, sink
 
 TENSORS = {
     "norm": torch.arange(5, dtype=torch.bfloat16),
@@ -212,3 +214,21 @@ def test_what_goes_wrong_while_writing_reaches_the_caller(
 
     with pytest.raises(DiskFull, match=r"40001\d\d bytes needed"):
         work()
+
+
+def test_a_scratch_file_is_neither_hashed_nor_pushed_to_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushed: list[int] = []
+    monkeypatch.setattr(os, "fsync", pushed.append)
+    out = sink.Sink()
+    kept = out.add(tmp_path / "kept", 6)
+    scratch = out.add(tmp_path / "scratch", 6, scratch=True)
+    for file in (kept, scratch):
+        out.put(file, 0, memoryview(b"abcdef"))
+    digests = out.close()
+    assert list(digests) == ["kept"]
+    assert digests["kept"].sha256 == hashlib.sha256(b"abcdef").hexdigest()
+    assert pushed == [kept.descriptor]
+    assert scratch.hashed == 0
+    assert (tmp_path / "scratch").read_bytes() == b"abcdef"
