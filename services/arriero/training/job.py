@@ -56,7 +56,7 @@ def train(job: Job) -> Sequence[Output]:
     """
     job.progress(phase="loading", force=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    allocator.settle()
+    allocator.settle(sparing=job.spec.gradient_checkpointing)
     import torch  # seconds, with what follows: said to be loading first
 
     from arriero.training import adapter, finite, numerics, whole
