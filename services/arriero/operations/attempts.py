@@ -2,7 +2,7 @@
 
 Responsibility: start jobs, hold and judge them, retry, take up what an earlier
 service left, publish. Never two jobs of an execution at once. Does not know
-operations, that is, who waits, nor where jobs run.
+operations, that is, who waits, nor where jobs run, nor what lies where (`staging`).
 """
 
 from __future__ import annotations
@@ -12,10 +12,8 @@ import contextlib
 import logging
 import os
 import secrets
-import shutil
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from arriero.errors import ArrieroError, Cancelled, Internal, Unavailable
 from arriero.operations import logs
@@ -27,10 +25,11 @@ from arriero.operations.publishing import publish
 from arriero.operations.queue import JobQueue, Place
 from arriero.operations.records import ExecutionRecord, JobRecord, Records, Result, State, now
 from arriero.operations.runner import Exit, Handle, Launch, Runner
+from arriero.operations.staging import Staging
 from arriero.rpc.parent import ProcessId
 from arriero.rpc.status import to_status
 from arriero.store import Store
-from arriero.store.files import os_errors, remove_tree
+from arriero.store.files import os_errors
 
 _log = logging.getLogger(__name__)
 # How often it is looked whether a store that was away is back.
@@ -97,6 +96,10 @@ class Attempts:
     job_grace: float = 15.0
     report_address: str = ""
 
+    def __post_init__(self) -> None:
+        apart = self.runner.detached and self.store.remote
+        self._staging = Staging(self.service, self.store, self.records, apart=apart)
+
     async def run(self, execution: Execution) -> None:
         """Bring an execution to its end, or to the service's."""
         record = execution.record
@@ -108,7 +111,9 @@ class Attempts:
             while not done:
                 try:
                     await self.records.bring_log(record.id)
-                    await self._inherit(execution)
+                    if execution.heir_of:
+                        await asyncio.to_thread(self._staging.inherit, record, execution.heir_of)
+                        execution.heir_of = ()
                     if left:
                         done, left = await self._resume(execution), False
                     else:
@@ -118,7 +123,9 @@ class Attempts:
                     if not self.store.remote:
                         raise
                     # Nothing is lost but time, and nothing is known to be wrong.
-                    self._mark(record, f"goes on when the store does: {error.message}", "WARNING")
+                    self._staging.mark(
+                        record, f"goes on when the store does: {error.message}", "WARNING"
+                    )
                     await self._unless_stopped(execution, asyncio.sleep(_STORE_SECONDS))
                     left = bool(record.jobs) and record.jobs[-1].attempt == record.attempt
         except _Suspended:
@@ -134,7 +141,7 @@ class Attempts:
         with contextlib.suppress(asyncio.CancelledError, ArrieroError):
             await log
         if record.state.ended and await self._recorded(execution):
-            await asyncio.to_thread(self._clean, record)
+            await asyncio.to_thread(self._staging.clean, record)
 
     async def _recorded(self, execution: Execution) -> bool:
         """Whether the end is in the store, elsewhere too: only then may what led to it go."""
@@ -164,16 +171,6 @@ class Attempts:
                 _log.warning("the log of %s could not be kept: %s", record.id, error)
                 await asyncio.sleep(_LOG_SECONDS)
 
-    async def _inherit(self, execution: Execution) -> None:
-        """Go on from the checkpoints of the same work that failed or was cancelled."""
-        for old in execution.heir_of:
-            target = self._staging(execution.record)
-            source = self.store.root / "staging" / self.service / old
-            if await asyncio.to_thread(inherit_checkpoints, self.store, source, target):
-                _log.info("%s goes on from the checkpoints of %s", execution.record.id, old)
-                break
-        execution.heir_of = ()
-
     # One attempt
 
     async def _attempt(self, execution: Execution) -> bool:
@@ -190,7 +187,7 @@ class Attempts:
         finally:
             execution.waits_for = None
             self.queue.give_back(place)
-        self._check(execution, outcome=await self._told(record))
+        self._check(execution, outcome=await self._staging.told(record))
         return await self._conclude(execution, left)
 
     def _place(self, execution: Execution) -> Place:
@@ -206,9 +203,9 @@ class Attempts:
         assignment = self._assignment(execution)
         with os_errors(assignment.directory):
             path = assignment.write()
-        if self._apart:
+        if self._staging.apart:
             await asyncio.to_thread(self.store.keep, path)
-        self._mark(record, f"attempt {record.attempt} starts", "INFO")
+        self._staging.mark(record, f"attempt {record.attempt} starts", "INFO")
         job = JobRecord(record.attempt, now())
         record.jobs.append(job)
         record.state = State.RUNNING
@@ -236,7 +233,7 @@ class Attempts:
             spec=record.spec,
             inputs=record.inputs,
             store=self.store.url,
-            staging=str(self._staging(record)),
+            staging=str(self._staging.of(record)),
             execution=record.id,
             attempt=record.attempt,
             run=record.run,
@@ -245,14 +242,16 @@ class Attempts:
             report_token=execution.token,
             service_process=None if outlives else ProcessId.of(os.getpid()),
             watch_service=not outlives,
-            detached=self._apart,
+            detached=self._staging.apart,
             last_failure=reason_of(record.jobs[-1].status) if record.jobs else "",
         )
 
     def _to_launch(self, execution: Execution) -> Launch:
         record = execution.record
-        path = self._staging(record) / "attempts" / str(record.attempt) / "assignment.json"
-        place = f"{self.store.url}/{path.relative_to(self.store.root)}" if self._apart else path
+        path = self._staging.assignment(record)
+        place = (
+            f"{self.store.url}/{path.relative_to(self.store.root)}" if self._staging.apart else path
+        )
         return Launch(
             self.kinds[record.kind].job_module,
             place,
@@ -271,7 +270,7 @@ class Attempts:
         def tell(waits_for: ArrieroError | None) -> None:
             if waits_for is not None and str(waits_for) != str(execution.waits_for):
                 level = "INFO" if waits_for.reason == "QUEUED" else "WARNING"
-                self._mark(execution.record, waits_for.message, level)
+                self._staging.mark(execution.record, waits_for.message, level)
             execution.waits_for = waits_for
 
         return tell
@@ -292,7 +291,7 @@ class Attempts:
                     self.queue.give_back(place)
                 elif held and not record.paused:
                     await self._unless_stopped(execution, self.queue.take(place))
-                    await asyncio.to_thread(self._forget_outcome, record)
+                    await asyncio.to_thread(self._staging.forget_outcome, record)
                     await handle.resume()
                     held = False
                 turned = asyncio.ensure_future(execution.turned.wait())
@@ -341,8 +340,10 @@ class Attempts:
             launch = self._to_launch(execution)
             handle = await self._adopt(execution, launch, job)
             if handle is not None:
-                self._mark(record, f"attempt {record.attempt} goes on after a restart", "INFO")
-                execution.token = await asyncio.to_thread(self._token, record)
+                self._staging.mark(
+                    record, f"attempt {record.attempt} goes on after a restart", "INFO"
+                )
+                execution.token = await asyncio.to_thread(self._staging.token, record)
                 place = self._place(execution)
                 self.queue.hold(place)
                 try:
@@ -350,8 +351,8 @@ class Attempts:
                 finally:
                     self.queue.give_back(place)
             job.end_time = now()
-        self._check(execution, outcome=await self._told(record))
-        if job.status is not None and await self._told(record) is None:
+        self._check(execution, outcome=await self._staging.told(record))
+        if job.status is not None and await self._staging.told(record) is None:
             return False  # judged already: the next attempt was due
         return await self._conclude(execution, left)
 
@@ -369,10 +370,10 @@ class Attempts:
     async def _conclude(self, execution: Execution, left: Exit) -> bool:
         """Judge the newest attempt; whether that ended the execution."""
         record = execution.record
-        outcome = await self._told(record)
+        outcome = await self._staging.told(record)
         lines: Sequence[str] = []
         if outcome is None:
-            self._fill_in(execution, left)
+            self._staging.fill_in(record, left.lines, execution.received.get(0))
             lines = logs.tail(self.records.log_path(record.id)) or left.lines[-3:]
         ending = ending_of(
             left.code,
@@ -389,12 +390,12 @@ class Attempts:
             await self.records.keep(record)
             await self._publish(execution, outcome)
             return True
-        self._mark(record, f"attempt {record.attempt} ended: {ending.message}", "WARNING")
+        self._staging.mark(record, f"attempt {record.attempt} ended: {ending.message}", "WARNING")
         attempts = self.kinds[record.kind].max_attempts
         if ending.next is Next.FAIL or record.counted >= attempts:
             self._fail(execution, ending)
             return True
-        await asyncio.to_thread(self._forget_attempt, record)
+        await asyncio.to_thread(self._staging.forget_attempt, record)
         await self.records.keep(record)
         pause = self.backoff(max(1, record.counted))
         await self._unless_stopped(execution, asyncio.sleep(pause))
@@ -403,7 +404,7 @@ class Attempts:
     async def _publish(self, execution: Execution, outcome: Outcome) -> None:
         record = execution.record
         execution.publishing = True
-        directory = self._staging(record) / "attempts" / str(record.attempt)
+        directory = self._staging.attempt(record)
         published = await asyncio.to_thread(
             publish, self.store, self.service, record, outcome, directory
         )
@@ -427,7 +428,7 @@ class Attempts:
         record = execution.record
         if error is not None:
             record.result.error = to_json(to_status(error))
-            self._mark(record, error.message, "ERROR")
+            self._staging.mark(record, error.message, "ERROR")
         record.state, record.end_time = state, now()
         if record.jobs and not record.jobs[-1].end_time:
             record.jobs[-1].end_time = record.end_time
@@ -460,97 +461,3 @@ class Attempts:
         finally:
             stopped.cancel()
         self._check(execution)
-
-    @property
-    def _apart(self) -> bool:
-        """Whether service and job meet in the store alone, and share no disk."""
-        return self.runner.detached and self.store.remote
-
-    async def _told(self, record: ExecutionRecord) -> Outcome | None:
-        if self._apart:
-            return await asyncio.to_thread(self._outcome, record)
-        return self._outcome(record)
-
-    def _outcome(self, record: ExecutionRecord) -> Outcome | None:
-        """The newest attempt's outcome; one of an earlier attempt is never looked at."""
-        path = Outcome.path(self._staging(record), record.attempt)
-        if self._apart:
-            self.store.bring(path)
-        outcome = Outcome.read(path)
-        return outcome if outcome is not None and outcome.attempt == record.attempt else None
-
-    def _fill_in(self, execution: Execution, left: Exit) -> None:
-        """Keep a job's last words that did not arrive before it died."""
-        received = execution.received.get(0)
-        if left.lines and received is not None and len(left.lines) > received:
-            rest = [line.encode() for line in left.lines[received:]]
-            with contextlib.suppress(OSError):
-                logs.append(self.records.log_path(execution.record.id), rest)
-
-    def _forget_outcome(self, record: ExecutionRecord) -> None:
-        """Of a job that left to be held: it is to speak again when it goes on."""
-        path = Outcome.path(self._staging(record), record.attempt)
-        path.unlink(missing_ok=True)
-        self.store.forget(path)
-
-    def _token(self, record: ExecutionRecord) -> str:
-        """What the running attempt reports with, by its own assignment."""
-        path = self._staging(record) / "attempts" / str(record.attempt) / "assignment.json"
-        self.store.bring(path)
-        try:
-            return Assignment.read(path).report_token
-        except (OSError, ValueError, KeyError, TypeError):
-            return ""
-
-    def _staging(self, record: ExecutionRecord) -> Path:
-        return self.store.staging(self.service, record.id)
-
-    def _mark(self, record: ExecutionRecord, message: str, level: str) -> None:
-        if not self.records.has_log(record.id):
-            return  # what it would be added to is still to be brought
-        log = self.records.log_path(record.id)
-        with contextlib.suppress(OSError):
-            logs.mark(log, message, attempt=record.attempt, stage=record.stage, level=level)
-
-    def _forget_attempt(self, record: ExecutionRecord) -> None:
-        """Remove what an attempt wrote for itself; its outcome stays as evidence."""
-        directory = self._staging(record) / "attempts" / str(record.attempt)
-        for name in ("outputs", "scratch"):
-            remove_tree(directory / name)
-            self.store.forget(directory / name)
-
-    def _clean(self, record: ExecutionRecord) -> None:
-        """Checkpoints of work that did not succeed stay for a retry, until gc."""
-        staging = self._staging(record)
-        try:
-            checkpoints = staging / "checkpoints"
-            if record.state is not State.SUCCEEDED and self._apart:
-                self.store.bring(checkpoints)
-            kept = checkpoints.is_dir() and any(checkpoints.iterdir())
-            gone = staging
-            if record.state is not State.SUCCEEDED and kept:
-                gone = staging / "attempts"
-            remove_tree(gone)
-            self.store.forget(gone)
-            self.records.keep_log(record.id)
-        except (OSError, ArrieroError) as error:
-            _log.warning("staging of %s was not removed: %s", record.id, error)
-
-
-def inherit_checkpoints(store: Store, source: Path, target: Path) -> bool:
-    """Move the checkpoints of work that ended to the same work's next execution.
-
-    Raises:
-        Unavailable: a store elsewhere is away; to be called again.
-    """
-    old, new = source / "checkpoints", target / "checkpoints"
-    if not new.exists():
-        if not old.is_dir():
-            store.bring(old)
-        if not old.is_dir():
-            return False
-        old.rename(new)
-    store.keep(new)
-    shutil.rmtree(source, ignore_errors=True)
-    store.forget(source)
-    return True

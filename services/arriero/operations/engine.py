@@ -1,7 +1,8 @@
-"""Operations of one service: started once, shared, waited for, cancelled.
+"""Operations of one service: started, waited for, held, cancelled, ended.
 
-Responsibility: who asked for what, and which execution answers it. Does not
-know how an execution is brought to its end (`attempts`), nor any kind of work.
+Responsibility: who waits for which execution, and what becomes of their operations.
+Does not know how work is taken in (`admission`), how an execution is brought to its
+end (`attempts`), nor any kind of work.
 """
 
 from __future__ import annotations
@@ -9,9 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
-import uuid
-import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,18 +17,15 @@ from google.longrunning import operations_pb2
 from google.protobuf.message import Message
 
 from arriero.errors import (
-    AlreadyExists,
     ArrieroError,
     Cancelled,
     DataLoss,
     InvalidArgument,
     NotFound,
-    Unavailable,
 )
-from arriero.operations import intake
+from arriero.operations.admission import Admission
 from arriero.operations.attempts import Attempts, Execution, default_backoff
 from arriero.operations.handoff import to_json
-from arriero.operations.intake import Work
 from arriero.operations.kinds import WorkKind
 from arriero.operations.queue import JobQueue
 from arriero.operations.records import (
@@ -43,8 +38,7 @@ from arriero.operations.records import (
 )
 from arriero.operations.reports import Reports
 from arriero.operations.runner import LocalProcess, Runner
-from arriero.operations.views import fill_result, operation_message, result_of
-from arriero.rpc.auth import caller
+from arriero.operations.views import operation_message
 from arriero.rpc.status import to_status
 from arriero.settings import SourceSettings
 from arriero.store import Store
@@ -104,14 +98,24 @@ class Engine:
             backoff=backoff,
             job_grace=job_grace,
         )
-        self._closing = False
-        # By request and by result: one at a time is looked up and written down.
-        self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
-        self._starting: set[asyncio.Task[OperationRecord]] = set()
         self._done: dict[str, asyncio.Event] = {}
         self._executions = {r.id: Execution(r) for r in self._records.executions()}
         self.reports = Reports(self._records, self._executions)
         self._operations = {r.id: r for r in self._records.operations()}
+        self._admission = Admission(
+            service=service,
+            store=store,
+            records=self._records,
+            kinds=self._kinds,
+            sources=sources,
+            runner=self._runner,
+            queue=self._queue,
+            operations=self._operations,
+            executions=self._executions,
+            launch=self._launch,
+            hold=self._hold,
+            waiting=self._waiting,
+        )
         self._reconcile()
 
     # The service's life
@@ -138,11 +142,11 @@ class Engine:
 
     async def close(self) -> None:
         """Tell running jobs to save and leave; their operations go on at the next start."""
-        self._closing = True
+        self._admission.closing = True
         tasks = [e.task for e in self._executions.values() if e.task is not None]
         for execution in self._executions.values():
             execution.stop.set()
-        await asyncio.gather(*tasks, *self._starting, return_exceptions=True)
+        await asyncio.gather(*tasks, *self._admission.starting, return_exceptions=True)
         await self._runner.close()
 
     def _reconcile(self) -> None:
@@ -185,220 +189,9 @@ class Engine:
             DiskFull: the work needs more space than there is.
             Unavailable: the service is stopping, or the store is away.
         """
-        intake.check_context(context)
-        known_kind = self._kinds.get(kind)
-        if known_kind is None:
-            raise InvalidArgument.field("kind", f"{kind!r} is none of {', '.join(self._kinds)}")
         if context.validate_only:
-            return await self._validate(known_kind, spec, context)
-        profile, nodes = self._resources(spec, context)
-        starting = asyncio.create_task(self._start(known_kind, spec, context, profile, nodes))
-        self._starting.add(starting)
-        starting.add_done_callback(self._starting.discard)
-        # Whoever asked may leave: what was begun is whole when the request comes again.
-        return self._view(await asyncio.shield(starting))
-
-    async def _start(
-        self,
-        kind: WorkKind,
-        spec: Message,
-        context: types_pb2.StageContext,
-        profile: str,
-        nodes: int,
-    ) -> OperationRecord:
-        request_id = context.request_id or str(uuid.uuid4())
-        operation_id = intake.operation_id(self._service, request_id)
-        digest = intake.request_digest(kind.name, spec, context)
-        async with self._lock(f"request {operation_id}"):
-            record = self._operations.get(operation_id)
-            if record is None:
-                template = OperationRecord(
-                    id=operation_id,
-                    service=self._service,
-                    kind=kind.name,
-                    request_id=request_id,
-                    request_digest=digest,
-                    result_key="",
-                    execution="",
-                    inputs={},
-                    run=context.run,
-                    stage=context.stage,
-                    owner=context.owner or caller(),
-                    labels=dict(context.labels),
-                    create_time=now(),
-                )
-                # gc must see the inputs held before it is looked whether they are there.
-                named = intake.named_digests(spec)
-                lease = await asyncio.to_thread(self._store.lease, "operations", named)
-                try:
-                    record = await self._accept(
-                        template, kind, spec, force=context.force, profile=profile, nodes=nodes
-                    )
-                finally:
-                    with contextlib.suppress(Unavailable):  # it ends by itself
-                        await asyncio.to_thread(lease.release)
-            elif record.request_digest != digest:
-                raise AlreadyExists(
-                    f"request_id {request_id!r} was used for other work ({record.name}, "
-                    f"{record.kind}); use a new id for a new request",
-                    reason="REQUEST_ID_REUSED",
-                    metadata={"operation": record.name},
-                )
-            return record
-
-    def _lock(self, name: str) -> asyncio.Lock:
-        return self._locks.setdefault(name, asyncio.Lock())
-
-    def _resources(self, spec: Message, context: types_pb2.StageContext) -> tuple[str, int]:
-        """Name of the resource profile, and machines asked for (0: the work uses one).
-
-        Raises:
-            InvalidArgument: two names, no such profile, or one that does not fit.
-        """
-        own = str(getattr(spec, "resources", ""))
-        if own and context.resources and own != context.resources:
-            raise InvalidArgument.field(
-                "resources", f"is {own!r} here and {context.resources!r} for the stage; name one"
-            )
-        profile = context.resources or own
-        nodes = int(getattr(spec, "nodes", 0)) or ("nodes" in spec.DESCRIPTOR.fields_by_name)
-        self._queue.check(self._runner.demand(profile, int(nodes)))
-        return profile, int(nodes)
-
-    async def _validate(
-        self, kind: WorkKind, spec: Message, context: types_pb2.StageContext
-    ) -> operations_pb2.Operation:
-        self._resources(spec, context)
-        work = await asyncio.to_thread(intake.resolve, kind, spec, self._store, self._sources)
-        known = await asyncio.to_thread(
-            intake.known_result, self._store, self._service, work, force=context.force
-        )
-        metadata = types_pb2.OperationMetadata(
-            kind=kind.name,
-            result_key=work.key,
-            cached=known is not None,
-            run=context.run,
-            stage=context.stage,
-            estimate=types_pb2.Estimate(
-                disk_bytes=work.resolved.disk_bytes, memory_bytes=work.resolved.memory_bytes
-            ),
-        )
-        if known is not None:
-            fill_result(metadata, result_of(known.artifacts, known.gates))
-        operation = operations_pb2.Operation()
-        operation.metadata.Pack(metadata)
-        return operation
-
-    async def _accept(
-        self,
-        record: OperationRecord,
-        kind: WorkKind,
-        spec: Message,
-        *,
-        force: bool,
-        profile: str,
-        nodes: int,
-    ) -> OperationRecord:
-        work = await asyncio.to_thread(intake.resolve, kind, spec, self._store, self._sources)
-        record.result_key = work.key
-        record.inputs = work.inputs
-        record.disk_bytes = work.resolved.disk_bytes
-        record.memory_bytes = work.resolved.memory_bytes
-        async with self._lock(f"result {work.key}"):
-            if not await self._answer(record, work, force=force):
-                await asyncio.to_thread(self._store.preflight, work.resolved.disk_bytes)
-                await self._execute(record, work, force=force, profile=profile, nodes=nodes)
-        return record
-
-    async def _answer(self, record: OperationRecord, work: Work, *, force: bool) -> bool:
-        """Answer from the store, or join the same work in flight, where that is possible."""
-        while True:
-            if self._closing:
-                raise Unavailable("the service is stopping; ask again", reason="DRAINING")
-            running = self._joinable(work)
-            known = await asyncio.to_thread(
-                intake.known_result, self._store, self._service, work, force=force
-            )
-            if known is not None:
-                record.cached, record.state, record.end_time = True, State.SUCCEEDED, now()
-                record.result = result_of(known.artifacts, known.gates)
-                await self._records.keep(record)
-                self._operations[record.id] = record
-                return True
-            if running is None:
-                return False  # nor has it begun meanwhile: the lock is held
-            if running is self._joinable(work):
-                await self._join(record, running)
-                return True
-
-    def _joinable(self, work: Work) -> Execution | None:
-        """The same work, in flight."""
-        for execution in self._executions.values():
-            other = execution.record
-            joinable = not other.state.ended and not other.cancelled and other.cacheable
-            if joinable and work.resolved.cacheable and other.result_key == work.key:
-                return execution
-        return None
-
-    async def _execute(
-        self, record: OperationRecord, work: Work, *, force: bool, profile: str, nodes: int
-    ) -> None:
-        execution = Execution(
-            ExecutionRecord(
-                id=secrets.token_hex(10),
-                kind=work.kind.name,
-                result_key=work.key,
-                spec=to_json(work.resolved.spec),
-                inputs=work.inputs,
-                profile=profile,
-                nodes=nodes,
-                run=record.run,
-                stage=record.stage,
-                owner=record.owner,
-                labels=record.labels,
-                cacheable=work.resolved.cacheable,
-                disk_bytes=work.resolved.disk_bytes,
-                memory_bytes=work.resolved.memory_bytes,
-                create_time=now(),
-            )
-        )
-        if not force and work.resolved.cacheable:
-            execution.heir_of = self._ended_before(execution.record)
-        await self._records.keep(execution.record)
-        self._wait_for(record, execution.record)
-        await self._records.keep(record)
-        self._operations[record.id] = record
-        self._executions[execution.record.id] = execution
-        if not self._closing:
-            self._launch(execution)
-
-    async def _join(self, record: OperationRecord, execution: Execution) -> None:
-        self._wait_for(record, execution.record)
-        # At once: the work must not be cancelled by others, who leave meanwhile.
-        self._operations[record.id] = record
-        try:
-            self._hold(execution)
-            await self._records.keep(record)
-        except BaseException:
-            del self._operations[record.id]
-            if self._waiting(execution.record.id):
-                self._hold(execution)
-            elif not execution.record.state.ended:  # the others left
-                execution.record.cancelled = True
-                execution.stop.set()
-            raise
-
-    def _wait_for(self, record: OperationRecord, execution: ExecutionRecord) -> None:
-        record.execution = execution.id
-        record.staging = f"staging/{self._service}/{execution.id}"
-
-    def _ended_before(self, record: ExecutionRecord) -> tuple[str, ...]:
-        """Executions of the same work that ended, newest first."""
-        return tuple(
-            other.record.id
-            for other in reversed(self._executions.values())
-            if other.record.result_key == record.result_key and other.record.state.ended
-        )
+            return await self._admission.validate(kind, spec, context)
+        return self._view(await self._admission.start(kind, spec, context))
 
     def _launch(self, execution: Execution) -> None:
         execution.task = asyncio.create_task(self._attempts.run(execution))
@@ -469,7 +262,7 @@ class Engine:
             NotFound: no such operation. Unavailable: the store is away; ask again.
         """
         operation = self._find(name)
-        async with self._lock(f"request {operation.id}"):
+        async with self._admission.writing(operation.id):
             if operation.state.ended or operation.paused == paused:
                 return
             operation.paused = paused

@@ -13,7 +13,7 @@ import pytest
 from toyroom_support import asked, eventually, metadata_of, order, result_of, trace_of
 
 from arriero.errors import Unavailable
-from arriero.operations import Engine, attempts, logs
+from arriero.operations import Engine, attempts, logs, staging
 from arriero.operations.records import ExecutionRecord, Records
 from arriero.operations.runner import Launch, LocalProcess
 from arriero.settings import SourceSettings
@@ -303,7 +303,7 @@ async def test_what_led_to_an_end_stays_until_the_end_is_recorded(
         cleaned.set()
 
     monkeypatch.setattr(store.objects, "write", refuse)
-    monkeypatch.setattr(attempts.Attempts, "_clean", clean)
+    monkeypatch.setattr(staging.Staging, "clean", clean)
     name = (await engine.start("import", order(steps=2), asked("a"))).name
     assert (await engine.wait(name, 60)).done
     assert not await asyncio.to_thread(cleaned.wait, 0.3)
