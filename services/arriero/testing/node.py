@@ -41,9 +41,6 @@ class Node:
         plane: whose node it is.
         environment: of every process, under what the pod says.
         start: starts a pod otherwise.
-        ready: called with a pod's address until it says that the pod is ready.
-        notice: seconds between a pod's deletion and its SIGTERM (its preStop).
-        capacity: of the node, over a large machine's without GPUs.
 
     Attributes:
         processes: by pod.
@@ -54,24 +51,18 @@ class Node:
         self,
         plane: ControlPlane,
         environment: Mapping[str, str],
-        *,
         start: Start | None = None,
-        ready: Callable[[str], bool] = lambda address: True,
-        notice: float = 0.0,
-        capacity: Mapping[str, str] | None = None,
     ) -> None:
         self._plane = plane
         self._environment = dict(environment)
         self._start = start or self._process
-        self._ready = ready
-        self._notice = notice
         self.name = f"node-{secrets.token_hex(3)}"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.logs: dict[str, str] = {}
         self._pods: dict[str, _Pod] = {}  # by uid
         self._over = threading.Event()
         self._server = self._serve_logs()
-        self._register(capacity or {})
+        self._register()
         self._threads = [
             threading.Thread(target=loop, daemon=True)
             for loop in (self._follow, self._beat, self._server.serve_forever)
@@ -103,9 +94,8 @@ class Node:
 
     # What a kubelet does
 
-    def _register(self, capacity: Mapping[str, str]) -> None:
-        resources = {"cpu": "64", "memory": "256Gi", "pods": "200"}
-        resources |= {"ephemeral-storage": "1Ti", **capacity}
+    def _register(self) -> None:
+        resources = {"cpu": "64", "memory": "256Gi", "ephemeral-storage": "1Ti", "pods": "200"}
         made = self._plane.ask(
             "POST",
             "/api/v1/nodes",
@@ -172,23 +162,21 @@ class Node:
         metadata = pod["metadata"]
         known, leaving = self._pods.get(metadata["uid"]), "deletionTimestamp" in metadata
         if known is None:
+            if leaving:
+                self._remove(pod)
             if leaving or pod["status"].get("phase") in ("Succeeded", "Failed"):
-                self._remove(pod) if leaving else None
                 return
             known = self._pods[metadata["uid"]] = self._begin(pod)
-            self._state(pod, known.status(self._ready(known.address)))
-        ended = known.code() is not None
-        if ended and not known.told:
-            known.finish()
-            self._state(pod, known.status(False))
-            known.told = True
-        if leaving:
-            if ended or known.process is None:
-                self._remove(pod)
-            else:
-                known.leave(self._notice, float(metadata["deletionGracePeriodSeconds"]))
-        elif not ended and not known.ready and self._ready(known.address):
-            self._state(pod, known.status(True))
+        phase = known.phase()
+        if phase != known.told:
+            self._state(pod, known.status(phase))
+            known.told = phase
+        if not leaving:
+            return
+        if phase == "Running" and known.process is not None:
+            known.leave(float(metadata["deletionGracePeriodSeconds"]))
+        else:
+            self._remove(pod)
 
     def _begin(self, pod: Object) -> _Pod:
         name = pod["metadata"]["name"]
@@ -266,22 +254,21 @@ class _Pod:
         self.container, self.process, self.address = container, process, address
         self.began = began
         self.reason = ""  # of its end, where it is not the usual one
-        self.ready = self.told = False
+        self.told = ""  # the phase that the API knows
         self.reader: threading.Thread | None = None
         self._left_at: float | None = None
-        self._asked = False
 
-    def code(self) -> int | None:
-        """As Popen has it; None while it runs."""
-        return None if self.process is None else self.process.poll()
+    def phase(self) -> str:
+        """Running, or how its process ended."""
+        code = None if self.process is None else self.process.poll()
+        return "Running" if code is None else "Failed" if code else "Succeeded"
 
-    def leave(self, notice: float, grace: float) -> None:
-        """SIGTERM after `notice` seconds, SIGKILL after `grace`."""
+    def leave(self, grace: float) -> None:
+        """SIGTERM, and SIGKILL after `grace` seconds."""
         assert self.process is not None
         now = time.monotonic()
-        self._left_at = self._left_at or now
-        if not self._asked and now - self._left_at >= notice:
-            self._asked = True
+        if self._left_at is None:
+            self._left_at = now
             self.process.terminate()
         if now - self._left_at >= grace:
             self.process.kill()
@@ -292,28 +279,21 @@ class _Pod:
             self.process.kill()
             self.process.wait()
 
-    def finish(self) -> None:
-        """Wait until all it wrote was read."""
-        if self.reader is not None:
-            self.reader.join(5)
-
-    def status(self, ready: bool) -> Object:
-        """A pod's status now."""
-        self.ready = ready
-        code = self.code()
+    def status(self, phase: str) -> Object:
+        """A pod's status in a phase; of what ended, after all that it wrote was read."""
         state: Object = {"running": {"startedAt": self.began}}
-        phase = "Running"
-        if code is not None:
-            phase = "Failed" if code else "Succeeded"
-            reason = self.reason or ("Error" if code else "Completed")
-            state = {
-                "terminated": {
-                    "exitCode": 128 - code if code < 0 else code,
-                    "reason": reason,
-                    "startedAt": self.began,
-                    "finishedAt": _now(),
-                }
+        ready = phase == "Running"
+        if self.process is not None and not ready:
+            if self.reader is not None:
+                self.reader.join(5)
+            code = self.process.returncode
+            ended = {
+                "exitCode": 128 - code if code < 0 else code,
+                "reason": self.reason or ("Error" if code else "Completed"),
+                "startedAt": self.began,
+                "finishedAt": _now(),
             }
+            state = {"terminated": ended}
         container = {
             "name": self.container,
             "image": "",
