@@ -169,7 +169,7 @@ def test_the_estimate_is_near_what_a_training_takes(
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert 0.9 < found["estimate"] / found["peak"] < 1.5, found
+    assert 0.9 < found["estimate"] / found["peak"] < 1.6, found
 
 
 def test_rows_count_with_their_own_lengths_and_not_as_if_padded():
