@@ -121,9 +121,13 @@ async def test_a_failing_gate_gives_the_endpoint_back_what_it_served(home):
         types_pb2.GATE_VERDICT_FAILED,
     ]
     assert f"{bad} was refused" in endpoint.gates[1].detail
+    assert "serves what it served before" in endpoint.rollout_error
     with pytest.raises(GateFailed):  # asked again after a crash: the same answer
         await home.deploy(bad, "two")
     assert home.endpoints.get("zh").spec.model == good
+    del home.supervisor.scores[bad]
+    await home.deploy(bad, "three")
+    assert not home.endpoints.get("zh").rollout_error
 
 
 async def test_a_failing_gate_of_a_new_endpoint_is_shown(home):

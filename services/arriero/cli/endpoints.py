@@ -114,6 +114,8 @@ def _details(item: pb.Endpoint, ancestors: list[pb.Artifact]) -> RenderableType:
         facts.add_row(
             "golden", Text("none: replicas cannot be compared with a trained model", "dim")
         )
+    if item.rollout_error:
+        facts.add_row("last roll-out", Text(item.rollout_error, "red"))
     if item.gates:
         facts.add_row("gates", render.gates_text(item.gates))
     for gate in item.gates:

@@ -25,6 +25,7 @@ def endpoint_message(record: EndpointRecord, observed: Observed) -> pb.Endpoint:
     """A copy with the replicas as the platform sees them, scores by name and artifact."""
     endpoint = pb.Endpoint()
     endpoint.CopyFrom(record.endpoint)
+    endpoint.rollout_error = record.error
     scores = {(r.name, r.digest): r for r in record.endpoint.replicas}
     del endpoint.replicas[:]
     for replica in observed.replicas:

@@ -711,12 +711,17 @@ class Endpoint(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     GATES_FIELD_NUMBER: _builtins.int
+    ROLLOUT_ERROR_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     desired_replicas: _builtins.int
     ready_replicas: _builtins.int
     run: _builtins.str
     """Run that deployed it; empty when made by hand."""
     owner: _builtins.str
+    rollout_error: _builtins.str
+    """Why the last roll-out did not succeed; empty when it did, or goes on. `spec` is
+    then what serves: what was deployed before, where something was.
+    """
     @_builtins.property
     def spec(self) -> _pipeline_pb2.DeploySpec:
         """As deployed, the model as a digest."""
@@ -742,10 +747,11 @@ class Endpoint(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
         gates: _abc.Iterable[_types_pb2.GateResult] | None = ...,
+        rollout_error: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "spec", b"spec", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "desired_replicas", b"desired_replicas", "gates", b"gates", "name", b"name", "owner", b"owner", "ready_replicas", b"ready_replicas", "replicas", b"replicas", "run", b"run", "spec", b"spec", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "desired_replicas", b"desired_replicas", "gates", b"gates", "name", b"name", "owner", b"owner", "ready_replicas", b"ready_replicas", "replicas", b"replicas", "rollout_error", b"rollout_error", "run", b"run", "spec", b"spec", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
