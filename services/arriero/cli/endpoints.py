@@ -19,13 +19,15 @@ from rich.text import Text
 
 from arriero.cli import render
 from arriero.cli.session import Format, Output, as_json, client, command, show
-from arriero.client import Client, Sampling
+from arriero.client import Client, Endpoint, Sampling
 from arriero.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound
 from arriero.v1 import orchestrator_pb2 as pb
 
 app = typer.Typer(no_args_is_help=True, help="Endpoints: list, look, create, scale, delete.")
 
 Name = Annotated[str, typer.Argument(help="The endpoint's name.")]
+# How long somebody who talks to an endpoint waits for its first replica.
+_START_SECONDS = 120.0
 Wait = Annotated[float, typer.Option(help="Seconds to wait until ready; 0 does not wait.", min=0)]
 
 
@@ -46,6 +48,22 @@ def _settled(api: Client, name: str, seconds: float) -> pb.Endpoint:
                 f"after {seconds:.0f} s; `arriero endpoints get {name}` shows why"
             )
         time.sleep(0.2)
+
+
+def _served(api: Client, name: str) -> Endpoint:
+    """The endpoint to talk to; while it starts (after `up`, say), it is waited for."""
+    deadline = time.monotonic() + _START_SECONDS
+    told = False
+    while time.monotonic() < deadline:
+        found = api.endpoints.get(name)
+        failed = any(r.state == pb.REPLICA_STATE_FAILED for r in found.replicas)
+        if found.ready_replicas or not found.desired_replicas or failed:
+            break
+        if not told:
+            render.errors.print(f"{name} is starting …", style="dim")
+            told = True
+        time.sleep(0.2)
+    return api.endpoint(name)
 
 
 @app.command("list")
@@ -289,7 +307,7 @@ def chat(
     sampling = _sampling(max_tokens, temperature, seed)
     messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
     with client() as api:
-        served = api.endpoint(endpoint)
+        served = _served(api, endpoint)
         if prompt is not None:
             messages.append({"role": "user", "content": prompt})
             answer = _say(served.chat(messages, adapter=adapter, **sampling))
@@ -323,7 +341,7 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     with client() as api:
         answer = _say(
-            api.endpoint(endpoint).generate(
+            _served(api, endpoint).generate(
                 text, adapter=adapter, **_sampling(max_tokens, temperature, seed)
             )
         )

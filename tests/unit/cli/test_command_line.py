@@ -1,6 +1,8 @@
 """The command line says what it can do, and what went wrong."""
 
 import json
+import threading
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,7 +14,9 @@ from arriero.cli import render
 from arriero.cli.__main__ import app
 from arriero.cli.session import command
 from arriero.errors import FieldViolation, InvalidArgument, NotFound
+from arriero.testing.servicers import running_platform
 from arriero.v1 import types_pb2
+from arriero.v1.pipeline_pb2 import DeploySpec
 
 runner = CliRunner()
 
@@ -142,3 +146,36 @@ def test_a_defect_is_one_line_and_its_traceback_is_kept(
     assert "Traceback" not in said
     assert "ZeroDivisionError: oops" in said
     assert "Traceback" in (home / "logs" / "cli.log").read_text()
+
+
+def test_whoever_talks_to_an_endpoint_that_starts_waits_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with running_platform() as platform:
+        monkeypatch.setenv("ARRIERO_ADDRESS", platform.address)
+        endpoints, spec = platform.endpoints, DeploySpec(endpoint="faq", replicas=1)
+        endpoints.addresses = []
+        endpoints.serve(spec)
+
+        def start() -> None:
+            while endpoints.look_ups < 3:
+                time.sleep(0.01)
+            endpoints.addresses = [platform.address]
+            endpoints.serve(spec)
+
+        starting = threading.Thread(target=start)
+        starting.start()
+        shown = runner.invoke(app, ["chat", "faq", "Who?"])
+        starting.join()
+    assert shown.exit_code == 0
+    assert "faq is starting" in shown.stderr
+    assert shown.stdout.strip()
+
+
+def test_nobody_waits_for_an_endpoint_without_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
+    with running_platform() as platform:
+        monkeypatch.setenv("ARRIERO_ADDRESS", platform.address)
+        platform.endpoints.serve(DeploySpec(endpoint="faq", replicas=0))
+        shown = runner.invoke(app, ["chat", "faq", "Who?"])
+    assert shown.exit_code == 1
+    assert "0 of 0 are ready" in shown.stderr
