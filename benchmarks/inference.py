@@ -59,7 +59,7 @@ from rich.table import Table
 CONTEXT = 512
 PREFIX_CONTEXT = 2048
 REPLICAS = 3
-console = Console(width=110)
+console = Console(width=110, markup=False)
 
 
 @dataclass
