@@ -496,22 +496,23 @@ async def test_the_charts_roles_are_enough_and_no_more(
     cluster: RealCluster, node: Node, tmp_path: Path
 ) -> None:
     install_access(cluster)
-    token = cluster.plane.token(cluster.namespace, "arriero-training")
-    api = connect(cluster, tmp_path, token)
-    owner = api.owner("arriero-jobs-training")
-    place = KubernetesJobs(
-        api, templates(two=Profile("two", nodes=2)), room="training", owner=owner
-    )
-    told = Told(tmp_path, "two", nodes=2)
-    async with running(place, told) as (handle, _):
-        await until(lambda: len(cluster.all("pods")) == 2)
-        assert await place.adopt(told.launch, None, 0) is not None
-        await handle.suspend()
-        await handle.resume()
-        await asyncio.to_thread(api.list, resources.EVENTS)
-        pod = cluster.all("pods")[0]["metadata"]["name"]
-        await until(lambda: api.log(pod) == "")
-    assert not any("forbidden" in said for said in told.words)
+    clients = {}
+    for room in ("dataset", "training", "merging", "quantization"):
+        token = cluster.plane.token(cluster.namespace, f"arriero-{room}")
+        clients[room] = api = connect(cluster, tmp_path, token)
+        owner = api.owner(f"arriero-jobs-{room}")
+        place = KubernetesJobs(api, templates(two=Profile("two", nodes=2)), room=room, owner=owner)
+        told = Told(tmp_path, "two", nodes=2)
+        async with running(place, told) as (handle, _):
+            await until(lambda: len(cluster.all("pods")) == 2)
+            assert await place.adopt(told.launch, None, 0) is not None
+            await handle.suspend()
+            await handle.resume()
+            await asyncio.to_thread(api.list, resources.EVENTS)
+            pod = cluster.all("pods")[0]["metadata"]["name"]
+            await until(lambda api=api, pod=pod: api.log(pod) == "")
+        assert not any("forbidden" in said for said in told.words)
+        await until(lambda: not cluster.all("pods"))
 
     token = cluster.plane.token(cluster.namespace, "arriero-orchestrator")
     orchestrator = connect(cluster, tmp_path, token)
@@ -524,7 +525,7 @@ async def test_the_charts_roles_are_enough_and_no_more(
             platform.remove("zh")
             await until(lambda: not cluster.all("deployments") and not cluster.all("services"))
 
-    for called, client in (("training", api), ("orchestrator", orchestrator)):
+    for called, client in (*clients.items(), ("orchestrator", orchestrator)):
         said = f"arriero-{called}.*cannot"
         for plural in ("secrets", "serviceaccounts", "persistentvolumeclaims", "nodes"):
             with pytest.raises(errors.PermissionDenied, match=said):
