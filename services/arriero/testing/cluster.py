@@ -8,7 +8,6 @@ Starts nothing by itself: `controllers` does what a cluster's controllers would.
 from __future__ import annotations
 
 import copy
-import json
 import re
 import ssl
 import threading
@@ -16,45 +15,23 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
-Object = dict[str, Any]
+from arriero.testing.requests import ApiFault, Asked, Object, handler
+
+__all__ = ["NAMESPACE", "FakeCluster", "Object"]
+
 Listener = Callable[[str, str, Object], None]
 
 NAMESPACE = "herd"
-_PATH = re.compile(
-    r"/(?P<base>api/v1|apis/[^/]+/[^/]+)/namespaces/(?P<ns>[^/]+)/(?P<plural>[^/]+)"
-    r"(?:/(?P<name>[^/]+))?(?:/(?P<sub>[^/]+))?"
-)
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 _LABEL = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
 _FOREGROUND = "foregroundDeletion"
 # Objects whose names are DNS labels; pods take theirs from Jobs, with eleven characters more.
 _SHORT_NAMES = {"services": 63, "jobs": 52}
-
-
-class ApiFault(Exception):
-    """What the server answers instead; `reason` as Kubernetes' own."""
-
-    def __init__(self, code: int, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.code, self.reason, self.message = code, reason, message
-
-    def status(self) -> Object:
-        """A `Status` object."""
-        return {
-            "kind": "Status",
-            "apiVersion": "v1",
-            "status": "Failure",
-            "code": self.code,
-            "reason": self.reason,
-            "message": self.message,
-        }
 
 
 class FakeCluster:
@@ -90,7 +67,7 @@ class FakeCluster:
         self._faults: list[tuple[str, str, ApiFault]] = []
         self._listeners: list[Listener] = []
         where = "127.0.0.1" if tls is None else "0.0.0.0"
-        self._server = ThreadingHTTPServer((where, 0), _handler(self))
+        self._server = ThreadingHTTPServer((where, 0), handler(self))
         self._server.daemon_threads = True
         self.port = self._server.server_port
         self.url = f"http://127.0.0.1:{self.port}"
@@ -202,7 +179,7 @@ class FakeCluster:
 
     # What requests do
 
-    def answer(self, verb: str, path: _Asked, body: Object | None) -> Object:
+    def answer(self, verb: str, path: Asked, body: Object | None) -> Object:
         """Do what a request asks."""
         with self._news:
             self.asked.add((verb, path.group, path.resource))
@@ -214,14 +191,14 @@ class FakeCluster:
                 raise ApiFault(403, "Forbidden", f"namespace {path.namespace} is not yours")
             return getattr(self, f"_{verb}")(path, body)  # type: ignore[no-any-return]
 
-    def _list(self, path: _Asked, _: Object | None) -> Object:
+    def _list(self, path: Asked, _: Object | None) -> Object:
         items = [item for item in self.all(path.plural) if path.selects(item)]
         return {"kind": "List", "metadata": {"resourceVersion": str(self._version)}, "items": items}
 
-    def _get(self, path: _Asked, _: Object | None) -> Object:
+    def _get(self, path: Asked, _: Object | None) -> Object:
         return copy.deepcopy(self._find(path))
 
-    def _create(self, path: _Asked, body: Object | None) -> Object:
+    def _create(self, path: Asked, body: Object | None) -> Object:
         assert body is not None
         item = copy.deepcopy(body)
         name = str(item["metadata"].get("name") or "")
@@ -230,7 +207,7 @@ class FakeCluster:
             raise ApiFault(409, "AlreadyExists", f'{path.plural} "{name}" already exists')
         return self._store("ADDED", path.plural, item)
 
-    def _update(self, path: _Asked, body: Object | None) -> Object:
+    def _update(self, path: Asked, body: Object | None) -> Object:
         assert body is not None
         found = self._find(path)
         _validate(path.plural, body)
@@ -246,7 +223,7 @@ class FakeCluster:
         item["status"] = found.get("status", {})
         return self._store("MODIFIED", path.plural, item)
 
-    def _patch(self, path: _Asked, body: Object | None) -> Object:
+    def _patch(self, path: Asked, body: Object | None) -> Object:
         item = copy.deepcopy(self._find(path))
         assert body is not None
         if path.subresource == "scale":
@@ -256,7 +233,7 @@ class FakeCluster:
         _merge(item, body)
         return self._store("MODIFIED", path.plural, item)
 
-    def _delete(self, path: _Asked, body: Object | None) -> Object:
+    def _delete(self, path: Asked, body: Object | None) -> Object:
         item = copy.deepcopy(self._find(path))
         if (body or {}).get("propagationPolicy") == "Foreground":
             for key in self._dependents(item):
@@ -278,13 +255,13 @@ class FakeCluster:
             if any(o.get("uid") == uid for o in other["metadata"].get("ownerReferences") or ())
         ]
 
-    def _find(self, path: _Asked) -> Object:
+    def _find(self, path: Asked) -> Object:
         item = self._objects.get((path.plural, path.name))
         if item is None:
             raise ApiFault(404, "NotFound", f'{path.plural} "{path.name}" not found')
         return item
 
-    def log(self, path: _Asked) -> str:
+    def log(self, path: Asked) -> str:
         """What a pod wrote."""
         with self._news:
             self.asked.add(("get", "", "pods/log"))
@@ -298,7 +275,7 @@ class FakeCluster:
             count = path.query.get("tailLines")
             return "\n".join(lines[-int(count) :] if count else lines) + "\n"
 
-    def watch(self, path: _Asked) -> Iterator[Object]:
+    def watch(self, path: Asked) -> Iterator[Object]:
         """Events after a version, until the watch is broken."""
         self.asked.add(("watch", path.group, path.resource))
         after = int(path.query.get("resourceVersion") or 0)
@@ -348,113 +325,6 @@ class FakeCluster:
         self._news.notify_all()
         for listener in self._listeners:
             threading.Thread(target=listener, args=(kind, plural, seen), daemon=True).start()
-
-
-class _Asked:
-    """A request's path and query."""
-
-    def __init__(self, target: str) -> None:
-        url = urlsplit(target)
-        match = _PATH.fullmatch(url.path)
-        if match is None:
-            raise ApiFault(404, "NotFound", f"the server could not find {url.path}")
-        base = match["base"]
-        self.group = "" if base == "api/v1" else base.split("/")[1]
-        self.namespace, self.plural = match["ns"], match["plural"]
-        self.name, self.subresource = unquote(match["name"] or ""), match["sub"] or ""
-        self.query = {key: values[0] for key, values in parse_qs(url.query).items()}
-
-    @property
-    def resource(self) -> str:
-        return f"{self.plural}/{self.subresource}" if self.subresource else self.plural
-
-    def selects(self, item: Object) -> bool:
-        """Whether both selectors take an object."""
-        labels = item["metadata"].get("labels") or {}
-        for part in filter(None, self.query.get("labelSelector", "").split(",")):
-            key, equals, value = part.partition("=")
-            if key not in labels or (equals and labels[key] != value):
-                return False
-        for part in filter(None, self.query.get("fieldSelector", "").split(",")):
-            key, _, value = part.partition("=")
-            found: Any = item
-            for step in key.split("."):
-                found = (found or {}).get(step)
-            if found != value:
-                return False
-        return True
-
-
-def _handler(cluster: FakeCluster) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self) -> None:
-            self._answer("get")
-
-        def do_POST(self) -> None:
-            self._answer("create")
-
-        def do_PUT(self) -> None:
-            self._answer("update")
-
-        def do_PATCH(self) -> None:
-            self._answer("patch")
-
-        def do_DELETE(self) -> None:
-            self._answer("delete")
-
-        def _answer(self, verb: str) -> None:
-            length = int(self.headers.get("Content-Length") or 0)
-            data = self.rfile.read(length)
-            try:
-                # In a pod the client writes `bearer`: RFC 9110 has it in any case.
-                scheme, _, token = (self.headers.get("Authorization") or "").partition(" ")
-                if (scheme.lower(), token) != ("bearer", "a-token"):
-                    raise ApiFault(401, "Unauthorized", "Unauthorized")
-                path = _Asked(self.path)
-                if path.group in cluster.unserved:  # no `Status`: nobody is there to make one
-                    self._send(404, b"404 page not found\n", "text/plain")
-                    return
-                if path.subresource == "log":
-                    self._send(200, cluster.log(path).encode(), "text/plain")
-                    return
-                if path.query.get("watch") == "true":
-                    self._watch(path)
-                    return
-                if verb == "get" and not path.name:
-                    verb = "list"
-                answer = cluster.answer(verb, path, json.loads(data) if data else None)
-                self._send(201 if verb == "create" else 200, json.dumps(answer).encode())
-            except ApiFault as fault:
-                self._send(fault.code, json.dumps(fault.status()).encode())
-            except (BrokenPipeError, ConnectionResetError):
-                self.close_connection = True
-
-        def _watch(self, path: _Asked) -> None:
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Transfer-Encoding", "chunked")
-            self.end_headers()
-            for event in cluster.watch(path):
-                if event:
-                    line = json.dumps(event).encode() + b"\n"
-                    self.wfile.write(b"%x\r\n%s\r\n" % (len(line), line))
-                self.wfile.flush()
-            self.wfile.write(b"0\r\n\r\n")
-            self.wfile.flush()
-
-        def _send(self, code: int, data: bytes, kind: str = "application/json") -> None:
-            self.send_response(code)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *_: Any) -> None:
-            """Says nothing."""
-
-    return Handler
 
 
 def _validate(plural: str, item: Object) -> None:

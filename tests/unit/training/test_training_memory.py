@@ -145,7 +145,7 @@ print(json.dumps({"estimate": need.total, "peak": 1024 * peak, "need": str(need)
         (5, 512, {"lora": {"r": 8, "target_modules": ["all-linear"]}}),
         # More of them, as what is kept of each is little.
         (
-            12,
+            16,
             384,
             {"lora": {"r": 8, "target_modules": ["all-linear"]}, "gradient_checkpointing": True},
         ),
@@ -155,7 +155,7 @@ print(json.dumps({"estimate": need.total, "peak": 1024 * peak, "need": str(need)
 def test_the_estimate_is_near_what_a_training_takes(
     kit, tmp_path: Path, layers, hidden, method
 ) -> None:
-    """Within -10% and +60% of the peak of its process."""
+    """Within -10% and +50% of the peak of its process."""
     model = kit.model(hidden=hidden, layers=layers, inner=3 * hidden)
     random = np.random.default_rng(0)
     rows = [([int(i) for i in random.integers(3, 384, 448)], 1) for _ in range(8)]
@@ -169,7 +169,7 @@ def test_the_estimate_is_near_what_a_training_takes(
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert 0.9 < found["estimate"] / found["peak"] < 1.6, found
+    assert 0.9 < found["estimate"] / found["peak"] < 1.5, found
 
 
 def test_rows_count_with_their_own_lengths_and_not_as_if_padded():
