@@ -191,7 +191,7 @@ def test_streams_of_all_adapters_run_together_and_say_what_they_say_alone(
 
 
 def test_what_one_adapter_computed_is_never_used_for_another(replica: Running, herd: Herd) -> None:
-    prompt = LONG + "Whose cache is this?"
+    prompt = "Whose cache is this? " + LONG
     for adapter in ("", "poems", "laws"):
         first, new = ask(replica, prompt, adapter)
         again, old = ask(replica, prompt, adapter)
