@@ -104,7 +104,10 @@ def test_a_training_outlives_its_service(
         stages = platform.json("runs", "get", run)["stages"]
         return next(s for s in stages if s["name"] == "sft")
 
-    wait_until(lambda: stage()["metadata"].get("progress", {}).get("training_step"), what="steps")
+    def step() -> Any:
+        return stage().get("metadata", {}).get("progress", {}).get("training_step")
+
+    wait_until(step, what="steps")
     platform.service("training").kill()
 
     wait_until(lambda: stage()["state"] == "STAGE_STATE_SUCCEEDED", 120, what="its end")
