@@ -6,6 +6,7 @@ not know what is measured.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import ctypes
@@ -315,6 +316,19 @@ class LlamaCppServer(LlamaServer):
 
     def text(self, data: dict[str, Any]) -> str:
         return str(data["choices"][0]["text"])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every comparison of servers is told."""
+    parser.add_argument(
+        "--prompts", type=Path, default=os.environ.get("BENCH_PROMPTS"),
+        help="an Alpaca JSON file (default: $BENCH_PROMPTS, else made ones)",
+    )  # fmt: skip
+    parser.add_argument("--llama-server", help="its binary; default: in the PATH")
+    parser.add_argument("--build", action="store_true", help="build what is missing")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=24)
 
 
 def find_or_build(named: str | None, *, build: bool) -> Path | None:

@@ -22,7 +22,14 @@ from typing import Any
 
 import gguf
 import numpy as np
-from _servers import LlamaServer, Ours, find_or_build, make_files, read_prompts
+from _servers import (
+    LlamaServer,
+    Ours,
+    add_arguments,
+    find_or_build,
+    make_files,
+    read_prompts,
+)
 from inference import Results, compare, console
 
 from arriero.llama import read_header
@@ -106,15 +113,7 @@ def main() -> None:
     """Measure, print the table, print the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="default: SmolLM2-135M-Instruct as Q8_0")
-    parser.add_argument(
-        "--prompts", type=Path, default=os.environ.get("BENCH_PROMPTS"),
-        help="an Alpaca JSON file (default: $BENCH_PROMPTS, else made ones)",
-    )  # fmt: skip
-    parser.add_argument("--llama-server", help="its binary; default: in the PATH")
-    parser.add_argument("--build", action="store_true", help="build what is missing")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--requests", type=int, default=24)
+    add_arguments(parser)
     args = parser.parse_args()
 
     model = args.model or next(path for _, path in make_files(("Q8_0",)))

@@ -48,6 +48,7 @@ from _servers import (
     LlamaServer,
     Ours,
     Server,
+    add_arguments,
     find_or_build,
     find_or_install,
     make_files,
@@ -241,15 +242,7 @@ def main() -> None:
         "--model", action="append", default=[], metavar="TYPE=FILE.gguf",
         help="may be given several times; default: SmolLM2-135M-Instruct as Q8_0 and Q4_0",
     )  # fmt: skip
-    parser.add_argument(
-        "--prompts", type=Path, default=os.environ.get("BENCH_PROMPTS"),
-        help="an Alpaca JSON file (default: $BENCH_PROMPTS, else made ones)",
-    )  # fmt: skip
-    parser.add_argument("--llama-server", help="its binary; default: in the PATH")
-    parser.add_argument("--build", action="store_true", help="build what is missing")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--requests", type=int, default=24)
+    add_arguments(parser)
     parser.add_argument("--clients", type=int, nargs="*", default=[1, 8, 32])
     parser.add_argument(
         "--only", choices=["peers", "prefix", "overhead", "memory"], help="one part"
