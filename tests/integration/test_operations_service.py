@@ -1,7 +1,6 @@
 """A room's whole service as a real process: operations and jobs over gRPC."""
 
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,16 +30,28 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 def read_logs(service: Service, name: str, **fields) -> list[job_pb2.LogLine]:
     request = job_pb2.ReadLogsRequest(operation=name, **fields)
-    return [line for answer in service.jobs.ReadLogs(request, timeout=30) for line in answer.lines]
+    return [line for answer in service.jobs.ReadLogs(request, timeout=120) for line in answer.lines]
+
+
+def at_work(service: Service) -> Path:
+    """The staging directory of the one job that runs; of others what is left goes later."""
+    (staging,) = (
+        path
+        for path in (service.root / "store/staging/merging").iterdir()
+        if any(marked(path.name))
+    )
+    return staging
 
 
 def test_work_is_started_followed_and_published(service):
-    started = service.import_(asked("whole"), steps=12, seconds=0.1, save=True, text="whole")
+    go = service.root / "go-whole"
+    order = {"steps": 12, "seconds": 0.02, "hold": 6, "go": str(go), "save": True, "text": "whole"}
+    started = service.import_(asked("whole"), **order)
     assert not started.done
 
     progress = eventually(
         lambda: (
-            (p := metadata_of(service.get(started.name)).progress).step > 0
+            (p := metadata_of(service.get(started.name)).progress).step > 1
             and p.HasField("cpu_cores")
             and p
         ),
@@ -50,7 +61,8 @@ def test_work_is_started_followed_and_published(service):
     assert progress.total_steps == 12
     assert progress.memory_bytes > 1_000_000
     assert progress.HasField("checkpoint_time")
-    assert 0 < progress.eta_seconds < 5
+    assert progress.eta_seconds > 0
+    go.touch()
 
     done = service.wait(started.name)
     store = Store.open(service.root / "store")
@@ -78,17 +90,15 @@ def test_logs_are_followed_and_kept(service):
 
 def test_waiting_returns_after_its_timeout_and_cancel_ends_it(service):
     trace = service.root / "trace-cancel"
-    started = service.import_(asked("cancel"), steps=1000, seconds=0.05, trace=str(trace))
+    started = service.import_(asked("cancel"), steps=10_000, seconds=0.05, trace=str(trace))
     eventually(lambda: trace_of(trace), "the job runs")
     pid = trace_of(trace)[0][0]
     request = operations_pb2.WaitOperationRequest(name=started.name)
     request.timeout.FromMilliseconds(100)
     assert not service.operations.WaitOperation(request).done
 
-    begin = time.monotonic()
     service.cancel(started.name)
-    done = service.wait(started.name, 5)
-    assert time.monotonic() - begin < 5
+    done = service.wait(started.name)
     assert metadata_of(done).state == types_pb2.OPERATION_STATE_CANCELLED
     assert not Path(f"/proc/{pid}").exists()
     with pytest.raises(grpc.RpcError) as caught:
@@ -106,27 +116,23 @@ def test_a_caller_sees_its_mistakes_with_their_field(service):
 
 def test_reports_without_the_attempts_token_are_refused(service):
     trace = service.root / "trace-token"
-    started = service.import_(asked("token"), steps=1000, seconds=0.05, trace=str(trace))
+    started = service.import_(asked("token"), steps=10_000, seconds=0.05, trace=str(trace))
     eventually(lambda: trace_of(trace), "the job runs")
-    (staging,) = (service.root / "store/staging/merging").iterdir()
+    staging = at_work(service)
     request = job_pb2.ReportProgressRequest(execution=staging.name, attempt=1)
     with pytest.raises(grpc.RpcError) as caught:
         service.jobs.ReportProgress(request)
     assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
     service.cancel(started.name)
-    service.wait(started.name, 5)
+    service.wait(started.name)
     assert not list(marked(staging.name))
 
 
 def test_a_job_of_another_minor_version_reports(service):
     trace = service.root / "trace-versions"
-    started = service.import_(asked("versions"), steps=1000, seconds=0.05, trace=str(trace))
+    started = service.import_(asked("versions"), steps=10_000, seconds=0.05, trace=str(trace))
     eventually(lambda: trace_of(trace), "the job runs")
-    (staging,) = (
-        path
-        for path in (service.root / "store/staging/merging").iterdir()
-        if any(marked(path.name))
-    )
+    staging = at_work(service)
     token = Assignment.read(staging / "attempts/1/assignment.json").report_token
     # As the first protos had it, and with a field that this build does not know (99: 1).
     older = job_pb2.ReportProgressRequest(execution=staging.name, attempt=1)
@@ -134,9 +140,9 @@ def test_a_job_of_another_minor_version_reports(service):
     newer = older.SerializeToString() + b"\x98\x06\x01"
     report = service.channel.unary_unary("/arriero.v1.JobService/ReportProgress")
     for sent in (older.SerializeToString(), newer):
-        assert report(sent, metadata=((TOKEN_KEY, token),), timeout=10) == b""
+        assert report(sent, metadata=((TOKEN_KEY, token),), timeout=60) == b""
     service.cancel(started.name)
-    service.wait(started.name, 5)
+    service.wait(started.name)
 
 
 def test_operations_are_listed_and_not_deleted(service):

@@ -46,7 +46,7 @@ async def make_engine(store: Store, toy_path: None) -> AsyncIterator[Callable[..
     def make(**settings: Any) -> Engine:
         settings.setdefault("kinds", KINDS)
         settings.setdefault("backoff", lambda attempt: 0.0)
-        settings.setdefault("job_grace", 5.0)
+        settings.setdefault("job_grace", 60.0)
         engine = Engine(service="merging", store=store, sources=SourceSettings(), **settings)
         made.append(engine)
         return engine

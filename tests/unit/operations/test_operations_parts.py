@@ -229,7 +229,7 @@ def test_host_usage_is_that_of_the_whole_tree():
         pass
     cores, memory = usage.sample()
     assert cores is not None
-    assert cores > 0.1
+    assert cores > 0
     assert memory is not None
     assert memory > 1_000_000
 
@@ -305,7 +305,7 @@ def test_everything_that_a_job_started_is_ended_with_it(tmp_path):
     leader = ProcessId.of(job.pid)
     eventually(lambda: len(list(marked(tmp_path.name))) == 2, "job and child run")
     assert end_job(tmp_path.name, leader)
-    assert job.wait(5) == -signal.SIGKILL
+    assert job.wait(60) == -signal.SIGKILL
     assert not list(marked(tmp_path.name))
 
 

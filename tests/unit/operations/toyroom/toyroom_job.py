@@ -1,11 +1,12 @@
 """A room as small as can be: its spec's `source` is JSON that says how to behave.
 
-Keys: steps, seconds (per step), trace (file that gets a line per step), save
-(checkpoint each step), fail (error class), message, bug (raises KeyError), gate
-("pass" | "fail"), proof (bytes that the gate's proof holds), kill_at and kill_attempt
-(SIGKILL itself at that step of that attempt), reasons (file that gets how the attempt
-before ended), stubborn (ignores SIGTERM), deaf (never looks whether it is to leave),
-child (starts a process in a session of its own), text (content).
+Keys: steps, seconds (per step), hold and go (before step `hold` it waits for a file
+`go`), trace (file that gets a line per step), save (checkpoint each step), fail (error
+class), message, bug (raises KeyError), gate ("pass" | "fail"), proof (bytes that the
+gate's proof holds), kill_at and kill_attempt (SIGKILL itself at that step of that
+attempt), reasons (file that gets how the attempt before ended), stubborn (ignores
+SIGTERM), deaf (never looks whether it is to leave), child (starts a process in a session
+of its own), text (content).
 """
 
 import json
@@ -39,6 +40,10 @@ def work(job: Job) -> list[Output]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     steps = order.get("steps", 0)
     for step in range(first + 1, steps + 1):
+        while order.get("hold") == step and not Path(order["go"]).exists():
+            if not order.get("deaf") and job.preempted.is_set():
+                break
+            time.sleep(0.01)
         if not order.get("deaf") and job.preempted.is_set():
             raise errors.Preempted("saved, leaving")
         if order.get("kill_at") == step and order.get("kill_attempt", 1) == job.attempt:
@@ -64,7 +69,10 @@ def work(job: Job) -> list[Output]:
     if size := order.get("proof"):
         with job.gates.timed():
             held = b"\1" * size  # every page is touched
-            time.sleep(0.3)  # some looks
+            time.sleep(0.3)
+            deadline = time.monotonic() + 60
+            while job.gates._cost.memory_bytes < size and time.monotonic() < deadline:
+                time.sleep(0.01)  # until the meter has looked
             assert len(held) == size
             del held
     if gate := order.get("gate"):

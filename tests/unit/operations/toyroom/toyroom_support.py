@@ -44,7 +44,7 @@ def result_of(operation: Any) -> types_pb2.OperationResult:
     return result
 
 
-def eventually(condition: Callable[[], Any], what: str, timeout: float = 20.0) -> Any:
+def eventually(condition: Callable[[], Any], what: str, timeout: float = 120.0) -> Any:
     """The first true value of a condition; fails after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not (value := condition()):
@@ -81,7 +81,7 @@ class Service:
                     "PYTHONPATH": python_path(),
                     "ARRIERO_STORE": str(self.root / "store"),
                     "ARRIERO_ADDRESS_FILE": str(address),
-                    "ARRIERO_DRAIN_SECONDS": "5",
+                    "ARRIERO_DRAIN_SECONDS": "60",
                     **self.environment,
                 },
                 stdout=log,
@@ -102,16 +102,16 @@ class Service:
             self.channel = None
         if self.process.poll() is None:
             self.process.send_signal(number)
-        return self.process.wait(20)
+        return self.process.wait(120)
 
     def import_(self, context: types_pb2.StageContext, **fields: Any) -> Any:
         request = merging_pb2.ImportRequest(context=context, spec=order(**fields))
         return self.merging.Import(request)
 
-    def wait(self, name: str, seconds: float = 30.0) -> Any:
+    def wait(self, name: str, seconds: float = 120.0) -> Any:
         request = operations_pb2.WaitOperationRequest(name=name)
         request.timeout.FromMilliseconds(int(seconds * 1000))
-        operation = self.operations.WaitOperation(request, timeout=seconds + 5)
+        operation = self.operations.WaitOperation(request, timeout=seconds + 60)
         assert operation.done, operation
         return operation
 
