@@ -3,9 +3,9 @@
 Responsibility: names, labels, and how long a run's series stay. Does not know
 where figures come from: plain numbers are handed in.
 
-Series of a run come from a collector that
-drops them 15 minutes after the run's end and holds a bounded number of runs, so
-that neither a long-lived process nor many short runs make the page grow.
+Series of a run come from a collector that drops them 15 minutes after the run's
+end and holds a bounded number of runs, so that neither a long-lived process nor
+many short runs make the page grow.
 """
 
 from __future__ import annotations
@@ -134,7 +134,8 @@ _STAGE_GAUGES: tuple[tuple[str, str, Callable[[StageFigures, float], float | Non
         "Age of the newest complete checkpoint: what a kill would lose",
         lambda s, now: None if s.checkpoint_time is None else max(0.0, now - s.checkpoint_time),
     ),
-    ("stage_attempts", "Jobs started for the stage, evictions included", lambda s, _: s.attempts),
+    # Not `stage_attempts`: that is the counter's family in OpenMetrics.
+    ("stage_jobs_started", "Jobs of the stage, evictions included", lambda s, _: s.attempts),
     ("job_cpu_cores", "Cores that the stage's job uses", lambda s, _: s.cpu_cores),
     ("job_memory_bytes", "Resident memory of the stage's job", lambda s, _: s.memory_bytes),
 )

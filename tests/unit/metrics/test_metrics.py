@@ -6,12 +6,15 @@ import urllib.request
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.openmetrics import exposition as openmetrics
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from arriero import metrics
 from arriero.errors import InvalidArgument
 from arriero.metrics import (
     EndpointFigures,
     EngineLoad,
+    GatewayMetrics,
     GpuFigures,
     Limits,
     Metrics,
@@ -124,6 +127,29 @@ def test_ended_stages_are_counted(registry, clock):
     assert 'arriero_stage_attempts_total{kind="merge"} 2.0' in text
     assert 'arriero_cache_hits_total{kind="merge"} 1.0' in text
     assert 'arriero_gate_results_total{gate="merge.logits",verdict="passed"} 1.0' in text
+
+
+def test_pages_are_valid_openmetrics_which_prometheus_asks_for(registry, clock):
+    orchestrators = Metrics(
+        registry,
+        endpoints=lambda: [EndpointFigures("zh", "sha256:1", "r-1", 3, 2, 0.04, 0.9)],
+        store_bytes=lambda: {"model": 5},
+        limits=lambda: Limits(store_bytes=1000, certificate_ends=2e9),
+        clock=clock,
+    )
+    figures = StageFigures("train", "RUNNING", step=1, attempts=2, gpus=(GpuFigures("0", 0, 1, 2),))
+    orchestrators.stage_progress("r-1", "sft", figures)
+    orchestrators.stage_ended("train", "SUCCEEDED", seconds=3, attempts=2, cached=True)
+    orchestrators.run_state("r-1", "SUCCEEDED", ended=True)
+    replicas = ReplicaMetrics(CollectorRegistry(), "zh", EngineLoad)
+    replicas.ended(0.1, "stop")
+    replicas.failed("cancelled")
+    gateways = GatewayMetrics(CollectorRegistry())
+    gateways.answered("/v1/models", 200, 0.1)
+    gateways.tokens("zh", 1, 2)
+    for shown in (orchestrators, replicas, gateways):
+        text = openmetrics.generate_latest(shown.registry).decode()
+        assert len(list(text_string_to_metric_families(text))) > 2  # raises where names clash
 
 
 def test_endpoints_store_and_host_are_asked_when_the_page_is_read(registry, clock):
