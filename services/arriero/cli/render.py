@@ -93,6 +93,13 @@ def size(count: float) -> str:
     return ""
 
 
+def count(done: int, total: int, unit: str) -> str:
+    """How many of how many: `12/60 steps`, `20.9 MB of 98.4 MB`."""
+    if unit == "bytes":
+        return f"{size(done)} of {size(total)}"
+    return f"{done:,}/{total:,} {unit}".rstrip()
+
+
 def seconds(value: float) -> str:
     """A duration for people: `0.4 s`, `42 s`, `3 min 05 s`, `2 h 10 min`."""
     if value < 10:
@@ -170,7 +177,7 @@ def progress_text(stage: pb.StageStatus) -> Text:
     if progress.phase:
         parts.append(progress.phase)
     if progress.total_steps:
-        parts.append(f"{progress.step}/{progress.total_steps} {progress.unit}".rstrip())
+        parts.append(count(progress.step, progress.total_steps, progress.unit))
     if progress.HasField("loss") and progress.unit == "steps":
         parts.append(f"loss {progress.loss:.3f}")
         if progress.HasField("learning_rate"):

@@ -82,7 +82,9 @@ def download_wheel(package: str, version: str, scratch: Path, tick: Tick) -> Pat
     listener.start()
     try:
         while True:
-            tick(_bytes_below(scratch), total[0])
+            done = _bytes_below(scratch)
+            # While pip copies the whole file to its place, there are two.
+            tick(min(done, total[0]) if total[0] else done, total[0])
             try:
                 process.wait(_POLL_SECONDS)
                 break

@@ -31,3 +31,9 @@ def test_labels_and_what_a_gate_found_are_shown_as_they_are(
     shown = capsys.readouterr().out
     assert "[/x]" in shown
     assert MESSAGE in shown
+
+
+def test_how_far_a_stage_is_is_told_in_units_that_people_read() -> None:
+    assert render.count(12, 60, "steps") == "12/60 steps"
+    assert render.count(1_500_000, 134_515_008, "weights") == "1,500,000/134,515,008 weights"
+    assert render.count(20_971_520, 98_362_432, "bytes") == "21.0 MB of 98.4 MB"
