@@ -115,12 +115,6 @@ def restarts(pod: Object) -> int:
     return sum(int(state.get("restartCount") or 0) for state in _containers(pod))
 
 
-def memory_limit(pod: Object) -> str:
-    """Of the first container, as written (`16Gi`); empty without one."""
-    containers = pod.get("spec", {}).get("containers") or [{}]
-    return str(containers[0].get("resources", {}).get("limits", {}).get("memory") or "")
-
-
 def trouble(pod: Object, events: Iterable[Object] = ()) -> Trouble | None:
     """Why it does not run; None where nothing is known to be wrong.
 

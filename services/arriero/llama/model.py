@@ -128,11 +128,6 @@ class Model:
         return int(self._of_architecture("context_length", 0))
 
     @property
-    def n_params(self) -> int:
-        """Weights."""
-        return self.header.parameters
-
-    @property
     def pooling(self) -> str:
         """How the file says that tokens become one vector; empty where it says nothing."""
         kinds = ("", "mean", "cls", "last", "rank")
@@ -184,11 +179,6 @@ class Model:
     def adds_bos(self) -> bool:
         """Whether `tokenize(add_special=True)` puts BOS first."""
         return bool(self._c.llama_vocab_get_add_bos(self._vocab))
-
-    @property
-    def adds_eos(self) -> bool:
-        """Whether `tokenize(add_special=True)` puts EOS last."""
-        return bool(self._c.llama_vocab_get_add_eos(self._vocab))
 
     @functools.cached_property
     def eog(self) -> frozenset[int]:

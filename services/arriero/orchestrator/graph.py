@@ -77,15 +77,6 @@ class Graph:
         """Every input that is a store reference."""
         return [i for n in self.nodes.values() for i in n.inputs if i.source.ref is not None]
 
-    def dependents(self, name: str) -> set[str]:
-        """All stages that need this one, directly or not."""
-        found: set[str] = set()
-        for other in self.order:
-            deps = self.nodes[other].depends_on
-            if name in deps or found.intersection(deps):
-                found.add(other)
-        return found
-
 
 def build(pipeline: pipeline_pb2.Pipeline) -> Graph:
     """Check a pipeline and find its edges.

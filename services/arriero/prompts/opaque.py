@@ -135,11 +135,6 @@ def probing() -> Iterator[_Registry]:
         _registry.reset(token)
 
 
-def is_probing() -> bool:
-    """Whether this is inside of `probing`."""
-    return _registry.get() is not None
-
-
 def kept(value: Any) -> Any:
     """A value that the sandbox hands on: text with stand-ins in it stays one."""
     if type(value) is str and _registry.get() is not None and MARK.search(value):

@@ -274,10 +274,6 @@ class Store:
         """Every tag (of one kind) and what it points at, by name."""
         return self._tags.all(kind)
 
-    def tags_of(self, digest: str) -> builtins.list[str]:
-        """Every tag that points at an artifact now."""
-        return [entry.tag for entry in self._tags.all() if entry.digest == digest]
-
     def tag_history(self, tag: str) -> builtins.list[TagEntry]:
         """Every value that a tag had, newest first."""
         return self._tags.history(tag)

@@ -81,7 +81,6 @@ class LoraSettings:
         alpha: scale's numerator; `alpha_pattern` overrides it by module.
         rslora: scale is alpha / sqrt(r) instead of alpha / r
             (Kalajdzievski 2023, arXiv:2312.03732).
-        fan_in_fan_out: the adapter says that the base keeps its weights as (in, out).
         base: what the adapter says it was trained on; may be empty.
         dora: magnitudes were trained apart from directions
             (Liu et al. 2024, arXiv:2402.09353).
@@ -93,7 +92,6 @@ class LoraSettings:
     rank: int
     alpha: float
     rslora: bool = False
-    fan_in_fan_out: bool = False
     base: str = ""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
@@ -126,7 +124,6 @@ class LoraSettings:
                 rank=int(config["r"]),
                 alpha=float(config["lora_alpha"]),
                 rslora=bool(config.get("use_rslora")),
-                fan_in_fan_out=bool(config.get("fan_in_fan_out")),
                 base=str(config.get("base_model_name_or_path") or ""),
                 rank_pattern={str(k): int(v) for k, v in _table(config, "rank_pattern")},
                 alpha_pattern={str(k): float(v) for k, v in _table(config, "alpha_pattern")},

@@ -63,7 +63,6 @@ def test_a_token_outside_of_the_vocabulary_is_refused(vocabulary: Model, token: 
 def test_facts_come_from_the_file(vocabulary: Model) -> None:
     assert (vocabulary.bos, vocabulary.eos, vocabulary.eog) == (1, 2, {2})
     assert vocabulary.adds_bos
-    assert not vocabulary.adds_eos
     assert vocabulary.n_ctx_train == 2048
     assert vocabulary.rope_freq_base == 10000.0
     assert vocabulary.chat_template is None

@@ -19,7 +19,7 @@ from arriero.errors import FailedPrecondition
 __all__ = ["BPE", "append", "candidates", "find", "growth", "learn", "read"]
 
 FILE = "tokenizer.model"
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
 BPE = 2
 # Below it no merge was learnt: LLaMA's runs of spaces have -1e9.
 _NO_SCORE = -1e8

@@ -33,7 +33,6 @@ from arriero.store.files import (
 )
 
 DIRECTORIES = ("artifacts", "partial", "locks", "staging", "trash", "operations")
-LIMIT_VARIABLE = "ARRIERO_STORE_CACHE_BYTES"
 
 
 class Use:
