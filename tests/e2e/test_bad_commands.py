@@ -62,7 +62,7 @@ COMMANDS = [
     (["artifacts", "push", "/nope", "dataset/x"], 2, "/nope is neither a directory nor a file"),
     (["artifacts", "push", "/etc/hostname", "dataset/../x"], 2, "'../x' is not a name"),
     (["artifacts", "push", "/etc/hostname", "model/x"], 2, "expected config.json and"),
-    (["artifacts", "push", "/etc/hostname", "x"], 2, "'x' is not one of dataset"),
+    (["artifacts", "push", "/etc/hostname", "x"], 2, "'x' is not a name; expected kind/name"),
     (["endpoints", "create", "../x", "gguf/a:v1"], 2, "'../x' is not an endpoint name"),
     (["endpoints", "create", "x", "../a"], 2, "unknown kind '..' in '../a'"),
     (["endpoints", "create", "x", "gguf/a:v1"], 2, "no tag gguf/a:v1"),

@@ -5,6 +5,9 @@ Responsibility: names of commands. Does not know what they do.
 
 from __future__ import annotations
 
+from importlib.metadata import version
+from typing import Annotated
+
 import typer
 
 from arriero.cli import artifacts, dataset, endpoints, runs, services
@@ -16,6 +19,26 @@ app = typer.Typer(
     add_completion=True,
     help="From raw data to a served, fine-tuned, quantized model, as one verified, durable run.",
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(version("arriero"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
 app.command()(services.up)
 app.command()(services.down)
 app.command()(services.replicas)

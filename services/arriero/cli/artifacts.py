@@ -34,7 +34,7 @@ from arriero.v1 import pipeline_pb2
 app = typer.Typer(no_args_is_help=True, help="Artifacts: list, look, tag, pull, push, verify, gc.")
 
 Reference = Annotated[
-    str, typer.Argument(help="kind/name:tag, a digest, or the first digits of one.")
+    str, typer.Argument(help="kind/name:tag, a digest, or the first eight digits of one.")
 ]
 
 
@@ -49,7 +49,10 @@ def list_(
     with client() as api:
         found = api.artifacts.list(kind, limit)
 
-    def view() -> Table:
+    def view() -> RenderableType:
+        if not found:
+            what = f"no artifact of kind {kind}" if kind else "no artifact"
+            return f"the store holds {what} yet"
         made = render.table("digest", "kind", "name", "size", "made", "tags", "")
         for item in found:
             made.add_row(
@@ -224,6 +227,11 @@ def push(
     """Publish files as an artifact; `arriero import` checks and converts models."""
     kind, _, rest = name.partition("/")
     plain, _, _ = rest.partition(":")
+    if not kind or not plain:
+        raise InvalidArgument.field(
+            "NAME",
+            f"{name!r} is not a name; expected kind/name or kind/name:tag, such as gguf/mine:v1",
+        )
     with client() as api, _bytes_bar() as bar:
         task = bar.add_task("pushing", total=None)
         found = api.artifacts.push(
@@ -304,6 +312,8 @@ def gc(
         found = api.artifacts.gc(dry_run=dry_run)
 
     def view() -> RenderableType:
+        if not found.removals:
+            return "nothing to remove"
         made = render.table("path", "size", "why")
         for item in found.removals:
             made.add_row(item.path[:40], render.size(item.size_bytes), item.reason)

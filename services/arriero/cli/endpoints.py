@@ -73,7 +73,11 @@ def list_(output: Output = Format.TABLE) -> None:
     with client() as api:
         found = api.endpoints.list()
 
-    def view() -> Table:
+    def view() -> RenderableType:
+        if not found:
+            return (
+                "nothing is served; deploy in a pipeline, or: arriero endpoints create NAME MODEL"
+            )
         made = render.table("endpoint", "ready", "model", "context", "run")
         for item in found:
             made.add_row(
@@ -167,7 +171,7 @@ def _details(item: pb.Endpoint, ancestors: list[pb.Artifact]) -> RenderableType:
 def create(
     name: Name,
     model: Annotated[str, typer.Argument(help="gguf artifact: gguf/name:tag or a digest.")],
-    replicas: Annotated[int, typer.Option(min=0)] = 1,
+    replicas: Annotated[int, typer.Option(help="How many.", min=0)] = 1,
     context: Annotated[int, typer.Option(help="Tokens; 0: the model's own.", min=0)] = 0,
     set_: Annotated[
         list[str] | None,

@@ -7,6 +7,7 @@ service.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
@@ -24,8 +25,11 @@ from arriero.errors import ArrieroError, InvalidArgument
 from arriero.v1 import orchestrator_pb2 as pb
 from arriero.v1 import types_pb2
 
+# What goes to a pipe or a file is read by line: wide enough that lines stay whole.
+_PIPED_WIDTH = 200
+_PIPED = not sys.stdout.isatty() and "COLUMNS" not in os.environ
 # Names, paths and messages may hold `[/x]`: what looks like Rich's markup is text.
-console = Console(markup=False)
+console = Console(markup=False, width=_PIPED_WIDTH if _PIPED else None)
 errors = Console(stderr=True, markup=False)
 
 _STAGE_STYLE = {
@@ -36,6 +40,9 @@ _STAGE_STYLE = {
     "CANCELLED": ("■", "yellow"),
     "SKIPPED": ("–", "dim"),
 }
+_BAR_WIDTH = 20
+# Columns of a terminal below which a bar would take the room of what it says.
+_BAR_FROM = 100
 _VERDICT_STYLE = {
     "PASSED": "green",
     "WARNED": "yellow",
@@ -159,8 +166,13 @@ def gate_text(gate: types_pb2.GateResult) -> Text:
     )
     text = Text(f"{gate.gate} {sign}", style=_VERDICT_STYLE.get(word, ""))
     if gate.HasField("figure"):
-        text.append(f" {gate.figure:.3g} {gate.unit}".rstrip())
+        text.append(f" {_figure(gate.figure)} {gate.unit}".rstrip())
     return text
+
+
+def _figure(value: float) -> str:
+    """Counts in full, measures with three digits."""
+    return f"{value:,.0f}" if value.is_integer() and abs(value) < 1e9 else f"{value:.3g}"
 
 
 def gates_text(gates: Sequence[types_pb2.GateResult]) -> Text:
@@ -199,13 +211,15 @@ def progress_text(stage: pb.StageStatus) -> Text:
 
 
 def run_view(run: pb.Run) -> RenderableType:
-    """A run as it stands: one line per stage, a bar where one runs."""
+    """A run as it stands: one line per stage, a bar where one runs and there is room."""
+    bars = console.width >= _BAR_FROM
     rows = Table.grid(padding=(0, 2, 0, 0))
     rows.add_column()
     rows.add_column(no_wrap=True)
     rows.add_column(style="dim", no_wrap=True)
     rows.add_column(justify="right", no_wrap=True)
-    rows.add_column(width=20)
+    if bars:
+        rows.add_column(width=_BAR_WIDTH)
     rows.add_column(overflow="fold")
     for stage in run.stages:
         state = stage_state(stage.state)
@@ -217,7 +231,7 @@ def run_view(run: pb.Run) -> RenderableType:
         if state == "RUNNING":
             total = progress.total_steps
             bar = ProgressBar(
-                total=total or None, completed=progress.step, width=20, pulse=not total
+                total=total or None, completed=progress.step, width=_BAR_WIDTH, pulse=not total
             )
             note = progress_text(stage)
         elif state == "FAILED":
@@ -231,7 +245,7 @@ def run_view(run: pb.Run) -> RenderableType:
             Text(stage.name, style=style),
             stage.kind,
             seconds(took) if took is not None and state != "PENDING" else "",
-            bar,
+            *([bar] if bars else []),
             note,
         )
     state = "PAUSED" if run.paused else run_state(run.state)
@@ -275,9 +289,9 @@ def usage_text(usage: types_pb2.JobUsage) -> str:
 def summary(run: pb.Run) -> Table:
     """The closing table of a run: stages, times, gates, artifacts."""
     made = table("stage", "time", "figures", "gates", "artifacts")
-    made.columns[1].no_wrap = True
+    made.columns[0].no_wrap = True
     for stage in run.stages:
-        took = elapsed(stage.start_time, stage.end_time) or 0.0
+        took = elapsed(stage.start_time, stage.end_time)
         figures = ""
         merged: dict[str, float] = {}
         for output in stage.outputs:
@@ -296,8 +310,10 @@ def summary(run: pb.Run) -> Table:
     return made
 
 
-def _times(took: float, usage: types_pb2.JobUsage) -> str:
-    """What a stage took, and below it its job's work and gates."""
+def _times(took: float | None, usage: types_pb2.JobUsage) -> str:
+    """What a stage took, and below it its job's work and gates; nothing before it began."""
+    if took is None:
+        return ""
     return "\n".join([seconds(took), *filter(None, usage_text(usage).split("; "))])
 
 

@@ -159,7 +159,9 @@ def list_(
     with client() as api:
         runs = api.list_runs(limit)
 
-    def view() -> Table:
+    def view() -> RenderableType:
+        if not runs:
+            return "no runs yet; start one: arriero run PIPELINE.yaml"
         made = render.table("run", "state", "started", "took", "stages")
         for item in runs:
             took = render.elapsed(item.create_time, item.end_time)

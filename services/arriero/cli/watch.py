@@ -77,7 +77,6 @@ def _lines(updates: Iterable[pb.Run]) -> pb.Run | None:
                 note += f" ({usage})" if usage else ""
             elif state == "FAILED":
                 note = stage.error.message
-            render.console.print(
-                f"{stage.name:<12} {state.lower():<10} {note}", highlight=False, soft_wrap=True
-            )
+            line = f"{stage.name:<12} {state.lower():<10} {note}".rstrip()
+            render.console.print(line, highlight=False, soft_wrap=True)
     return last

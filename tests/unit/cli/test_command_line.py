@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,11 @@ def test_every_command_explains_itself_and_can_answer_in_json(command: list[str]
     assert "--output" in shown.output
 
 
+def test_the_version_is_told() -> None:
+    shown = runner.invoke(app, ["--version"])
+    assert (shown.exit_code, shown.stdout) == (0, f"{version('arriero')}\n")
+
+
 def test_an_unknown_command_is_a_usage_error() -> None:
     assert runner.invoke(app, ["fly"]).exit_code == 2
 
@@ -68,6 +74,7 @@ def test_a_missing_pipeline_file_is_named(home: object) -> None:
         ["artifacts", "verify"],
         ["artifacts", "verify", "model/m:v1", "--all"],
         ["artifacts", "verify", "model/m:v1", "--kind", "model"],
+        ["artifacts", "push", "/etc/hostname", "gguf"],
     ],
     ids=" ".join,
 )

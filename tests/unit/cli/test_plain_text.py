@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import subprocess
+import sys
+
 import pytest
+from rich.console import Console
 
 from arriero.cli import render, watch
 from arriero.cli.artifacts import _details
@@ -37,3 +42,31 @@ def test_how_far_a_stage_is_is_told_in_units_that_people_read() -> None:
     assert render.count(12, 60, "steps") == "12/60 steps"
     assert render.count(1_500_000, 134_515_008, "weights") == "1,500,000/134,515,008 weights"
     assert render.count(20_971_520, 98_362_432, "bytes") == "21.0 MB of 98.4 MB"
+
+
+def test_what_gates_found_is_a_count_or_a_measure() -> None:
+    gate = types_pb2.GateResult(gate="tokenizer.match", figure=49152, unit="tokens")
+    assert render.gate_text(gate).plain.endswith(" 49,152 tokens")
+    gate = types_pb2.GateResult(gate="quant.kld", figure=0.0060431, unit="nats")
+    assert render.gate_text(gate).plain.endswith(" 0.00604 nats")
+
+
+def test_a_run_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(render, "console", Console(width=60, file=shown, markup=False))
+    run = pb.Run(id="r-1", state=pb.RUN_STATE_RUNNING)
+    stage = run.stages.add(name="training", kind="train", state=pb.STAGE_STATE_RUNNING)
+    stage.metadata.progress.phase = "training"
+    stage.metadata.progress.step, stage.metadata.progress.total_steps = 3, 60
+    run.stages.add(name="merged", kind="merge", state=pb.STAGE_STATE_PENDING)
+    render.console.print(render.run_view(run), render.summary(run))
+    lines = shown.getvalue().splitlines()
+    assert any("training  3/60" in line for line in lines)
+    assert lines[-1].split() == ["merged"]  # what has not begun took no time
+
+
+def test_lines_are_whole_where_programs_read_them() -> None:
+    # A console takes its width once, when the process starts.
+    code = "from arriero.cli import render; render.console.print('word ' * 30)"
+    piped = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert piped.stdout.count("\n") == 1
