@@ -19,6 +19,7 @@ import numpy.typing as npt
 from arriero.errors import InvalidArgument
 from arriero.llama import library
 from arriero.llama.context import Context
+from arriero.llama.grammar import nesting
 from arriero.llama.model import Model
 
 __all__ = ["DRY_BREAKERS", "Logprobs", "Sampler", "Sampling"]
@@ -26,10 +27,13 @@ __all__ = ["DRY_BREAKERS", "Logprobs", "Sampler", "Sampling"]
 # common.h of llama.cpp: what ends a sequence that DRY compares.
 DRY_BREAKERS = ("\n", ":", '"', "*")
 _MIROSTAT_M = 100  # what common_sampler_init passes
-# Grammars beyond this are no grammars of people; llama.cpp's parser recurses.
+# Grammars beyond this are no grammars of people. llama.cpp's parser recurses, and a stack
+# that overflows would end the process, with everybody's streams.
 _GRAMMAR_BYTES = 256 * 1024
+_GRAMMAR_NESTING = 4096
 _MAX_BIASES = 1024
 _MAX_LOGPROBS = 20
+_LARGEST = float(np.finfo(np.float32).max)
 
 _TOKEN_DATA = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
@@ -124,9 +128,9 @@ class Sampling:
                 f"{field}.logit_bias", f"{len(self.logit_bias)} tokens; at most {_MAX_BIASES}"
             )
         for token, bias in self.logit_bias.items():
-            if math.isnan(bias) or bias == math.inf:
+            if not (bias == -math.inf or abs(bias) <= _LARGEST):
                 raise InvalidArgument.field(
-                    f"{field}.logit_bias[{token}]", f"{bias}; expected a number, or -inf"
+                    f"{field}.logit_bias[{token}]", f"{bias}; expected a float32, or -inf"
                 )
         if "\0" in self.grammar:  # C would see a shorter text, or none
             raise InvalidArgument.field(f"{field}.grammar", "holds a NUL character")
@@ -221,7 +225,8 @@ class Sampler:
             c.llama_sampler_chain_add(self._chain, sampler)
 
         def back(tokens: int) -> int:
-            return window if tokens < 0 else tokens
+            # No more than there can be: llama.cpp allocates a window whole.
+            return window if tokens < 0 else min(tokens, window)
 
         seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
         if biases:
@@ -273,6 +278,10 @@ class Sampler:
         add(c.llama_sampler_init_dist(seed))
 
     def _compile(self, grammar: str, model: Model) -> Any:
+        if (depth := nesting(grammar)) > _GRAMMAR_NESTING:
+            raise InvalidArgument.field(
+                "sampling.grammar", f"is nested {depth} deep; expected at most {_GRAMMAR_NESTING}"
+            )
         library.take_errors()
         found = self._c.llama_sampler_init_grammar(model.vocabulary, grammar.encode(), b"root")
         if not found:

@@ -10,7 +10,7 @@ import pytest
 
 from arriero.errors import InvalidArgument
 from arriero.llama import Batch, Context, Model
-from arriero.llama.grammar import from_json_schema
+from arriero.llama.grammar import from_json_schema, nesting
 from arriero.llama.sampler import Sampler, Sampling
 
 PROMPT = [1, *range(260, 280)]
@@ -186,6 +186,94 @@ def test_a_schema_that_is_none_is_refused(schema: str) -> None:
         from_json_schema(schema)
 
 
+def says(model: Model, schema: object, text: str) -> bool:
+    """Whether a schema's grammar allows a whole text, and its end."""
+    grammar = from_json_schema(json.dumps(schema))
+    sampler = Sampler(Sampling(grammar=grammar), model)
+    pieces = model.pieces(special=False)
+    try:
+        for token in [pieces.index(character.encode()) for character in text]:
+            if not sampler._allowed(token):
+                return False
+            sampler._c.llama_sampler_accept(sampler._grammar, token)
+        return any(sampler._allowed(end) for end in model.eog)
+    finally:
+        sampler.close()
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 0), (1, 5), (0, 150), (-3, 12), (-120, -7), (95, 1203), (999, 1000)]
+)
+def test_integers_stay_between_the_bounds_of_their_schema(
+    model: Model, low: int, high: int
+) -> None:
+    schema = {"type": "integer", "minimum": low, "exclusiveMaximum": high + 1}
+    for number in {low, high, low + 1, high - 1, (low + high) // 2, low - 1, high + 1, 0, 10, 99}:
+        assert says(model, schema, str(number)) == (low <= number <= high), number
+
+
+def test_a_bound_alone_leaves_the_other_side_open(model: Model) -> None:
+    assert says(model, {"type": "integer", "minimum": 18}, "123456")
+    assert not says(model, {"type": "integer", "minimum": 18}, "17")
+    assert says(model, {"type": "integer", "maximum": -2}, "-77")
+    assert not says(model, {"type": "integer", "maximum": -2}, "-1")
+
+
+def test_what_may_be_null_keeps_what_else_its_schema_says(model: Model) -> None:
+    text = {"type": ["string", "null"], "maxLength": 2}
+    assert says(model, text, "null")
+    assert says(model, text, '"ab"')
+    assert not says(model, text, '"abc"')
+    listed = {"type": ["string", "null"], "enum": ["a", None]}
+    assert says(model, listed, "null")
+    assert not says(model, listed, '"b"')
+    color = {"$defs": {"c": {"enum": ["red"]}}, "allOf": [{"$ref": "#/$defs/c"}], "default": "red"}
+    assert says(model, color, '"red"')
+    assert not says(model, color, "{}")
+
+
+@pytest.mark.parametrize(
+    ("schema", "word"),
+    [
+        ({"type": "array", "items": {"type": "null"}, "uniqueItems": True}, "uniqueItems"),
+        ({"properties": {"a": {"type": "number", "minimum": 0}}}, "bounds of numbers"),
+        ({"type": "integer", "minimum": 5, "maximum": 4}, "no integer"),
+        ({"type": "string", "maxLength": 10**8}, "maxLength"),
+        ({"type": "array", "items": {"type": "null"}, "maxItems": 10**9}, "maxItems"),
+        ({"type": "string", "pattern": "^a{1000000000}$"}, "pattern"),
+        ({"properties": {f"p{i}" * 20: {"minLength": 999, "type": "string"} for i in range(99)}},
+         "more than"),
+    ],
+)  # fmt: skip
+def test_a_schema_that_a_grammar_cannot_obey_is_refused_before_it_costs(
+    schema: object, word: str
+) -> None:
+    with pytest.raises(InvalidArgument, match=word):
+        from_json_schema(json.dumps(schema))
+
+
+def test_a_grammar_that_would_overflow_the_stack_is_refused(model: Model) -> None:
+    assert nesting('root ::= ("(" [(] (x)) # ((((\nx ::= "\\"("') == 2
+    deep = "root ::= " + "(" * 100_000 + '"a"' + ")" * 100_000
+    with pytest.raises(InvalidArgument, match="nested 100000 deep"):
+        Sampler(Sampling(grammar=deep), model)
+
+
+def test_a_window_beyond_the_context_takes_no_memory(model: Model, context: Context) -> None:
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    wide = {"repeat_penalty": 1.3, "repeat_last_n": 1 << 30}
+    wide |= {"dry_multiplier": 0.8, "dry_penalty_last_n": 1 << 30}
+    narrow = wide | {"repeat_last_n": -1, "dry_penalty_last_n": -1}
+    assert make(model, context, Sampling(temperature=0, **wide)) == make(  # type: ignore[arg-type]
+        model,
+        context,
+        Sampling(temperature=0, **narrow),  # type: ignore[arg-type]
+    )
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -200,6 +288,7 @@ def test_a_schema_that_is_none_is_refused(schema: str) -> None:
         ("xtc_probability", 2.0),
         ("logprobs", 21),
         ("logit_bias", {5: math.nan}),
+        ("logit_bias", {5: 1e300}),
         ("grammar", "x" * 300_000),
         ("grammar", "\0"),
     ],
