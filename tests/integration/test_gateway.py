@@ -155,6 +155,13 @@ def test_tools_go_to_the_model_and_its_calls_come_back(
     assert message.content is None
     assert message.tool_calls is not None
     assert json.loads(platform.inference.requests[-1].tools) == tools
+    platform.inference.calls.append(ToolCall(id="c2", name="weather", arguments="{}"))
+    ask: Any = {"model": "faq", "messages": HELLO, "tools": tools, "parallel_tool_calls": False}
+    one = client.chat.completions.create(**ask)
+    assert [call.id for call in one.choices[0].message.tool_calls or ()] == ["c1"]
+    streamed = [c.choices[0].delta for c in client.chat.completions.create(**ask, stream=True)]
+    assert [call.id for delta in streamed for call in delta.tool_calls or ()] == ["c1"]
+    platform.inference.calls.pop()
     # The conversation goes on with what the client made of that answer.
     more: Any = [
         *HELLO,
@@ -268,6 +275,14 @@ def test_a_body_that_is_too_large_is_refused_while_it_comes(
         answer = httpx2.post(f"http://{address}/v1/chat/completions", content=b"x" * 1001)
         assert answer.status_code == 413
         assert "1000 bytes" in answer.json()["error"]["message"]
+
+
+def test_what_is_no_text_and_no_route_is_the_callers_mistake(address: str) -> None:
+    chat = f"http://{address}/v1/chat/completions"
+    half = b'{"model": "faq", "messages": [{"role": "user", "content": "\\ud83e"}]}'
+    refused = httpx2.post(chat, content=half)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_argument")
+    assert httpx2.get(chat).headers["allow"] == "POST"
 
 
 def test_what_was_answered_is_counted(address: str, client: openai.OpenAI) -> None:

@@ -8,6 +8,7 @@ comes from.
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import struct
 import time
@@ -51,6 +52,10 @@ _STATUS: tuple[tuple[type[ArrieroError], int, str], ...] = (
 )
 
 
+# What a replica calls otherwise than OpenAI's API: beginning of a field -> theirs.
+_NAMES = (("sampling.json_schema", "response_format"), ("sampling.", ""), ("texts[", "input["))
+
+
 def http_status(error: ArrieroError) -> int:
     """The HTTP status of an error."""
     return next((status for kind, status, _ in _STATUS if isinstance(error, kind)), 500)
@@ -59,16 +64,23 @@ def http_status(error: ArrieroError) -> int:
 def error_body(error: ArrieroError) -> dict[str, Any]:
     """The body of an error; `param` names the field that is wrong."""
     kind = next((word for cls, _, word in _STATUS if isinstance(error, cls)), "server_error")
-    violations = error.violations if isinstance(error, InvalidArgument) else ()
     message = "something went wrong in the server" if type(error) is Internal else error.message
-    return {
-        "error": {
-            "message": message,
-            "type": kind,
-            "param": violations[0].field if violations else None,
-            "code": error.reason.lower(),
-        }
-    }
+    param = None
+    if isinstance(error, InvalidArgument) and error.violations:
+        field = error.violations[0].field
+        param = _param(field)
+        if message.startswith(f"{field}: "):
+            message = param + message.removeprefix(field)
+    # What is not found here is a model, and clients know that by OpenAI's word.
+    code = "model_not_found" if isinstance(error, NotFound) else error.reason.lower()
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _param(field: str) -> str:
+    for ours, theirs in _NAMES:
+        if field.startswith(ours):
+            return theirs + field.removeprefix(ours)
+    return field
 
 
 def event(data: Mapping[str, Any]) -> bytes:
@@ -108,7 +120,11 @@ def embeddings(model: str, found: EmbedResponse, *, as_base64: bool) -> dict[str
 
 @dataclass(slots=True)
 class Choice:
-    """One answer, as far as it has come."""
+    """One answer, as far as it has come.
+
+    Attributes:
+        told: characters of the tokens whose log-probabilities were told.
+    """
 
     index: int
     text: str = ""
@@ -118,6 +134,7 @@ class Choice:
     cached_tokens: int = 0
     logprobs: list[TokenLogprob] | None = None
     tool_calls: list[ToolCall] = field(default_factory=list)
+    told: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +156,7 @@ class Answer:
                     "index": choice.index,
                     **({"message": self._message(choice)} if self.chat else {"text": choice.text}),
                     "finish_reason": choice.finish_reason,
-                    "logprobs": self._logprobs(choice.logprobs),
+                    "logprobs": self._logprobs(choice, choice.logprobs),
                 }
                 for choice in choices
             ],
@@ -162,7 +179,7 @@ class Answer:
 
     def part(
         self,
-        index: int,
+        choice: Choice,
         text: str,
         *,
         first: bool = False,
@@ -171,8 +188,10 @@ class Answer:
         """An event with more text; the first one of a chat says whose it is."""
         delta = {"role": "assistant", "content": text} if first else {"content": text}
         said = {"delta": delta} if self.chat else {"text": text}
-        told = self._logprobs(logprobs)
-        return self._chunk([{"index": index, **said, "finish_reason": None, "logprobs": told}])
+        told = self._logprobs(choice, logprobs)
+        return self._chunk(
+            [{"index": choice.index, **said, "finish_reason": None, "logprobs": told}]
+        )
 
     def end(self, choice: Choice, logprobs: list[TokenLogprob] | None = None) -> dict[str, Any]:
         """The event that says why a choice ended."""
@@ -183,7 +202,7 @@ class Answer:
                     "index": choice.index,
                     **said,
                     "finish_reason": choice.finish_reason,
-                    "logprobs": self._logprobs(logprobs or None),
+                    "logprobs": self._logprobs(choice, logprobs or None),
                 }
             ]
         )
@@ -192,16 +211,19 @@ class Answer:
         """The event with the tokens used, which has no choices."""
         return {**self._chunk([]), "usage": _usage(list(choices), n)}
 
-    def _logprobs(self, told: list[TokenLogprob] | None) -> dict[str, Any] | None:
+    def _logprobs(self, choice: Choice, told: list[TokenLogprob] | None) -> dict[str, Any] | None:
         if told is None:
             return None
         if self.chat:
             return {"content": [_token(t, tops=True) for t in told], "refusal": None}
+        tokens = [_text(t) for t in told]
+        offsets = list(itertools.accumulate(map(len, tokens), initial=choice.told))
+        choice.told = offsets.pop()
         return {
-            "tokens": [_text(t) for t in told],
+            "tokens": tokens,
             "token_logprobs": [t.logprob for t in told],
             "top_logprobs": [{_text(top): top.logprob for top in t.top} for t in told],
-            "text_offset": [],
+            "text_offset": offsets,
         }
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -236,11 +258,12 @@ def _call(call: ToolCall) -> dict[str, Any]:
 
 def _usage(choices: list[Choice], n: int) -> dict[str, Any]:
     # A prompt counts once, however many choices it has.
-    prompt = sum(choice.prompt_tokens for choice in choices[::n])
+    prompts = choices[::n]
+    prompt = sum(choice.prompt_tokens for choice in prompts)
     completion = sum(choice.completion_tokens for choice in choices)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": sum(c.cached_tokens for c in choices)},
+        "prompt_tokens_details": {"cached_tokens": sum(c.cached_tokens for c in prompts)},
     }

@@ -217,6 +217,7 @@ class _Gateway:
         choices = [Choice(i, logprobs=[] if tells else None) for i in range(len(streams))]
         if not ask.stream:
             await _while_listening(request, _gather(streams, choices))
+            _limit_calls(ask, choices)
             self._count(ask.model, choices)
             return JSONResponse(answer.whole(choices, ask.n))
         # Errors before the first word still have a status of their own.
@@ -230,13 +231,14 @@ class _Gateway:
         async def events() -> AsyncIterator[bytes]:
             try:
                 for choice in choices if answer.chat else ():
-                    yield answers.event(answer.part(choice.index, "", first=True))
+                    yield answers.event(answer.part(choice, "", first=True))
                 part = head
                 while part is not None:
                     index, text, told = part
                     if text is not None:
-                        yield answers.event(answer.part(index, text, logprobs=told))
+                        yield answers.event(answer.part(choices[index], text, logprobs=told))
                     else:
+                        _limit_calls(ask, choices)
                         if choices[index].tool_calls:
                             yield answers.event(answer.calls(choices[index]))
                         yield answers.event(answer.end(choices[index], told))
@@ -269,6 +271,12 @@ def _names(endpoint: Endpoint) -> list[str]:
 
 class _TooLarge(InvalidArgument):
     """The body is too large to be read."""
+
+
+def _limit_calls(ask: Ask, choices: list[Choice]) -> None:
+    if not ask.parallel:
+        for choice in choices:
+            del choice.tool_calls[1:]
 
 
 async def _follow(stream: AsyncStream, choice: Choice) -> AsyncGenerator[str, None]:
@@ -375,4 +383,5 @@ async def _no_route(request: Request, error: Exception) -> Response:
     body = {
         "error": {"message": what, "type": "invalid_request_error", "param": None, "code": None}
     }
-    return JSONResponse(body, status_code=status)
+    headers = error.headers if isinstance(error, HTTPException) else None  # Allow
+    return JSONResponse(body, status_code=status, headers=headers)

@@ -7,6 +7,7 @@ ignored. Does not know HTTP or how an answer looks.
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -31,7 +32,6 @@ Body = Mapping[str, Any]
 _HARMLESS = frozenset(
     {
         "metadata",
-        "parallel_tool_calls",
         "prompt_cache_key",
         "safety_identifier",
         "service_tier",
@@ -51,7 +51,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 _COMMON = frozenset(
     {"model", "n", "stream", "stream_options", "max_tokens", "stop", "logit_bias", "logprobs"}
-    | {"response_format", "ignore_eos", "stop_token_ids", "grammar"}
+    | {"response_format", "ignore_eos", "stop_token_ids", "grammar", "dry_sequence_breakers"}
 )
 # Parameters that go on under llama.cpp's names: OpenAI's own, and those that
 # llama.cpp's and vLLM's servers take beside them.
@@ -76,7 +76,10 @@ _NUMBERS: Mapping[str, type] = {
     "dry_penalty_last_n": int,
     "seed": int,
 }
-_CHAT = frozenset({"messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice"})
+_CHAT = frozenset(
+    {"messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice"}
+    | {"parallel_tool_calls"}
+)
 _SEEDS = 2**32
 _MAX_CHOICES = 16
 _MAX_PROMPTS = 64
@@ -96,6 +99,7 @@ class Ask:
         sampling: what was given; the rest is the replica's default.
         messages: of a chat; empty for a text completion.
         tools: that a chat may call.
+        parallel: it may call several of them at once.
         prompts: of a text completion.
         n: choices for the chat, or for each prompt.
     """
@@ -108,6 +112,7 @@ class Ask:
     sampling: Sampling
     messages: tuple[Mapping[str, Any], ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
+    parallel: bool = True
     prompts: tuple[str, ...] = ()
     n: int = 1
 
@@ -181,6 +186,7 @@ def read_chat(data: bytes) -> Ask:
         logprobs,
         messages=tuple(_message(m, f"messages[{i}]") for i, m in enumerate(messages)),
         tools=_tools(body),
+        parallel=body.get("parallel_tool_calls") is None or _flag(body, "parallel_tool_calls"),
     )
 
 
@@ -208,6 +214,10 @@ def _ask(body: Body, logprobs: int | None, **what: Any) -> Ask:
     options = body.get("stream_options") or {}
     if not isinstance(options, dict):
         raise InvalidArgument.field("stream_options", "expected an object")
+    for name, value in options.items():
+        # What pads events against eavesdroppers does not change what they say.
+        if name not in ("include_usage", "include_obfuscation") and value:
+            raise InvalidArgument.field(f"stream_options.{name}", "is not supported; leave it out")
     endpoint, adapter = split_model(model)
     return Ask(
         model=model,
@@ -261,7 +271,10 @@ def _tools(body: Body) -> tuple[Mapping[str, Any], ...]:
 
 def _object(data: bytes) -> Body:
     try:
-        body = json.loads(data)
+        text = data.decode("utf-8-sig")
+        body = json.loads(text)
+        if "\\u" in text:  # half of a surrogate pair is no character, and goes into no message
+            json.dumps(body, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         raise InvalidArgument("the body is not JSON in UTF-8") from None
     if not isinstance(body, dict):
@@ -275,7 +288,9 @@ def _body(data: bytes, *, own: frozenset[str]) -> Body:
         if name in _COMMON or name in own or name in _NUMBERS or name in _HARMLESS:
             continue
         if name not in _NEUTRAL:
-            raise InvalidArgument.field(name, "is not a parameter of this API")
+            near = difflib.get_close_matches(name, _COMMON | own | _NUMBERS.keys(), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise InvalidArgument.field(name, f"is not a parameter of this API{hint}")
         if value is not None and value not in _NEUTRAL[name]:
             raise InvalidArgument.field(name, "is not supported by this server; leave it out")
     return body
@@ -348,6 +363,11 @@ def _sampling(body: Body, logprobs: int | None) -> Sampling:
         if not isinstance(ids, list):
             raise InvalidArgument.field("stop_token_ids", "expected a list of token ids")
         sampling["stop_token_ids"] = [_number("stop_token_ids", i, int) for i in ids]
+    if body.get("dry_sequence_breakers"):
+        breakers = body["dry_sequence_breakers"]
+        if not isinstance(breakers, list) or not all(isinstance(b, str) for b in breakers):
+            raise InvalidArgument.field("dry_sequence_breakers", "expected a list of texts")
+        sampling["dry_sequence_breakers"] = breakers
     _format(body, sampling)
     return cast(Sampling, sampling)
 
@@ -378,7 +398,8 @@ def _format(body: Body, sampling: dict[str, Any]) -> None:
     if kind == "json_object":
         schema: Any = {"type": "object"}
     elif kind == "json_schema":
-        schema = (wanted.get("json_schema") or {}).get("schema")
+        named = wanted.get("json_schema")
+        schema = named.get("schema") if isinstance(named, dict) else None
         if not isinstance(schema, dict):
             raise InvalidArgument.field("response_format.json_schema.schema", "is missing")
     elif kind == "text":
@@ -397,7 +418,8 @@ def _number(name: str, value: Any, kind: Callable[[Any], Any]) -> Any:
     if isinstance(value, bool) or not isinstance(value, wanted) or not math.isfinite(value):
         what = "a whole number" if kind is int else "a number"
         raise InvalidArgument.field(name, f"{value!r}; expected {what}")
-    if kind is int and not -(2**63) <= value < 2**64:
+    low, high = (-(2**63), 2**64) if name == "seed" else (-(2**31), 2**31)
+    if kind is int and not low <= value < high:
         raise InvalidArgument.field(name, "is out of range")
     return kind(value)
 

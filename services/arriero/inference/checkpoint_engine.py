@@ -36,6 +36,7 @@ from arriero.inference.cohort import Cohort, Row
 from arriero.inference.distribution import TokenSampler
 from arriero.inference.loop import Loop
 from arriero.inference.pooling import DEFAULT, Vectors, pooled
+from arriero.inference.stream import check_fits
 from arriero.inference.text import TextStream
 from arriero.llama.sampler import Sampling
 from arriero.replica import ReplicaSettings
@@ -183,13 +184,8 @@ class CheckpointEngine(Loop):
             options["logit_bias"] = {int(t): bias for t, bias in options["logit_bias"].items()}
         checkpoint = self._checkpoint
         prompt = checkpoint.tokenize(frame["prompt"], add_special=frame["add_special"])
+        check_fits(len(prompt), checkpoint.n_ctx)
         left = checkpoint.n_ctx - len(prompt)
-        if not prompt or left <= 0:
-            raise InvalidArgument.field(
-                "prompt",
-                f"has {len(prompt)} tokens; expected 1 to {checkpoint.n_ctx - 1}: the context of "
-                f"this replica holds {checkpoint.n_ctx} with the answer",
-            )
         sampling = Sampling(**options)
         row = Row.make(
             id=frame["id"],

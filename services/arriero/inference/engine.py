@@ -35,7 +35,7 @@ from arriero.inference.lane import Lane
 from arriero.inference.loop import Loop
 from arriero.inference.pooling import Vectors, check_pooling, pooled
 from arriero.inference.rope import scaled
-from arriero.inference.stream import Stream
+from arriero.inference.stream import Stream, check_fits
 from arriero.inference.text import TextStream
 from arriero.llama import Context, Model, Rope
 from arriero.llama.grammar import from_json_schema
@@ -184,16 +184,9 @@ class Engine(Loop):
         prompt = self._model.tokenize(
             frame["prompt"], add_special=frame["add_special"], parse_special=True
         )
-        if not prompt:
-            raise InvalidArgument.field("prompt", "is empty; expected at least one token")
         lane = self._lane(len(prompt), limit)
         room = lane.context.n_ctx
-        if len(prompt) >= room:
-            raise InvalidArgument.field(
-                "prompt",
-                f"has {len(prompt)} tokens, and the context of this replica holds {room} "
-                "with the answer; shorten the prompt or deploy with a larger context",
-            )
+        check_fits(len(prompt), room)
         left = room - len(prompt)
         sampling = Sampling(**options)
         stream = Stream(

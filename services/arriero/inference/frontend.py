@@ -251,6 +251,7 @@ def _error(found: dict[str, Any]) -> errors.ArrieroError:
         return errors.InvalidArgument(
             message,
             violations=[errors.FieldViolation(f, d) for f, d in found.get("violations", ())],
+            reason=found.get("reason"),
         )
     for kind in (
         errors.AlreadyExists,

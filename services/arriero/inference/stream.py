@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from arriero.errors import ArrieroError, InvalidArgument
+from arriero.errors import ArrieroError, FieldViolation, InvalidArgument
 from arriero.inference.adapters import Loaded
 from arriero.inference.text import TextStream
 from arriero.llama.sampler import Sampler
@@ -90,6 +90,30 @@ class Stream(Request):
     def key(self) -> int:
         """What its KV cache belongs to: streams of other keys must not use it."""
         return self.adapter.key if self.adapter is not None else 0
+
+
+def check_fits(prompt: int, room: int) -> None:
+    """Refuse a prompt that is empty, or leaves no room for an answer.
+
+    Args:
+        prompt: tokens.
+        room: tokens of the context.
+
+    Raises:
+        InvalidArgument: with the reason CONTEXT_LENGTH_EXCEEDED when it is too long.
+    """
+    if not prompt:
+        raise InvalidArgument.field("prompt", "is empty; expected at least one token")
+    if prompt >= room:
+        what = (
+            f"has {prompt} tokens, and the context of this replica holds {room} with the answer; "
+            "shorten the prompt or deploy with a larger context"
+        )
+        raise InvalidArgument(
+            f"prompt: {what}",
+            violations=[FieldViolation("prompt", what)],
+            reason="CONTEXT_LENGTH_EXCEEDED",
+        )
 
 
 def refusal(request: int, error: ArrieroError) -> dict[str, Any]:

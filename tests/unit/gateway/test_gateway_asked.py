@@ -62,6 +62,13 @@ def test_seeds_of_64_bits_become_seeds_that_llama_cpp_takes() -> None:
     assert read_chat(body(seed=-1)).sampling == {"seed": 2**32 - 1}
 
 
+def test_characters_beyond_the_first_plane_may_be_escaped_as_json_does() -> None:
+    assert "\\ud83e" in body(user="🦙").decode()
+    assert read_chat(body(user="🦙", dry_sequence_breakers=["\n"])).sampling == {
+        "dry_sequence_breakers": ["\n"]
+    }
+
+
 def test_text_parts_are_joined_and_a_developer_is_the_system() -> None:
     ask = read_chat(
         body(
@@ -99,7 +106,15 @@ def test_what_changes_nothing_may_be_sent() -> None:
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
         ({"response_format": {"type": "json_object"}, "grammar": "x"}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": "x"}},
+         "response_format.json_schema.schema"),
         ({"stop_token_ids": [1.5]}, "stop_token_ids"),
+        ({"stop_token_ids": [2**31]}, "stop_token_ids"),
+        ({"max_tokens": 2**40}, "max_tokens"),
+        ({"dry_sequence_breakers": "x"}, "dry_sequence_breakers"),
+        ({"parallel_tool_calls": "no"}, "parallel_tool_calls"),
+        ({"stream_options": {"continuous_usage_stats": True}},
+         "stream_options.continuous_usage_stats"),
         ({"temprature": 0.5}, "temprature"),
         ({"temperature": "hot"}, "temperature"),
         ({"temperature": True}, "temperature"),
@@ -122,7 +137,16 @@ def test_what_is_wrong_or_not_obeyed_is_refused_by_name(fields: dict[str, Any], 
     assert refused.value.violations[0].field == param
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000])
+def test_a_name_that_is_nearly_right_is_told() -> None:
+    with pytest.raises(InvalidArgument, match="did you mean 'repeat_penalty'"):
+        read_chat(body(repetition_penalty=1.1))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, body(user="\ud800"), body(**{"\udfff": 1}),
+     b'{"model": "\xed\xa0\x80"}'],
+)  # fmt: skip
 def test_a_body_that_is_no_json_object_is_refused(data: bytes) -> None:
     with pytest.raises(InvalidArgument):
         read_chat(data)
