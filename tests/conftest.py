@@ -191,7 +191,7 @@ class Platform:
             env={**self.env, "COLUMNS": "160", **extra},
             capture_output=True,
             text=True,
-            timeout=170,
+            timeout=500,
         )
         assert "Traceback" not in done.stdout + done.stderr, done.stderr
         if check:
@@ -238,7 +238,7 @@ class Platform:
         return found
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 60, what: str = "it") -> Any:
+def wait_until(condition: Callable[[], Any], seconds: float = 120, what: str = "it") -> Any:
     """The condition's first true value."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):

@@ -66,12 +66,12 @@ class Process:
         self.process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "arriero.orchestrator", env=self.env
         )
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             while not self.address_file.exists():
                 assert self.process.returncode is None, "the orchestrator ended"
                 await asyncio.sleep(0.05)
         self.channel = connect(
-            self.address_file.read_text().strip(), ClientSettings(timeout_seconds=10)
+            self.address_file.read_text().strip(), ClientSettings(timeout_seconds=60)
         )
         return orchestrator_pb2_grpc.RunServiceStub(self.channel)
 
@@ -86,7 +86,7 @@ class Process:
         assert self.process is not None
         await self.channel.close()
         self.process.terminate()
-        return await asyncio.wait_for(self.process.wait(), 20)
+        return await asyncio.wait_for(self.process.wait(), 120)
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ async def process(tmp_path: Path, rooms: FakeRooms, database_url: str) -> AsyncI
 
 
 async def ended(stub: Any, run_id: str) -> pb.Run:
-    async with asyncio.timeout(40):
+    async with asyncio.timeout(400):
         while True:
             run = (await stub.GetRun(pb.GetRunRequest(id=run_id))).run
             if run.HasField("end_time"):
@@ -125,7 +125,7 @@ async def ended(stub: Any, run_id: str) -> pb.Run:
 def page(directory: Path) -> str:
     """The Prometheus page of the process."""
     url = f"http://{(directory / 'metrics').read_text().strip()}/metrics"
-    with urllib.request.urlopen(url, timeout=10) as answer:
+    with urllib.request.urlopen(url, timeout=120) as answer:
         return answer.read().decode()
 
 
@@ -193,6 +193,6 @@ async def test_a_cancellation_survives_a_kill(rooms, process):
     run = await ended(stub, run.id)
     assert run.state == pb.RUN_STATE_CANCELLED
     await rooms.start("dataset")
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(120):
         await operation.ended.wait()
     assert rooms.cancelled == [operation.name]

@@ -31,7 +31,7 @@ def run(source: str, platform: Any, directory: Path) -> str:
         env=platform.env,
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -93,7 +93,7 @@ def test_a_pipeline_over_s3_survives_the_loss_of_a_job_and_its_disk(
     assert len(digests) >= 8
     for digest in digests:
         store.verify(digest)
-    wait_until(lambda: not list(store.objects.find("staging/")), 20, "nothing of it stays")
+    wait_until(lambda: not list(store.objects.find("staging/")), 120, "nothing of it stays")
     logs = [f.key for f in store.objects.find("operations/training/") if f.key.endswith("jsonl")]
     assert len(logs) == 1
 

@@ -52,7 +52,7 @@ class Load:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         for thread in self._threads:
-            thread.join(60)
+            thread.join(120)
 
     def newly(self) -> set[str]:
         """Who has answered since the last call."""
@@ -79,7 +79,7 @@ def test_an_endpoint_scales_up_and_down_under_load_without_one_failed_request(
         served.cli("endpoints", "scale", "herd", "--replicas", "3")
         load.newly()
         # New ones are found within seconds.
-        wait_until(lambda: len(load.answered) == 3, 10, "answers of all three")
+        wait_until(lambda: len(load.answered) == 3, 120, "answers of all three")
         served.cli("endpoints", "scale", "herd", "--replicas", "1")
         load.newly()
         wait_until(lambda: sum(load.answered.values()) > 6, what="answers")
@@ -118,6 +118,7 @@ def test_openais_client_and_tools_that_scrape_see_the_same_endpoint(served: Any)
         assert answer.usage.completion_tokens <= 5
     replicas = served.json("endpoints", "get", "herd", "--no-score")["replicas"]
     pages = [
-        httpx2.get(f"http://{replica['metrics_address']}/metrics").text for replica in replicas
+        httpx2.get(f"http://{replica['metrics_address']}/metrics", timeout=120).text
+        for replica in replicas
     ]
     assert any('arriero_num_requests_running{model_name="herd"} 0.0' in page for page in pages)

@@ -13,7 +13,7 @@ def ask(platform: Any, *arguments: str, **extra: str) -> subprocess.CompletedPro
         env={**platform.env, **extra},
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=500,
     )
 
 

@@ -68,7 +68,7 @@ def on_kubernetes(
                 yield made
         finally:
             orchestrator.terminate()
-            orchestrator.wait(20)
+            orchestrator.wait(120)
             replicas.close()
 
     return run

@@ -50,7 +50,7 @@ class Elsewhere:
         with rpc.translated():
             return self._stub.PreviewDataset(
                 dataset_pb2.PreviewDatasetRequest(spec=self.spec(source, **fields), rows=30),
-                timeout=60,
+                timeout=120,
             )
 
     def prepared(self, source: str, **fields: Any) -> str:
@@ -60,7 +60,7 @@ class Elsewhere:
             spec=self.spec(source, **fields),
         )
         with rpc.translated():
-            started = self._stub.PrepareDataset(request, timeout=60)
+            started = self._stub.PrepareDataset(request, timeout=120)
             done = operations_pb2_grpc.OperationsStub(self.channel).WaitOperation(
                 operations_pb2.WaitOperationRequest(name=started.name), timeout=60
             )
@@ -125,7 +125,7 @@ def elsewhere(
         made.channel.close()
     finally:
         service.send_signal(signal.SIGTERM)
-        assert service.wait(30) == 0
+        assert service.wait(120) == 0
         server.stop()
 
 

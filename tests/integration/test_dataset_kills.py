@@ -75,7 +75,7 @@ class Place:
         )
         with rpc.translated():
             stub = dataset_pb2_grpc.DatasetServiceStub(self.channel)
-            return str(stub.PrepareDataset(request, timeout=30).name)
+            return str(stub.PrepareDataset(request, timeout=120).name)
 
     def wait(self, name: str) -> tuple[dict[str, str], int]:
         """Digest of every file that was made, and how many attempts that took."""
@@ -119,7 +119,7 @@ def place(tmp_path: Path, tiny_llama_dir: Path, wait_until) -> Iterator[Place]:
     yield made
     made.channel.close()
     made.service.send_signal(signal.SIGTERM)
-    assert made.service.wait(30) == 0
+    assert made.service.wait(120) == 0
 
 
 def test_kills_of_the_job_and_of_its_service_change_no_byte(place: Place, wait_until) -> None:
@@ -136,6 +136,6 @@ def test_kills_of_the_job_and_of_its_service_change_no_byte(place: Place, wait_u
     name = place.begin("service")
     processes = place.encoding()
     place.kill()
-    wait_until(lambda: not any(p.is_running() for p in processes), 5, "the job follows")
+    wait_until(lambda: not any(p.is_running() for p in processes), 120, "the job follows")
     place.start()
     assert place.wait(name) == (undisturbed, 2)

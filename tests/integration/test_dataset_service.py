@@ -40,7 +40,7 @@ class Service:
             spec=dataset_pb2.DatasetSpec(**fields),
         )
         with rpc.translated():
-            started = self._stub.PrepareDataset(request, timeout=30)
+            started = self._stub.PrepareDataset(request, timeout=120)
             return self._operations.WaitOperation(
                 operations_pb2.WaitOperationRequest(name=started.name), timeout=60
             )
@@ -77,7 +77,7 @@ def service(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         },
     )
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not address_file.exists():
             assert process.poll() is None, "the service ended at once"
             assert time.monotonic() < deadline, "the service did not start"
@@ -87,7 +87,7 @@ def service(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         made.channel.close()
     finally:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(120) == 0
 
 
 def test_a_dataset_is_prepared_and_published(service: Service) -> None:

@@ -68,7 +68,7 @@ class Place:
         request = dataset_pb2.TransformRequest(context=context, spec=spec)
         with rpc.translated():
             stub = dataset_pb2_grpc.DatasetServiceStub(self.channel)
-            return str(stub.Transform(request, timeout=30).name)
+            return str(stub.Transform(request, timeout=120).name)
 
     def wait(self, name: str) -> types_pb2.OperationResult:
         with rpc.translated():
@@ -110,7 +110,7 @@ class Place:
         if self.service is not None and self.service.poll() is None:
             self.channel.close()
             self.service.send_signal(signal.SIGTERM)
-            assert self.service.wait(30) == 0
+            assert self.service.wait(120) == 0
 
 
 @pytest.fixture

@@ -210,7 +210,7 @@ def test_an_engine_that_is_killed_is_told_apart_and_comes_back(
         wait_until(lambda: engine.cpu_times().user > 0)
         engine.send_signal(signal.SIGKILL)
         for caller in callers:
-            caller.join(30)
+            caller.join(120)
         assert set(failures) <= {grpc.StatusCode.UNAVAILABLE}
         wait_until(lambda: not engine.is_running() and check_health(replica.address))
         assert replica.engine().pid != engine.pid
@@ -218,7 +218,7 @@ def test_an_engine_that_is_killed_is_told_apart_and_comes_back(
         assert last.finish_reason
     finally:
         replica.process.terminate()
-        replica.process.wait(30)
+        replica.process.wait(120)
 
 
 def test_sigterm_lets_running_streams_end_properly(tiny_gguf: Path, tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_sigterm_lets_running_streams_end_properly(tiny_gguf: Path, tmp_path: Pa
     replica.process.terminate()
     messages = [first, *stream]
     assert messages[-1].finish_reason in (pb.FINISH_REASON_LENGTH, pb.FINISH_REASON_STOP)
-    assert replica.process.wait(30) == 0
+    assert replica.process.wait(120) == 0
     assert not engine.is_running()
 
 
@@ -243,7 +243,7 @@ def test_a_file_that_is_no_model_ends_the_replica_with_one_line(tmp_path: Path) 
         env={**os.environ, "ARRIERO_STORE": str(tmp_path / "store"), "ARRIERO_MODEL": digest},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     assert done.returncode == 1
     assert "Traceback" not in done.stderr

@@ -51,7 +51,7 @@ class Service:
                 **extra,
             },
         )
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not address.is_file():
             assert self.process.poll() is None, (place / "log").read_text()
             assert time.monotonic() < deadline, "the service did not come up"
@@ -63,7 +63,7 @@ class Service:
     def close(self) -> None:
         self.channel.close()
         self.process.terminate()
-        assert self.process.wait(30) == 0
+        assert self.process.wait(120) == 0
 
     def start(self, spec: Any, request_id: str) -> operations_pb2.Operation:
         context = types_pb2.StageContext(request_id=request_id, run="run", stage="stage")
@@ -299,7 +299,7 @@ def test_an_export_that_is_killed_publishes_nothing_and_is_done_again(
     before = {artifact.digest for artifact in service.store.list()}
     spec = merging_pb2.ExportSpec(model=base.digest, format="meta", shards=2)
     operation = service.start(spec, "k2")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not (jobs := psutil.Process(service.process.pid).children()):
         assert time.monotonic() < deadline, "no job was started"
         time.sleep(0.01)

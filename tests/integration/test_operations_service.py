@@ -140,7 +140,7 @@ def test_a_job_of_another_minor_version_reports(service):
     newer = older.SerializeToString() + b"\x98\x06\x01"
     report = service.channel.unary_unary("/arriero.v1.JobService/ReportProgress")
     for sent in (older.SerializeToString(), newer):
-        assert report(sent, metadata=((TOKEN_KEY, token),), timeout=60) == b""
+        assert report(sent, metadata=((TOKEN_KEY, token),), timeout=120) == b""
     service.cancel(started.name)
     service.wait(started.name)
 

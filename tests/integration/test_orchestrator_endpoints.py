@@ -45,7 +45,7 @@ class Home:
             self.records,
             self.store,
             LocalPlatform(self.directory / "platform"),
-            Replicas(ClientSettings(timeout_seconds=5)),
+            Replicas(ClientSettings(timeout_seconds=60)),
         )
         self.endpoints.load()
 
@@ -71,7 +71,7 @@ class Home:
         )
 
     async def until(self, name: str, condition: Any) -> pb.Endpoint:
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(120):
             while not any(e.name == name and condition(e) for e in self.endpoints.all()):
                 await asyncio.sleep(0.02)
         return self.endpoints.get(name)
@@ -219,7 +219,7 @@ async def test_a_cancelled_deployment_leaves_no_new_endpoint(home):
     task = asyncio.create_task(
         home.endpoints.deploy("r", spec, run="", owner="", cancelled=cancelled)
     )
-    await asyncio.sleep(0.3)
+    await home.until("zh", lambda e: e.spec.model == stuck)
     cancelled.set()
     with pytest.raises(Cancelled):
         await task
@@ -372,7 +372,7 @@ async def test_a_replica_that_lost_an_adapter_is_given_it_again(home):
     home.supervisor.adapters.clear()
     await home.close()
     home.open()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(120):
         while "poems" not in home.supervisor.adapters:
             await asyncio.sleep(0.05)
 

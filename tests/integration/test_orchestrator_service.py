@@ -42,7 +42,7 @@ class Stubs:
 async def stubs(tmp_path: Path) -> AsyncIterator[Stubs]:
     async with (
         LocalOrchestrator(tmp_path) as home,
-        connect(home.address, ClientSettings(timeout_seconds=10)) as channel,
+        connect(home.address, ClientSettings(timeout_seconds=60)) as channel,
     ):
         yield Stubs(home, channel)
 

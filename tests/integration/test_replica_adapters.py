@@ -312,7 +312,7 @@ def test_a_replica_is_ready_with_its_adapters_and_keeps_them_when_its_engine_die
         engine.suspend()  # so that it is asked before it dies
         caller.start()
         engine.kill()
-        caller.join(30)
+        caller.join(120)
         assert failures == ["UNAVAILABLE"]
         wait_until(lambda: not engine.is_running() and check_health(replica.address))
         assert names(replica) == ["laws", "poems"]
@@ -336,7 +336,7 @@ def test_a_replica_that_cannot_have_its_adapters_does_not_serve(herd: Herd, tmp_
         },
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     assert done.returncode == 1
     assert "quantize with adapter_only" in done.stderr

@@ -134,7 +134,7 @@ def test_what_this_model_cannot_have_ends_the_replica_with_the_reason(
         },
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     assert done.returncode == 1
     assert why in done.stderr

@@ -42,11 +42,11 @@ def test_replicas_run_beside_services_that_run_elsewhere(tmp_path: Path, wait_un
         assert replica["digest"] == digest
         serving = psutil.Process(replica["pid"])
         assert serving.environ()["ARRIERO_MODEL"] == digest
-        again = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+        again = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
         assert again.returncode == 1
         assert "already runs in" in again.stderr
     finally:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(40) == 0
+        assert process.wait(120) == 0
     assert not actual.exists()
     assert not serving.is_running()

@@ -74,7 +74,7 @@ class Service:
         (staged / "probe.json").write_text(json.dumps({"sequences": rows[:3]}))
         return self.store.publish(staged, ManifestDraft(kind="dataset", name="rows"))
 
-    def until(self, done, seconds: float = 90) -> None:
+    def until(self, done, seconds: float = 120) -> None:
         deadline = time.monotonic() + seconds
         while not done():
             assert self.process.poll() is None, (self.place / "log").read_text()[-3000:]
@@ -84,7 +84,7 @@ class Service:
     def close(self) -> None:
         self.channel.close()
         self.process.terminate()
-        assert self.process.wait(30) == 0
+        assert self.process.wait(120) == 0
 
     def start(self, request_id: str, **fields) -> operations_pb2.Operation:
         spec = training_pb2.TrainSpec(

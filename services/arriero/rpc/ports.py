@@ -26,7 +26,10 @@ def free_port(preferred: int | None = None) -> int:
         Unavailable: none is free.
     """
     first = _ephemeral()
-    likely = random.sample(range(first - SPAN, first), 200)
+    below = range(max(1024, first - SPAN), first)
+    if len(below) < 200:  # the kernel gives out nearly all
+        below = range(1024, 65536)
+    likely = random.sample(below, 200)
     for port in ([preferred] if preferred else []) + likely:
         if is_free(port):
             return port

@@ -323,7 +323,7 @@ class ReplicaController:
     def close(self) -> None:
         """Kill what still runs."""
         self._stop.set()
-        self._thread.join(10)
+        self._thread.join(120)
         self._kubelet.close()
 
     def _run(self) -> None:

@@ -158,7 +158,7 @@ class Kubelet:
         """Kill what still runs."""
         self._closed.set()
         for thread in self._threads:
-            thread.join(10)
+            thread.join(120)
 
     def _live(self, pod: Object) -> None:
         name = pod["metadata"]["name"]

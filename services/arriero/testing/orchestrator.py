@@ -63,7 +63,7 @@ class LocalOrchestrator:
     async def open(self) -> None:
         """Start the orchestrator, as its process does."""
         url = f"sqlite:///{self._directory / 'orchestrator.db'}"
-        settings = ClientSettings(timeout_seconds=5)
+        settings = ClientSettings(timeout_seconds=60)
         self._records = Records(url)
         self.endpoints = Endpoints(
             self._records,
@@ -91,7 +91,7 @@ class LocalOrchestrator:
         await self._clients.close()
         self._records.close()
 
-    async def ended(self, run_id: str, *, timeout: float = 20) -> pb.Run:
+    async def ended(self, run_id: str, *, timeout: float = 120) -> pb.Run:
         """The run at its end."""
 
         async def wait() -> pb.Run:

@@ -317,13 +317,13 @@ def running_platform(settings: ServerSettings | None = None) -> Iterator[FakePla
         await platform.start()
         return platform
 
-    platform = asyncio.run_coroutine_threadsafe(make(), loop).result(30)
+    platform = asyncio.run_coroutine_threadsafe(make(), loop).result(120)
     try:
         yield platform
     finally:
-        asyncio.run_coroutine_threadsafe(platform.stop(), loop).result(30)
+        asyncio.run_coroutine_threadsafe(platform.stop(), loop).result(120)
         loop.call_soon_threadsafe(loop.stop)
-        thread.join(30)
+        thread.join(120)
         loop.close()
 
 

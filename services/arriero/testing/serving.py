@@ -49,7 +49,7 @@ class Running:
 
     def metrics(self) -> dict[str, float]:
         """Its Prometheus page: series without the label that all of them share."""
-        with urllib.request.urlopen(f"http://{self.metrics_address}/metrics", timeout=10) as page:
+        with urllib.request.urlopen(f"http://{self.metrics_address}/metrics", timeout=120) as page:
             lines = page.read().decode().splitlines()
         series = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
         return {
@@ -63,7 +63,7 @@ class Running:
         self.process.wait()
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 40) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
     """Until the condition is true; fails when it is not in time."""
     deadline = time.monotonic() + seconds
     while not condition():

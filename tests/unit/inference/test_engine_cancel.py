@@ -43,7 +43,7 @@ def engine(tiny_gguf: Path) -> Iterator[tuple[socket.socket, Counted]]:
         context.leave = leave
         yield ours, context
         ours.close()
-        thread.join(30)
+        thread.join(120)
         theirs.close()
         assert not thread.is_alive()
 

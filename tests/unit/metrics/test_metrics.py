@@ -191,7 +191,7 @@ def test_the_page_is_served_and_its_address_is_written(registry, clock, tmp_path
     address, stop = metrics.serve(registry, listen="127.0.0.1:0", address_file=file)
     try:
         assert file.read_text().strip() == address
-        with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=120) as answer:
             assert b"arriero_host_cpu_ratio" in answer.read()
     finally:
         stop()

@@ -305,7 +305,7 @@ def test_everything_that_a_job_started_is_ended_with_it(tmp_path):
     leader = ProcessId.of(job.pid)
     eventually(lambda: len(list(marked(tmp_path.name))) == 2, "job and child run")
     assert end_job(tmp_path.name, leader)
-    assert job.wait(60) == -signal.SIGKILL
+    assert job.wait(120) == -signal.SIGKILL
     assert not list(marked(tmp_path.name))
 
 

@@ -71,7 +71,7 @@ async def test_a_job_that_shares_no_disk_with_its_service_goes_on_after_a_kill(
     trace = tmp_path / "trace"
     spec = order(steps=20, seconds=0.15, save=True, kill_at=14, trace=str(trace), text="apart")
     started = await engine.start("import", spec, asked("a"))
-    done = await engine.wait(started.name, 60)
+    done = await engine.wait(started.name, 120)
     outputs = {output.name: output.digest for output in result_of(done).outputs}
     assert metadata_of(done).attempt == 2
     steps = [(attempt, step) for _, attempt, step in trace_of(trace)]
@@ -96,7 +96,7 @@ async def test_a_job_that_shares_no_disk_with_its_service_goes_on_after_a_kill(
     found = {output.name: output.digest for output in result_of(joined).outputs}
     assert store.get(found["main"]).file("data.txt").read_text() == "apartapart"
     failing = await engine.start("import", order(fail="InvalidArgument"), asked("c"))
-    failed = await engine.wait(failing.name, 60)
+    failed = await engine.wait(failing.name, 120)
     assert "as ordered" in failed.error.message
 
 
@@ -109,7 +109,7 @@ async def test_records_and_logs_are_there_on_the_service_s_next_machine(
     engine = engines(store)
     await engine.recover()
     name = (await engine.start("import", order(steps=2), asked("a"))).name
-    await engine.wait(name, 60)
+    await engine.wait(name, 120)
     await engine.close()
     monkeypatch.setenv("ARRIERO_STORE_CACHE", str(tmp_path / "next"))
     moved = engines(Store.open(store.url))
@@ -134,17 +134,17 @@ async def test_a_store_that_does_not_answer_holds_up_nobody_else(
     def hang(key: str, data: bytes, *, durable: bool = True) -> None:
         if b'"RUNNING"' in data or b'"SUCCEEDED"' in data:
             loop.call_soon_threadsafe(hangs.set)
-            if not back.wait(30):
+            if not back.wait(120):
                 raise Unavailable("this loop was held up")
         write(key, data, durable=durable)
 
     monkeypatch.setattr(store.objects, "write", hang)
     name = (await engine.start("import", order(steps=2), asked("a"))).name
-    await asyncio.wait_for(hangs.wait(), 20)
+    await asyncio.wait_for(hangs.wait(), 120)
     assert not engine.get(name).done  # others are answered meanwhile
     assert not back.is_set()
     back.set()
-    assert len(result_of(await engine.wait(name, 60)).outputs) == 2
+    assert len(result_of(await engine.wait(name, 120)).outputs) == 2
 
 
 class Line:
@@ -164,7 +164,7 @@ class Line:
             self.by_the_loop.append(f"{request.method} {request.url}")
         if not self.there.is_set():
             self.held += 1
-            assert self.there.wait(30)
+            assert self.there.wait(120)
 
     async def hold(self, requests: int) -> None:
         while self.held < requests:
@@ -180,7 +180,7 @@ async def test_starts_pauses_and_logs_wait_for_a_store_beside_all_else(
     before = engines(store)
     await before.recover()
     ended = (await before.start("import", order(steps=1), asked("a"))).name
-    await before.wait(ended, 60)
+    await before.wait(ended, 120)
     await before.close()
 
     monkeypatch.setenv("ARRIERO_STORE_CACHE", str(tmp_path / "next"))
@@ -198,7 +198,7 @@ async def test_starts_pauses_and_logs_wait_for_a_store_beside_all_else(
         asyncio.create_task(engine.pause(running, paused=True)),
         asyncio.create_task(engine.log_path(ended)),
     ]
-    await asyncio.wait_for(line.hold(5), 20)
+    await asyncio.wait_for(line.hold(5), 120)
     assert not engine.get(running).done  # others are answered meanwhile
     assert not any(call.done() for call in calls)
     line.there.set()
@@ -212,10 +212,10 @@ async def test_starts_pauses_and_logs_wait_for_a_store_beside_all_else(
     assert found[running].paused
     assert found[joined.name].execution == found[running].execution
     assert found[cached.name].state == "SUCCEEDED"
-    assert (await engine.wait(fresh.name, 60)).done
+    assert (await engine.wait(fresh.name, 120)).done
     await engine.cancel(running)
     await engine.cancel(joined.name)
-    assert (await engine.wait(joined.name, 60)).done
+    assert (await engine.wait(joined.name, 120)).done
     assert not line.by_the_loop
 
 
@@ -230,7 +230,7 @@ async def test_a_start_that_nobody_waits_for_any_more_is_whole(
         asyncio.create_task(engine.start("import", order(steps=1), asked(name)))
         for name in ("a", "a", "b")
     ]
-    await asyncio.wait_for(line.hold(2), 20)
+    await asyncio.wait_for(line.hold(2), 120)
     for start in starts[1:]:
         start.cancel()
     line.there.set()
@@ -239,7 +239,7 @@ async def test_a_start_that_nobody_waits_for_any_more_is_whole(
     assert again[0].name == first.name
     assert len(Records(store, "merging").executions()) == 1  # one work for both
     for operation in again:
-        assert result_of(await engine.wait(operation.name, 60)).outputs
+        assert result_of(await engine.wait(operation.name, 120)).outputs
 
 
 async def test_a_start_that_could_not_be_recorded_leaves_nothing_behind(
@@ -255,7 +255,7 @@ async def test_a_start_that_could_not_be_recorded_leaves_nothing_behind(
     def refuse(key: str, data: bytes, *, durable: bool = True) -> None:
         if b'"cancel_requested":true' in data and not go_on.is_set():
             loop.call_soon_threadsafe(leaving.set)
-            assert go_on.wait(20)
+            assert go_on.wait(120)
         if b'"request_id":"refused"' in data:
             raise Unavailable("the store does not answer")
         write(key, data, durable=durable)
@@ -280,7 +280,7 @@ async def test_a_start_that_could_not_be_recorded_leaves_nothing_behind(
     assert [operation.name for operation in engine.list()[0]] == [first.name]
     (execution,) = engine._executions.values()
     assert execution.task is not None
-    await asyncio.wait_for(execution.task, 20)
+    await asyncio.wait_for(execution.task, 120)
     assert execution.record.state == "CANCELLED"
 
 
@@ -305,7 +305,7 @@ async def test_what_led_to_an_end_stays_until_the_end_is_recorded(
     monkeypatch.setattr(store.objects, "write", refuse)
     monkeypatch.setattr(staging.Staging, "clean", clean)
     name = (await engine.start("import", order(steps=2), asked("a"))).name
-    assert (await engine.wait(name, 60)).done
+    assert (await engine.wait(name, 120)).done
     assert not await asyncio.to_thread(cleaned.wait, 0.3)
     away.clear()
     assert await asyncio.to_thread(cleaned.wait, 20)
@@ -349,7 +349,7 @@ async def test_work_waits_for_a_store_that_is_away(
 
     monkeypatch.setattr(store.objects, "write", away)
     name = (await engine.start("import", order(steps=2), asked("a"))).name
-    done = await engine.wait(name, 60)
+    done = await engine.wait(name, 120)
     assert len(refused) == 3
     assert len(result_of(done).outputs) == 2
     path = await engine.log_path(name)

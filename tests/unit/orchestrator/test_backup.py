@@ -28,7 +28,7 @@ def test_a_copy_made_under_writes_is_consistent(database: Path, tmp_path: Path) 
     stop = threading.Event()
 
     def write() -> None:
-        connection = sqlite3.connect(database, timeout=30)
+        connection = sqlite3.connect(database, timeout=120)
         number = 0
         while not stop.is_set():
             with connection:  # both rows, or none

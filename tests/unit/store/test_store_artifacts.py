@@ -240,7 +240,7 @@ def test_publishers_of_the_same_thing_all_get_the_one_artifact(
         for child in children:
             child.start()
         for child in children:
-            child.join(30)
+            child.join(120)
             assert child.exitcode == 0
         found = {digests.get() for _ in sources}
         assert len(found) == 1

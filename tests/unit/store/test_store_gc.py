@@ -366,13 +366,13 @@ def test_who_comes_after_the_decision_learns_that_it_is_gone(
     def asked_now(self: Path, mode: int) -> None:
         if self == artifact.path and not thread.ident:  # decided, not yet moved
             thread.start()
-            assert asking.wait(30)
+            assert asking.wait(120)
         chmod(self, mode)
 
     monkeypatch.setattr(trash.Trash, "claim", seen_asking)
     monkeypatch.setattr(Path, "chmod", asked_now)
     assert place(store, artifact) in removed(store)
-    thread.join(30)
+    thread.join(120)
     assert answers == ["gone"]
     assert store.tags() == []
     assert publish(created="2026-01-01T00:00:00Z") == artifact
@@ -438,7 +438,7 @@ def test_tagging_and_publishing_race_with_collecting(
                 store.verify(artifact.digest)
     finally:
         stop.set()
-        child.join(60)
+        child.join(120)
     assert child.exitcode == 0
     assert list((store.root / "trash").iterdir()) == []
     assert tagged > 0
@@ -467,7 +467,7 @@ def test_publishing_goes_on_beside_a_merciless_collection(
             assert [entry.path for entry in artifact.manifest.files] == ["a"]
     finally:
         stop.set()
-        child.join(60)
+        child.join(120)
     assert child.exitcode == 0
     removed(store, grace=0)
     assert store.list() == []

@@ -98,7 +98,7 @@ def test_a_second_writer_is_refused_with_the_holders_pid(store: Store) -> None:
         with store.lock("dataset"):
             pass
         child.send_signal(signal.SIGKILL)
-        child.wait(30)
+        child.wait(120)
         with store.lock("training"):
             pass
     finally:

@@ -231,7 +231,7 @@ def test_of_processes_that_want_the_same_one_fetches(store: Store, elsewhere: St
         )
         for _ in range(3)
     ]
-    said = [child.communicate(timeout=60)[0] for child in children]
+    said = [child.communicate(timeout=120)[0] for child in children]
     assert [child.returncode for child in children] == [0, 0, 0]
     assert sorted(text.count(b"fetched") for text in said) == [0, 0, 2]
 
@@ -453,7 +453,7 @@ def test_a_lock_that_expired_is_taken_and_its_holder_told(
         bucket(store).put(key, record)
         other = lease._Lease(bucket(store), "training", "training service")
         other.take()
-        assert lost.wait(5)
+        assert lost.wait(120)
         with pytest.raises(FailedPrecondition):
             store.lock("training").__enter__()
     assert len(keys(store, "locks/")) == 1  # and gives back nothing that is not its own

@@ -134,7 +134,7 @@ def test_of_processes_that_expect_the_same_one_wins(
         for child in children:
             child.start()
         for child in children:
-            child.join(30)
+            child.join(120)
             assert child.exitcode == 0
         won = winners.get()
         assert winners.empty()
@@ -158,7 +158,7 @@ def test_setters_without_expectation_all_succeed(
     for child in children:
         child.start()
     for child in children:
-        child.join(60)
+        child.join(120)
         assert child.exitcode == 0
     keys = [found.key for found in store.objects.find("tags/model/m/prod/")]
     numbers = sorted(int(key.rpartition("/")[2]) for key in keys)
@@ -190,7 +190,7 @@ def test_a_setter_that_slept_and_was_passed_is_told_so(
     def slow(fd: int, data: bytes) -> int:
         if threading.current_thread() is not threading.main_thread():
             asleep.set()
-            wake.wait(30)
+            wake.wait(120)
         return write(fd, data)
 
     monkeypatch.setattr(os, "write", slow)
@@ -204,10 +204,10 @@ def test_a_setter_that_slept_and_was_passed_is_told_so(
 
     thread = threading.Thread(target=sleeper)
     thread.start()
-    assert asleep.wait(30)
+    assert asleep.wait(120)
     store.tag(TAG, three.digest, expected=one.digest)
     wake.set()
-    thread.join(30)
+    thread.join(120)
     assert said
     assert "another setter passed" in said[0]
     assert store.resolve(TAG) == three.digest
