@@ -78,7 +78,7 @@ class World:
         body["environment"] = environment
         (place / "live.json").write_text(json.dumps(body))
 
-    def step(self, seconds: float = 120.0, *, all_healthy: bool = True) -> list[dict[str, Any]]:
+    def step(self, seconds: float = 5.0, *, all_healthy: bool = True) -> list[dict[str, Any]]:
         self.now += seconds
         if all_healthy:
             self.healthy = {f"127.0.0.1:{port}" for port in range(5000, 6000)}

@@ -524,9 +524,13 @@ def test_an_interrupt_ends_a_blocked_call_and_the_client_goes_on(
     with Client() as client:
         run = client.create_run(parse_pipeline(pipeline_text))
         timer = threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT])
-        timer.start()
-        with pytest.raises(KeyboardInterrupt):
+
+        def blocked():
+            timer.start()  # in here: it may come early where little runs
             client.wait(run.id)
+
+        with pytest.raises(KeyboardInterrupt):
+            blocked()
         timer.join()
         assert client.get_run(run.id).state == pb.RUN_STATE_RUNNING
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -437,15 +437,17 @@ def test_a_collector_that_slept_while_another_came_takes_nothing(
 
 
 def test_a_lock_that_expired_is_taken_and_its_holder_told(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+    store: Store, monkeypatch: pytest.MonkeyPatch, wait_until: Callable[..., Any]
 ) -> None:
-    monkeypatch.setattr(lease, "SECONDS", 0.6)
+    monkeypatch.setattr(lease, "SECONDS", 3)
     lost = threading.Event()
     with lease.hold(bucket(store), "training", "training service", lost.set):
         (key,) = keys(store, "locks/")
         with pytest.raises(FailedPrecondition, match=f"pid {os.getpid()}"):
             store.lock("training").__enter__()
-        time.sleep(0.7)  # longer than a lease: it was renewed
+        first = json.loads(bucket(store).get(key))
+        wait_until(lambda: json.loads(bucket(store).get(key)) != first, what="its renewal")
+        assert json.loads(bucket(store).get(key))["expires"] > first["expires"]
         with pytest.raises(FailedPrecondition, match="is the training service"):
             store.lock("training").__enter__()
         # As if this process had slept on another machine.
