@@ -135,6 +135,8 @@ def test_tokens_vectors_and_golden_logits_are_the_models(replica: Running, peer:
     ids = tokenizer("The llama walks")["input_ids"]
     request = pb.TokenizeRequest(text="The llama walks", add_special=True)
     assert list(replica.stub.Tokenize(request).tokens) == ids
+    back = replica.stub.Detokenize(pb.DetokenizeRequest(tokens=ids))
+    assert back.text == tokenizer.decode(ids, skip_special_tokens=True)
     with torch.inference_mode():
         out = model(input_ids=torch.tensor([ids]), output_hidden_states=True)
     hidden = out.hidden_states[-1][0].mean(dim=0)

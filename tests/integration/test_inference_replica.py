@@ -327,6 +327,17 @@ def test_log_probabilities_come_with_the_tokens(replica: Running) -> None:
         assert len(entry.top) == 3
 
 
+def test_texts_become_tokens_and_tokens_texts(replica: Running) -> None:
+    text = "Llamas 🦙 walk."
+    tokens = replica.stub.Tokenize(pb.TokenizeRequest(text=text, add_special=True)).tokens
+    back = replica.stub.Detokenize(pb.DetokenizeRequest(tokens=tokens))
+    assert back.text.strip() == text
+    assert replica.stub.Detokenize(pb.DetokenizeRequest(tokens=tokens, special=True)).text != text
+    with pytest.raises(grpc.RpcError, match=r"tokens\[1\]") as caught:
+        replica.stub.Detokenize(pb.DetokenizeRequest(tokens=[1, -1]))
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
 def test_a_token_can_end_the_text(replica: Running) -> None:
     request = pb.GenerateRequest(prompt="The", sampling=greedy(5, logprobs=0, ignore_eos=True))
     told = [e.token for m in replica.stub.Generate(request) for e in m.logprobs]

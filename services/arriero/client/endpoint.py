@@ -11,6 +11,8 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypedDict, TypeVar, Unpack
 
+from google.protobuf.message import Message
+
 from arriero import rpc
 from arriero.client.connection import Connection
 from arriero.client.replicas import Replica, Replicas
@@ -30,6 +32,7 @@ GENERATE_SECONDS = 600.0
 
 Messages = str | Sequence[Mapping[str, Any] | inference_pb2.Message]
 _Answer = TypeVar("_Answer")
+_Request = TypeVar("_Request", bound=Message)
 _Delta = inference_pb2.GenerateResponse | inference_pb2.ChatResponse
 
 
@@ -142,8 +145,11 @@ class AsyncEndpoint:
                 is out of range.
             Unavailable: while iterating: no replica answers, or one broke off.
         """
-        request = inference_pb2.GenerateRequest(
-            prompt=prompt, sampling=_sampling(sampling), adapter=adapter
+        request = _request(
+            inference_pb2.GenerateRequest,
+            prompt=prompt,
+            sampling=_sampling(sampling),
+            adapter=adapter,
         )
 
         def call(replica: Replica) -> Any:
@@ -176,7 +182,8 @@ class AsyncEndpoint:
             InvalidArgument: a message without role or content; otherwise as `generate`.
             Unavailable: as `generate`.
         """
-        request = inference_pb2.ChatRequest(
+        request = _request(
+            inference_pb2.ChatRequest,
             messages=_messages(messages),
             sampling=_sampling(sampling),
             tools=json.dumps(list(tools)) if tools else None,
@@ -218,8 +225,8 @@ class AsyncEndpoint:
         Raises:
             InvalidArgument: a text is empty or does not fit.
         """
-        request = inference_pb2.EmbedRequest(
-            texts=list(texts), adapter=adapter, normalize=normalize
+        request = _request(
+            inference_pb2.EmbedRequest, texts=list(texts), adapter=adapter, normalize=normalize
         )
         return await self._unary(
             lambda replica: inference_pb2_grpc.InferenceServiceStub(replica.channel).Embed(
@@ -237,8 +244,11 @@ class AsyncEndpoint:
             add_special: add BOS where the model asks for it.
             parse_special: read special tokens that are written out.
         """
-        request = inference_pb2.TokenizeRequest(
-            text=text, add_special=add_special, parse_special=parse_special
+        request = _request(
+            inference_pb2.TokenizeRequest,
+            text=text,
+            add_special=add_special,
+            parse_special=parse_special,
         )
         answer = await self._unary(
             lambda replica: inference_pb2_grpc.InferenceServiceStub(replica.channel).Tokenize(
@@ -246,6 +256,24 @@ class AsyncEndpoint:
             )
         )
         return list(answer.tokens)
+
+    async def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str:
+        """Text of token ids.
+
+        Args:
+            tokens: ids.
+            special: write special tokens out.
+
+        Raises:
+            InvalidArgument: there is no such token.
+        """
+        request = _request(inference_pb2.DetokenizeRequest, tokens=tokens, special=special)
+        answer = await self._unary(
+            lambda replica: inference_pb2_grpc.InferenceServiceStub(replica.channel).Detokenize(
+                request
+            )
+        )
+        return answer.text
 
     async def model(self) -> inference_pb2.GetModelResponse:
         """What a replica serves: digest, quant type, context, template."""
@@ -322,6 +350,13 @@ class AsyncEndpoint:
         return artifact.golden
 
 
+def _request(kind: type[_Request], **fields: Any) -> _Request:
+    try:
+        return kind(**fields)
+    except (TypeError, ValueError) as error:  # lone surrogates too: they are no text
+        raise InvalidArgument(f"{kind.__name__}: {error}") from None
+
+
 def _sampling(sampling: Sampling) -> inference_pb2.SamplingParams:
     try:
         return inference_pb2.SamplingParams(**sampling)
@@ -331,7 +366,7 @@ def _sampling(sampling: Sampling) -> inference_pb2.SamplingParams:
 
 def _messages(messages: Messages) -> list[inference_pb2.Message]:
     if isinstance(messages, str):
-        return [inference_pb2.Message(role="user", content=messages)]
+        messages = [{"role": "user", "content": messages}]
     result = []
     for index, message in enumerate(messages):
         if isinstance(message, inference_pb2.Message):
@@ -348,7 +383,7 @@ def _messages(messages: Messages) -> list[inference_pb2.Message]:
                 if message.get(name):
                     setattr(made, name, message[name])
             result.append(made)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise InvalidArgument.field(
                 f"messages[{index}]", f"expected texts 'role' and 'content': {error}"
             ) from None

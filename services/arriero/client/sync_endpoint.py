@@ -147,6 +147,18 @@ class Endpoint:
             self._endpoint.tokenize(text, add_special=add_special, parse_special=parse_special)
         )
 
+    def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str:
+        """Text of token ids.
+
+        Args:
+            tokens: ids.
+            special: write special tokens out.
+
+        Raises:
+            InvalidArgument: there is no such token.
+        """
+        return self._thread.run(self._endpoint.detokenize(tokens, special=special))
+
     def model(self) -> inference_pb2.GetModelResponse:
         """What a replica serves: digest, quant type, context, template."""
         return self._thread.run(self._endpoint.model())

@@ -104,6 +104,14 @@ class Checkpoint:
         )
         return [int(i) for i in found["input_ids"]]
 
+    def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str:
+        """Text of token ids; see `arriero.llama.Model.detokenize`."""
+        return str(
+            self.tokenizer.decode(
+                tokens, skip_special_tokens=not special, clean_up_tokenization_spaces=False
+            )
+        )
+
     def logits(self, ids: Sequence[int]) -> Values:
         """Logits after each token of a sequence, shape (tokens, vocabulary).
 

@@ -36,7 +36,7 @@ from arriero.inference.cohort import Cohort, Row
 from arriero.inference.distribution import TokenSampler
 from arriero.inference.loop import Loop
 from arriero.inference.pooling import DEFAULT, Vectors, pooled
-from arriero.inference.stream import check_fits
+from arriero.inference.stream import check_fits, check_tokens
 from arriero.inference.text import TextStream
 from arriero.llama.sampler import Sampling
 from arriero.replica import ReplicaSettings
@@ -104,6 +104,10 @@ class CheckpointEngine(Loop):
                 parse_special=frame["parse_special"],
             )
             self.answer(frame, tokens=tokens)
+        elif op == "detokenize":
+            check_tokens(frame["tokens"], self._checkpoint.n_vocab)
+            text = self._checkpoint.detokenize(frame["tokens"], special=frame["special"])
+            self.answer(frame, text=text)
         elif op == "score":
             self._scores.append(Score(frame["id"], Golden.read(Path(frame["golden"]))))
         elif op == "embed":

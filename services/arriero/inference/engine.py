@@ -35,7 +35,7 @@ from arriero.inference.lane import Lane
 from arriero.inference.loop import Loop
 from arriero.inference.pooling import Vectors, check_pooling, pooled
 from arriero.inference.rope import scaled
-from arriero.inference.stream import Stream, check_fits
+from arriero.inference.stream import Stream, check_fits, check_tokens
 from arriero.inference.text import TextStream
 from arriero.llama import Context, Model, Rope
 from arriero.llama.grammar import from_json_schema
@@ -136,6 +136,10 @@ class Engine(Loop):
                 parse_special=frame["parse_special"],
             )
             self.answer(frame, tokens=tokens)
+        elif op == "detokenize":
+            check_tokens(frame["tokens"], self._model.n_vocab)
+            text = self._model.detokenize(frame["tokens"], special=frame["special"])
+            self.answer(frame, text=text)
         elif op == "score":
             golden = Golden.read(Path(frame["golden"]))
             self._scores.append(Score(frame["id"], golden, self._adapter(frame)))

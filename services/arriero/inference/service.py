@@ -151,6 +151,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         )
         return pb.TokenizeResponse(tokens=event["tokens"])
 
+    async def Detokenize(
+        self, request: pb.DetokenizeRequest, context: Context
+    ) -> pb.DetokenizeResponse:
+        """The text of token ids."""
+        event = await self._frontend.ask(
+            op="detokenize", tokens=list(request.tokens), special=request.special
+        )
+        return pb.DetokenizeResponse(text=event["text"])
+
     async def LoadAdapter(
         self, request: pb.LoadAdapterRequest, context: Context
     ) -> pb.LoadAdapterResponse:

@@ -7,6 +7,7 @@ events that its caller gets. Does not know batches, slots or other requests.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,6 +115,19 @@ def check_fits(prompt: int, room: int) -> None:
             violations=[FieldViolation("prompt", what)],
             reason="CONTEXT_LENGTH_EXCEEDED",
         )
+
+
+def check_tokens(tokens: Sequence[int], n_vocab: int) -> None:
+    """Refuse ids that are none.
+
+    Raises:
+        InvalidArgument: the first of them is named.
+    """
+    for i, token in enumerate(tokens):
+        if not 0 <= token < n_vocab:
+            raise InvalidArgument.field(
+                f"tokens[{i}]", f"{token} is no token; expected an id of 0 to {n_vocab - 1}"
+            )
 
 
 def refusal(request: int, error: ArrieroError) -> dict[str, Any]:

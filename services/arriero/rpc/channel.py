@@ -33,6 +33,8 @@ _OPTIONS: list[tuple[str, Any]] = [
     # A peer that vanished without a word (power, network) is found out.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    # gRPC's core heeds this one, whose default is a minute, beside the one above.
+    ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     # A proxy from the environment is for the internet, not for one's own services.

@@ -110,6 +110,13 @@ class FakeInference(inference_pb2_grpc.InferenceServiceServicer):
         bos = [1] if request.add_special else []
         return inference_pb2.TokenizeResponse(tokens=bos + [len(w) for w in request.text.split()])
 
+    async def Detokenize(
+        self, request: inference_pb2.DetokenizeRequest, context: Any
+    ) -> inference_pb2.DetokenizeResponse:
+        """Words of as many llamas."""
+        self._note(request)
+        return inference_pb2.DetokenizeResponse(text=" ".join("l" * n for n in request.tokens))
+
     async def GetModel(
         self, request: inference_pb2.GetModelRequest, context: Any
     ) -> inference_pb2.GetModelResponse:

@@ -60,6 +60,11 @@ class InferenceServiceStub:
                 request_serializer=arriero_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
                 response_deserializer=arriero_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
                 _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/arriero.v1.InferenceService/Detokenize',
+                request_serializer=arriero_dot_v1_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=arriero_dot_v1_dot_inference__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
         self.LoadAdapter = channel.unary_unary(
                 '/arriero.v1.InferenceService/LoadAdapter',
                 request_serializer=arriero_dot_v1_dot_inference__pb2.LoadAdapterRequest.SerializeToString,
@@ -128,6 +133,13 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Detokenize(self, request, context):
+        """The text of token ids. Read-only, safe to retry.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def LoadAdapter(self, request, context):
         """Loads a LoRA adapter beside the model; requests choose it by name. Idempotent
         for the same artifact and scale, ALREADY_EXISTS for another one of that name.
@@ -186,6 +198,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Tokenize,
                     request_deserializer=arriero_dot_v1_dot_inference__pb2.TokenizeRequest.FromString,
                     response_serializer=arriero_dot_v1_dot_inference__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=arriero_dot_v1_dot_inference__pb2.DetokenizeRequest.FromString,
+                    response_serializer=arriero_dot_v1_dot_inference__pb2.DetokenizeResponse.SerializeToString,
             ),
             'LoadAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.LoadAdapter,
@@ -344,6 +361,33 @@ class InferenceService:
             '/arriero.v1.InferenceService/Tokenize',
             arriero_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
             arriero_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/arriero.v1.InferenceService/Detokenize',
+            arriero_dot_v1_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+            arriero_dot_v1_dot_inference__pb2.DetokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,

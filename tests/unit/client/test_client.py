@@ -15,7 +15,7 @@ from arriero import errors
 from arriero.client import AsyncClient, Client, orchestrator_address, parse_pipeline
 from arriero.client import aio as client_aio
 from arriero.client import replicas as client_replicas
-from arriero.rpc import Server, parent
+from arriero.rpc import Server, channel, parent
 from arriero.settings import ClientSettings, ServerSettings
 from arriero.testing.replica import FakeInference
 from arriero.testing.servicers import FakePlatform
@@ -361,8 +361,82 @@ async def test_a_request_moves_on_before_the_first_token():
             assert await stream.text() == TEXT
             assert stream.replica == b.address
         assert await faq.tokenize("two words") == [1, 3, 5]
+        assert await faq.detokenize([3, 5]) == "lll lllll"
         # Those that did not answer are asked last from then on.
         assert len(a.requests) <= 1
+
+
+@contextlib.asynccontextmanager
+async def road_to(address):
+    """A way to an address that can be closed without a word: `(address, close)`."""
+    closed = False
+    host, port = address.rsplit(":", 1)
+
+    async def pump(reader, writer):
+        while data := await reader.read(65536):
+            if closed:
+                await asyncio.Event().wait()
+            writer.write(data)
+
+    async def connect(reader, writer):
+        onwards = await asyncio.open_connection(host, port)
+        tasks = [asyncio.create_task(pump(reader, onwards[1])),
+                 asyncio.create_task(pump(onwards[0], writer))]  # fmt: skip
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            onwards[1].close()
+            writer.close()
+
+    def close():
+        nonlocal closed
+        closed = True
+
+    server = await asyncio.start_server(connect, "127.0.0.1", 0)
+    try:
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}", close
+    finally:
+        server.close()
+
+
+async def test_a_replica_that_hangs_is_given_up_for_another_one(monkeypatch):
+    soon = {
+        "grpc.keepalive_time_ms": 1000,
+        "grpc.keepalive_timeout_ms": 200,
+        "grpc.http2.ping_timeout_ms": 200,
+    }
+    options = [(name, soon.get(name, value)) for name, value in channel._OPTIONS]
+    monkeypatch.setattr(channel, "_OPTIONS", options)
+    async with (
+        running() as platform,
+        replica() as a,
+        road_to(a.address) as (address, close),
+        AsyncClient(platform.address) as client,
+    ):
+        serve_at(platform, address)
+        faq = client.endpoint("faq")
+        assert await faq.generate("x").text() == TEXT
+        close()
+        async with replica() as b:
+            stream = faq.generate("x", timeout=20)
+            answer = asyncio.create_task(stream.text())
+            await asyncio.sleep(0)  # it is on its way to the first one
+            serve_at(platform, address, b.address)
+            assert await answer == TEXT
+            assert stream.replica == b.address
+
+
+async def test_text_that_is_none_is_refused_by_name():
+    async with AsyncClient("127.0.0.1:1") as client:
+        faq = client.endpoint("faq")
+        with pytest.raises(errors.InvalidArgument, match="surrogates"):
+            faq.generate("\udcff")
+        with pytest.raises(errors.InvalidArgument, match=r"messages\[0\]"):
+            faq.chat([{"role": "user", "content": "\udcff"}])
+        with pytest.raises(errors.InvalidArgument, match="surrogates"):
+            await faq.tokenize("\udcff")
 
 
 async def test_a_full_replica_is_passed_over_and_told_of_when_all_are_full():
