@@ -220,7 +220,7 @@ async def test_more_work_than_jobs_waits_and_can_be_cancelled_while_it_waits(mak
     await engine.recover()
     trace = tmp_path / "trace"
     go = tmp_path / "go"
-    spec = order(steps=2, hold=2, go=str(go), trace=str(trace))
+    spec = order(steps=2, hold=1, go=str(go), trace=str(trace))
     first = await engine.start("import", spec, asked("a"))
     second = await engine.start("import", order(steps=1, text="second"), asked("b"))
     third = await engine.start("import", order(steps=1, text="third"), asked("c"))

@@ -1,7 +1,7 @@
 """A room as small as can be: its spec's `source` is JSON that says how to behave.
 
-Keys: steps, seconds (per step), hold and go (before step `hold` it waits for a file
-`go`), trace (file that gets a line per step), save (checkpoint each step), fail (error
+Keys: steps, seconds (per step), hold and go (after `hold` steps each attempt waits for a
+file `go`), trace (file that gets a line per step), save (checkpoint each step), fail (error
 class), message, bug (raises KeyError), gate ("pass" | "fail"), proof (bytes that the
 gate's proof holds), kill_at and kill_attempt (SIGKILL itself at that step of that
 attempt), reasons (file that gets how the attempt before ended), stubborn (ignores
@@ -40,7 +40,7 @@ def work(job: Job) -> list[Output]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     steps = order.get("steps", 0)
     for step in range(first + 1, steps + 1):
-        while order.get("hold") == step and not Path(order["go"]).exists():
+        while step - first == order.get("hold", steps) + 1 and not Path(order["go"]).exists():
             if not order.get("deaf") and job.preempted.is_set():
                 break
             time.sleep(0.01)
