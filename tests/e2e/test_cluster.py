@@ -88,10 +88,9 @@ def reached() -> Iterator[Client]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = ["kubectl", "-n", NAMESPACE, "port-forward"]
-    command += [f"service/{RELEASE}-orchestrator", f"{port}:50051"]
-    env = {**os.environ, "KUBECONFIG": KUBECONFIG}
-    forward = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
+    left = threading.Event()
+    keeper = threading.Thread(target=forward, args=(port, left))
+    keeper.start()
     try:
         client = Client(f"127.0.0.1:{port}")
 
@@ -105,8 +104,24 @@ def reached() -> Iterator[Client]:
         yield client
         client.close()
     finally:
-        forward.terminate()
-        forward.wait()
+        left.set()
+        keeper.join()
+
+
+def forward(port: int, left: threading.Event) -> None:
+    """Forward a local port; kubectl ends with the pod that it chose, and is started again."""
+    command = ["kubectl", "-n", NAMESPACE, "port-forward"]
+    command += [f"service/{RELEASE}-orchestrator", f"{port}:50051"]
+    env = {**os.environ, "KUBECONFIG": KUBECONFIG}
+    while not left.is_set():
+        process = subprocess.Popen(
+            command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while process.poll() is None and not left.wait(0.2):
+            pass
+        process.terminate()
+        process.wait()
+        left.wait(1)
 
 
 @pytest.fixture(scope="module")

@@ -36,8 +36,10 @@ def test_it_says_where_a_run_was_when_time_is_over(platform: Any) -> None:
     assert platform.json("endpoints", "list") == []
 
 
-def test_it_says_when_there_is_no_platform(platform: Any) -> None:
-    ended = ask(platform, ARRIERO_ADDRESS="127.0.0.1:1")
+def test_it_waits_for_a_platform_and_says_when_there_is_none(platform: Any) -> None:
+    """Network policies let a new pod in after a moment."""
+    ended = ask(platform, "--timeout", "5", ARRIERO_ADDRESS="127.0.0.1:1")
     assert ended.returncode == 1
+    assert "it does not answer yet" in ended.stdout
     assert ended.stderr.startswith("FAILED: ")
     assert "Traceback" not in ended.stderr

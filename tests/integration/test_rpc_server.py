@@ -556,3 +556,31 @@ def test_a_service_leaves_when_its_supervisor_is_gone(tmp_path):
         supervisor.communicate()
     assert process.returncode == 0
     assert "is gone" in stderr
+
+
+async def test_a_connection_whose_first_packet_is_lost_is_waited_for():
+    """It is sent again after a second: here the server is out of reach for as long."""
+    async with serving() as server:
+        host, port = server.address.split(":")
+        open_tasks = []
+
+        async def late(reader, writer):
+            open_tasks.append(asyncio.current_task())
+            await asyncio.sleep(1.2)
+            inward, outward = await asyncio.open_connection(host, int(port))
+            await asyncio.gather(_copy(reader, outward), _copy(inward, writer))
+
+        relay = await asyncio.start_server(late, "127.0.0.1", 0)
+        address = f"127.0.0.1:{relay.sockets[0].getsockname()[1]}"
+        async with rpc.connect(address, retries=False) as opened:
+            assert (await _get(pb_grpc.RunServiceStub(opened), "r-1")).id == "r-1"
+        relay.close()
+        for task in open_tasks:
+            task.cancel()
+    assert len(open_tasks) == 1
+
+
+async def _copy(source, target):
+    while data := await source.read(1 << 16):
+        target.write(data)
+        await target.drain()

@@ -28,8 +28,10 @@ _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.enable_retries", 1),
     # A service that restarts is back within seconds, so ask that often.
     ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.min_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2_000),
+    # What a connection may take, despite the name: a first packet that is lost is sent
+    # again after a second, and a busy server is slow to shake hands.
+    ("grpc.min_reconnect_backoff_ms", 3_000),
     # A peer that vanished without a word (power, network) is found out.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),

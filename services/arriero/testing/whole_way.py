@@ -52,6 +52,7 @@ stages:
   deploy: {{model: quants, endpoint: "{endpoint}"}}
 """  # noqa: E501
 _POLL_SECONDS = 2.0
+_REACH_SECONDS = 60.0
 
 
 def main() -> int:
@@ -83,6 +84,7 @@ def whole_way(*, timeout: float, gateway: str = "") -> None:
     endpoint = f"whole-way-{seed:x}"
     with Client() as client, tempfile.TemporaryDirectory() as directory:
         say(f"platform at {client.address}")
+        _reach(client, min(timeout, _REACH_SECONDS))
         model, rows = _push(client, Path(directory), seed)
         text = _PIPELINE.format(model=model, rows=rows, endpoint=endpoint)
         run = client.create_run(parse_pipeline(text))
@@ -103,6 +105,20 @@ def whole_way(*, timeout: float, gateway: str = "") -> None:
 def say(text: str) -> None:
     """A line at once: somebody follows the log."""
     print(text, flush=True)
+
+
+def _reach(client: Client, seconds: float) -> None:
+    """Until the platform answers: network policies let a new pod in after a moment."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            client.list_runs(1)
+            return
+        except ArrieroError as error:
+            if not error.retryable or time.monotonic() > deadline:
+                raise
+            say(f"it does not answer yet: {error.message}")
+        time.sleep(_POLL_SECONDS)
 
 
 def _push(client: Client, directory: Path, seed: int) -> tuple[str, str]:
