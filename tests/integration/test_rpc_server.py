@@ -56,6 +56,9 @@ class Runs(pb_grpc.RunServiceServicer):
             run=pb.Run(id=request.id, owner=rpc.caller(), etag=trace.current_id())
         )
 
+    async def CreateRun(self, request, context):
+        return pb.CreateRunResponse()
+
     async def CancelRun(self, request, context):
         self.calls += 1
         return pb.CancelRunResponse()
@@ -218,6 +221,15 @@ async def test_each_change_leaves_one_audit_line(caplog):
     assert lines[0].method == "/arriero.v1.RunService/CancelRun"
     assert (lines[0].subject, lines[0].code) == ("local", "OK")
     assert lines[0].request == {"id": "run-1"}
+
+
+async def test_what_only_asks_what_would_change_leaves_no_audit_line(caplog):
+    with caplog.at_level(logging.INFO, logger="arriero.audit"):
+        async with serving() as server, calling(server) as stub:
+            await stub.CreateRun(pb.CreateRunRequest(validate_only=True))
+            await stub.CreateRun(pb.CreateRunRequest(request_id="once"))
+    lines = [record for record in caplog.records if record.name == "arriero.audit"]
+    assert [line.request for line in lines] == [{"request_id": "once"}]
 
 
 # tokens

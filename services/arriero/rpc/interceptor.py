@@ -169,7 +169,7 @@ def _code_of(context: Any) -> str:
 
 def _line(method: str, subject: str, code: str, seconds: float, request: Any, context: Any) -> None:
     """One audit line per change; the rest is for people who debug."""
-    audited = methods.audited(method)
+    audited = methods.audited(method) and not _asks_only(request)
     logger, level = (_audit, logging.INFO) if audited else (_access, logging.DEBUG)
     if not logger.isEnabledFor(level):
         return
@@ -185,6 +185,13 @@ def _line(method: str, subject: str, code: str, seconds: float, request: Any, co
     logger.log(level, "%s %s", method.rpartition("/")[2], code, extra=fields)
 
 
+def _asks_only(request: Any) -> bool:
+    """A dry run: it says what a change would do, and changes nothing."""
+    context = getattr(request, "context", None)
+    wishes = ((request, "validate_only"), (context, "validate_only"), (request, "dry_run"))
+    return any(getattr(part, wish, False) for part, wish in wishes)
+
+
 def _named(request: Message) -> dict[str, Any]:
     """What identifies the object of a request: ids and names, never content."""
     found: dict[str, Any] = {}
@@ -193,7 +200,7 @@ def _named(request: Message) -> dict[str, Any]:
         if nested in request.DESCRIPTOR.fields_by_name and request.HasField(nested):
             parts.append(getattr(request, nested))
     for part in parts:
-        for name in (*_NAMES, "request_id", "run", "stage", "endpoint", "validate_only"):
+        for name in (*_NAMES, "request_id", "run", "stage", "endpoint"):
             field = part.DESCRIPTOR.fields_by_name.get(name)
             if field is None or field.message_type is not None or field.is_repeated:
                 continue

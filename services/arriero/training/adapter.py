@@ -45,6 +45,10 @@ def load_base(
 
     transformers_logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    # PEFT imports it wherever it is installed, needed or not; it warns of kernels it lacks.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # PEFT asks for it by a name that transformers is about to give up.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     packed = {}
     if quantization is not None:
         packed = {
@@ -84,7 +88,6 @@ def _bits_and_bytes(quantization: Quantization, dtype: torch.dtype, whole: tuple
 
     # It says once per layer that float32 inputs are rounded: in 8 bits they are.
     warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     return BitsAndBytesConfig(
         load_in_4bit=quantization.bits == 4,
         load_in_8bit=quantization.bits == 8,
