@@ -1,7 +1,8 @@
 """What a process is told from outside: environment to frozen dataclasses, once.
 
-Responsibility: names, defaults and checks of every setting that a service or a
-client takes from its environment. Does not know what the settings are used for.
+Responsibility: names, defaults and checks of the settings that several services or
+clients share; what one room alone asks for is in its `__main__` or its own settings.
+Does not know what the settings are used for.
 """
 
 from __future__ import annotations
