@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from arriero.cli.__main__ import app
+from arriero.cli.app import app
 from arriero.v1 import (
     dataset_pb2,
     dataset_pb2_grpc,

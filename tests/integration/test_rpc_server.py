@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -358,6 +359,15 @@ async def test_a_taken_port_is_refused():
         second = rpc.Server(ServerSettings(listen=server.address), name="second")
         with pytest.raises(errors.FailedPrecondition, match="taken"):
             await second.start()
+
+
+async def test_where_nobody_listens_the_address_is_told_and_why():
+    with socket.create_server(("127.0.0.1", 0)) as once:
+        address = "{}:{}".format(*once.getsockname())
+    async with rpc.connect(address) as opened:
+        nobody = pytest.raises(errors.Unavailable, match=f"^nobody answers at {address}: \\w")
+        with nobody, rpc.translated():
+            await pb_grpc.RunServiceStub(opened).CancelRun(pb.CancelRunRequest(id="r"), timeout=20)
 
 
 async def test_a_unix_socket_serves(tmp_path):

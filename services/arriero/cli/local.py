@@ -36,7 +36,7 @@ def start_detached(
         Its state file.
 
     Raises:
-        FailedPrecondition: one runs in this home already.
+        FailedPrecondition: one runs in this home already, or there can be no home.
         Unavailable: it ended before it served; its log's end is quoted.
         DeadlineExceeded: it did not serve in time.
     """
@@ -46,7 +46,7 @@ def start_detached(
             f"Arriero already runs in {home.root} (pid {running['pid']}); "
             "`arriero status` shows it, `arriero down` stops it"
         )
-    home.logs.mkdir(parents=True, exist_ok=True)
+    home.make()
     env = {**os.environ, "ARRIERO_HOME": str(home.root)}
     env.pop(parent.PID, None)
     if tied:

@@ -80,8 +80,11 @@ def follow(run_id: str) -> None:
                 last = watch.follow(api.watch_run(run_id))
             except KeyboardInterrupt:
                 render.console.print(
-                    f"\nThe run goes on. Follow it: arriero runs watch {run_id}   "
-                    f"Stop it: arriero runs cancel {run_id}"
+                    f"\nThe run goes on.\n"
+                    f"  follow it  arriero runs watch {run_id}\n"
+                    f"  stop it    arriero runs cancel {run_id}",
+                    highlight=False,
+                    soft_wrap=True,
                 )
                 raise
             assert last is not None, "a watch yields at least once"

@@ -21,6 +21,8 @@ from arriero.errors import FailedPrecondition
 from arriero.rpc import parent
 from arriero.rpc.channel import check_health
 
+_STARTING = "starting the services"
+
 
 @command
 def up(
@@ -28,10 +30,15 @@ def up(
         bool, typer.Option("--detach", help="Go to the background once everything serves.")
     ] = False,
     port: Annotated[
-        int | None, typer.Option(help="The orchestrator's; default: a free one.")
+        int | None,
+        typer.Option(help="The orchestrator's; default: a free one.", min=1, max=65535),
     ] = None,
-    metrics_port: Annotated[int | None, typer.Option(help="The Prometheus page's.")] = None,
-    gateway_port: Annotated[int | None, typer.Option(help="The HTTP gateway's.")] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(help="The Prometheus page's.", min=1, max=65535)
+    ] = None,
+    gateway_port: Annotated[
+        int | None, typer.Option(help="The HTTP gateway's.", min=1, max=65535)
+    ] = None,
     output: Output = Format.TABLE,
 ) -> None:
     """Start all services on this machine; Ctrl-C stops them."""
@@ -44,7 +51,7 @@ def up(
         if as_json():
             render.print_json(local.start_detached(home, arguments))
             return
-        with render.console.status("starting the services"):
+        with render.console.status(_STARTING):
             state = local.start_detached(home, arguments)
         render.console.print(view(home, state))
         return
@@ -56,10 +63,18 @@ def up(
     if (starter := parent.from_env()) is not None:
         parent.watch(starter, supervisor.stop)
 
-    def on_ready(state: dict[str, Any]) -> None:
-        show(state, lambda: view(home, state))
+    # On standard error: the services' addresses are for whoever reads standard output.
+    with render.errors.status(_STARTING) as starting:
 
-    supervisor.run(on_ready)
+        def on_ready(state: dict[str, Any]) -> None:
+            starting.stop()
+            show(state, lambda: view(home, state))
+
+        def on_stop() -> None:
+            starting.update("stopping; runs go on at the next `arriero up`")
+            starting.start()
+
+        supervisor.run(on_ready, on_stop)
 
 
 @command

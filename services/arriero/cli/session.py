@@ -72,14 +72,23 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
             raise
         except Exception as error:
             # A defect: the traceback is for whoever mends it, one line for whoever typed.
-            log = home() / "logs" / "cli.log"
-            log.parent.mkdir(parents=True, exist_ok=True)
-            with log.open("a") as sink:
-                traceback.print_exc(file=sink)
-            text = f"{type(error).__name__}: {error}; a defect of Arriero, the details are in {log}"
+            text = f"{type(error).__name__}: {error}; a defect of Arriero, {_noted()}"
             render.fail(Internal(text), as_json=as_json())
 
     return wrapped
+
+
+def _noted() -> str:
+    """Where the traceback of the error that is handled now can be read."""
+    log = home() / "logs" / "cli.log"
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as sink:
+            traceback.print_exc(file=sink)
+    except OSError as error:
+        traceback.print_exc()
+        return f"the details are above ({log} cannot be written: {error.strerror})"
+    return f"the details are in {log}"
 
 
 def show(value: Any, view: Callable[[], Any]) -> None:

@@ -135,15 +135,30 @@ class Home:
         pid, started = int(state.get("pid", 0)), state.get("start")
         return state if pid and process_start(pid) == started else None
 
+    def make(self) -> None:
+        """Make its directories, readable by their owner alone.
+
+        Raises:
+            FailedPrecondition: they cannot be made or written there.
+        """
+        try:
+            self.logs.mkdir(parents=True, exist_ok=True)
+            os.chmod(self.root, 0o700)
+        except OSError as error:
+            raise FailedPrecondition(
+                f"{self.root} cannot be Arriero's home: {error.strerror}; set ARRIERO_HOME to a "
+                "directory that you may write"
+            ) from error
+
     @contextlib.contextmanager
     def lock(self) -> Iterator[IO[str]]:
         """Only one supervisor per home.
 
         Raises:
-            FailedPrecondition: another one runs, named by its pid.
+            FailedPrecondition: another one runs, named by its pid; or no home can be
+                made there.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
-        os.chmod(self.root, 0o700)
+        self.make()
         with (self.root / "up.lock").open("a+") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -179,8 +194,16 @@ class Supervisor:
     children: dict[str, Child] = field(default_factory=dict)
     stopping: threading.Event = field(default_factory=threading.Event)
 
-    def run(self, on_ready: Callable[[dict[str, Any]], None] | None = None) -> None:
+    def run(
+        self,
+        on_ready: Callable[[dict[str, Any]], None] = lambda state: None,
+        on_stop: Callable[[], None] = lambda: None,
+    ) -> None:
         """Start, supervise, and on SIGTERM or SIGINT stop everything.
+
+        Args:
+            on_ready: called with the state file when everything serves.
+            on_stop: called before what runs is stopped.
 
         Raises:
             FailedPrecondition: another supervisor holds the home.
@@ -191,12 +214,12 @@ class Supervisor:
             try:
                 ports = self._start()
                 state = self._publish_state(ports)
-                if on_ready is not None:
-                    on_ready(state)
+                on_ready(state)
                 while not self.stopping.wait(0.2):
                     self._restart_dead()
                     replicas.reconcile()
             finally:
+                on_stop()
                 self.home.state.unlink(missing_ok=True)
                 self._stop(replicas)
 

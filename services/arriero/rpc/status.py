@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,6 +63,11 @@ _BY_CODE: dict[str, type[errors.ArrieroError]] = {
 _BY_REASON: dict[str, type[errors.ArrieroError]] = {
     cls.default_reason: cls for cls in (errors.GateFailed, errors.Preempted)
 }
+
+# What gRPC says where nobody listens: the address, and the last of several reasons.
+_NOBODY = re.compile(
+    r"failed to connect to all addresses.*?ipv[46]:(\S+): (?:.*: )?(.+)", re.DOTALL
+)
 
 _log = logging.getLogger(__name__)
 
@@ -151,6 +157,8 @@ def from_rpc_error(error: grpc.RpcError) -> errors.ArrieroError:
                 return from_status(status)
     if code is grpc.StatusCode.UNKNOWN:
         return errors.Internal(message)
+    if code is grpc.StatusCode.UNAVAILABLE and (found := _NOBODY.match(message)):
+        message = f"nobody answers at {found[1]}: {found[2]}"
     return from_status(status_pb2.Status(code=code_pb2.Code.Value(code.name), message=message))
 
 

@@ -12,7 +12,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from typer.testing import CliRunner
 
 from arriero.cli import render
-from arriero.cli.__main__ import app
+from arriero.cli.app import app
 from arriero.cli.session import command
 from arriero.errors import FieldViolation, InvalidArgument, NotFound
 from arriero.testing.servicers import running_platform
@@ -153,6 +153,38 @@ def test_a_defect_is_one_line_and_its_traceback_is_kept(
     assert "Traceback" not in said
     assert "ZeroDivisionError: oops" in said
     assert "Traceback" in (home / "logs" / "cli.log").read_text()
+
+
+def test_a_home_that_cannot_be_is_told_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ARRIERO_HOME", str(tmp_path / "file"))
+    for arguments in (["up"], ["up", "--detach"], ["replicas"]):
+        shown = runner.invoke(app, arguments)
+        assert shown.exit_code == 1
+        assert "cannot be Arriero's home: Not a directory; set ARRIERO_HOME" in shown.stderr
+
+
+def test_a_defect_is_told_where_nothing_can_be_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ARRIERO_HOME", str(tmp_path / "file"))
+
+    @command
+    def broken() -> None:
+        raise ZeroDivisionError("oops")
+
+    with pytest.raises(SystemExit):
+        broken()
+    *trace, last = capsys.readouterr().err.splitlines()
+    assert "ZeroDivisionError: oops" in trace
+    assert last.startswith("error ZeroDivisionError: oops; a defect of Arriero")
+
+
+def test_a_port_that_cannot_be_is_a_usage_error(home: Path) -> None:
+    assert runner.invoke(app, ["up", "--port", "99999"]).exit_code == 2
 
 
 def test_whoever_talks_to_an_endpoint_that_starts_waits_for_it(

@@ -10,7 +10,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from arriero.cli import dataset, render
-from arriero.cli.__main__ import app
+from arriero.cli.app import app
 from arriero.client import pipeline_schema
 from arriero.v1 import dataset_pb2
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from arriero.cli.__main__ import app
+from arriero.cli.app import app
 
 ROOT = Path(__file__).parents[3]
 PAGES = [
