@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -65,8 +67,20 @@ def test_a_run_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines[-1].split() == ["merged"]  # what has not begun took no time
 
 
+def test_a_terminal_without_all_characters_is_no_defect(home: Path) -> None:
+    latin = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "arriero.cli", "run", "駱馬.yaml"], capture_output=True, env=latin
+    )
+    assert done.stderr.decode("latin-1").strip() == "error pipeline file ??.yaml does not exist"
+
+
 def test_lines_are_whole_where_programs_read_them() -> None:
     # A console takes its width once, when the process starts.
     code = "from arriero.cli import render; render.console.print('word ' * 30)"
-    piped = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    # readline, which pytest loads, sets COLUMNS for children, behind os.environ's back.
+    plain = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    piped = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=plain
+    )
     assert piped.stdout.count("\n") == 1
