@@ -225,14 +225,19 @@ class Platform:
         assert state is not None
         return psutil.Process(state["services"][name]["pid"])
 
-    def processes(self) -> list[psutil.Process]:
-        """Every process that runs with this home in its environment."""
+    def processes(self, module: str = "") -> list[psutil.Process]:
+        """Every process that runs with this home in its environment: those of a module alone.
+
+        Args:
+            module: the end of its name is enough.
+        """
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 if process.pid != os.getpid() and (
                     process.environ().get("ARRIERO_HOME") == str(self.home.root)
                     and process.status() != psutil.STATUS_ZOMBIE
+                    and any(word.endswith(module) for word in process.cmdline())
                 ):
                     found.append(process)
         return found

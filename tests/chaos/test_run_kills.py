@@ -20,7 +20,8 @@ Wait = Callable[..., Any]
 
 
 def training_jobs(platform: Any) -> list[psutil.Process]:
-    return [p for p in platform.processes() if "arriero.training.job" in " ".join(p.cmdline())]
+    found: list[psutil.Process] = platform.processes("arriero.training.job")
+    return found
 
 
 @pytest.mark.parametrize("victim", ["orchestrator", "training service", "training job"])

@@ -384,7 +384,7 @@ def test_a_disk_that_fills_up_meanwhile_costs_no_more_than_a_retry(
             return next(s for s in client.get_run(run.id).stages if s.name == "sft")
 
         wait_until(lambda: sft().metadata.progress.step > 10, 120, "training")
-        (job,) = (p for p in platform.processes() if "arriero.training.job" in p.cmdline())
+        (job,) = platform.processes("arriero.training.job")
         job.suspend()  # however slowly this fills
         with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
             while True:

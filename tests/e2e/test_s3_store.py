@@ -66,11 +66,7 @@ def test_a_pipeline_over_s3_survives_the_loss_of_a_job_and_its_disk(
             return False
 
         wait_until(kept, 120, "a checkpoint in the bucket")
-        (job,) = [
-            process
-            for process in platform.processes()
-            if "arriero.training.job" in " ".join(process.cmdline())
-        ]
+        (job,) = platform.processes("arriero.training.job")
         job.send_signal(signal.SIGKILL)
         (place,) = (store.root / "staging" / "training").iterdir()
         shutil.rmtree(place / "checkpoints")

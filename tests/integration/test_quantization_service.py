@@ -178,9 +178,7 @@ def test_cancelling_stops_the_converter_and_publishes_nothing(
     started = service.rooms.Quantize(quantize(model, "cancel", "Q5_0"), timeout=120)
     parent = psutil.Process(service.process.pid)
     deadline = time.monotonic() + 120
-    while not any(
-        "arriero.quantization.official" in " ".join(p.cmdline()) for p in _children(parent)
-    ):
+    while not any(_runs(p, "arriero.quantization.official") for p in _children(parent)):
         assert time.monotonic() < deadline, "the converter did not start"
         time.sleep(0.02)
     service.operations.CancelOperation(operations_pb2.CancelOperationRequest(name=started.name))

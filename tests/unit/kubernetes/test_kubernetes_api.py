@@ -136,7 +136,7 @@ def followed(api, cluster):
     informer = Informer(api, PODS, "herd=x", changes.append)
     cluster.put("pods", service("old", herd="x"))
     informer.start()
-    assert informer.synced(10)
+    assert informer.synced(120)
     yield informer, changes
     informer.stop()
 
@@ -183,7 +183,7 @@ def test_a_cluster_that_comes_late_is_waited_for(api, cluster):
         cluster.fail("list", "pods", 503, "ServiceUnavailable", "starting")
     informer = Informer(api, PODS, "")
     informer.start()
-    assert informer.synced(10)
+    assert informer.synced(120)
     informer.stop()
 
 

@@ -286,7 +286,11 @@ async def test_a_waived_gate_lets_the_same_work_be_answered_from_the_store(make_
     assert metadata_of(again).cached
 
 
-async def test_a_job_that_dies_is_started_again_from_its_checkpoint(make_engine, tmp_path):
+async def test_a_job_that_dies_is_started_again_from_its_checkpoint(
+    make_engine, tmp_path, monkeypatch
+):
+    # Whatever the kernel kills beside this.
+    monkeypatch.setattr("arriero.operations.runner.oom_kills", lambda: 7)
     engine = make_engine()
     await engine.recover()
     trace = tmp_path / "trace"

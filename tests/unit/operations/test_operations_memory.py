@@ -80,7 +80,9 @@ def control_group() -> Iterator[Path]:
     try:
         group.mkdir()
         (group / ("memory.limit_in_bytes" if old else "memory.max")).write_text(str(64 << 20))
-        if not old:
+        if old:
+            (group / "memory.swappiness").write_text("0")
+        else:
             (group / "memory.swap.max").write_text("0")
     except OSError as error:
         pytest.skip(f"control groups can not be made here: {error}")

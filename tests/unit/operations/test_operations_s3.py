@@ -69,8 +69,15 @@ async def test_a_job_that_shares_no_disk_with_its_service_goes_on_after_a_kill(
     engine = engines(store, runner=Elsewhere(tmp_path / "disks"))
     await engine.recover()
     trace = tmp_path / "trace"
-    spec = order(steps=20, seconds=0.15, save=True, kill_at=14, trace=str(trace), text="apart")
-    started = await engine.start("import", spec, asked("a"))
+    go = tmp_path / "go"
+    more = {"hold": 13, "go": str(go), "kill_at": 14, "trace": str(trace), "text": "apart"}
+    started = await engine.start("import", order(steps=20, save=True, **more), asked("a"))
+
+    def kept() -> bool:
+        return any("/checkpoints/" in found.key for found in store.objects.find("staging/"))
+
+    await asyncio.to_thread(eventually, kept, "a checkpoint is kept")
+    go.touch()
     done = await engine.wait(started.name, 120)
     outputs = {output.name: output.digest for output in result_of(done).outputs}
     assert metadata_of(done).attempt == 2
@@ -92,7 +99,7 @@ async def test_a_job_that_shares_no_disk_with_its_service_goes_on_after_a_kill(
     from arriero.v1 import merging_pb2
 
     merge = merging_pb2.MergeSpec(model=outputs["main"])
-    joined = await engine.wait((await engine.start("merge", merge, asked("b"))).name, 60)
+    joined = await engine.wait((await engine.start("merge", merge, asked("b"))).name, 120)
     found = {output.name: output.digest for output in result_of(joined).outputs}
     assert store.get(found["main"]).file("data.txt").read_text() == "apartapart"
     failing = await engine.start("import", order(fail="InvalidArgument"), asked("c"))
@@ -188,7 +195,7 @@ async def test_starts_pauses_and_logs_wait_for_a_store_beside_all_else(
     engine = engines(store)
     await engine.recover()
     line = Line(store)
-    spec = order(steps=400, seconds=0.05)
+    spec = order(steps=10_000, seconds=0.05)
     running = (await engine.start("import", spec, asked("b"))).name
     line.there.clear()
     calls = [
@@ -248,7 +255,7 @@ async def test_a_start_that_could_not_be_recorded_leaves_nothing_behind(
     engine = engines(store)
     await engine.recover()
     trace = tmp_path / "trace"
-    spec = order(steps=400, seconds=0.05, trace=str(trace))
+    spec = order(steps=10_000, seconds=0.05, trace=str(trace))
     write, leaving, go_on = store.objects.write, asyncio.Event(), threading.Event()
     loop = asyncio.get_running_loop()
 
@@ -308,7 +315,7 @@ async def test_what_led_to_an_end_stays_until_the_end_is_recorded(
     assert (await engine.wait(name, 120)).done
     assert not await asyncio.to_thread(cleaned.wait, 0.3)
     away.clear()
-    assert await asyncio.to_thread(cleaned.wait, 20)
+    assert await asyncio.to_thread(cleaned.wait, 120)
 
 
 async def test_an_older_record_never_replaces_a_newer_one(store: Store) -> None:
