@@ -114,6 +114,13 @@ def test_a_prompt_that_is_too_long_is_told_both_figures(replica: Running) -> Non
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
+def test_a_prompt_that_is_far_too_long_is_refused_without_being_read(replica: Running) -> None:
+    for prompt, word in (("word " * 1_000_000, "at least"), ("\0" * 12_000_000, "too large")):
+        with pytest.raises(grpc.RpcError, match=word) as caught:
+            text_of(replica, prompt, greedy(3))
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
 def test_chat_without_any_template_is_refused_with_advice(replica: Running) -> None:
     if replica.stub.GetModel(pb.GetModelRequest()).template:
         pytest.skip("the tiny model brings a template")

@@ -305,11 +305,15 @@ class AsyncEndpoint:
                             if message.delta:
                                 yield message.delta
                     return
-                except Unavailable:
+                except Unavailable as error:
                     self._replicas.shun(replica)
                     tried.add(replica.address)
                     if begun:  # half an answer cannot be taken back
-                        raise
+                        raise Unavailable(
+                            f"replica {replica.address} of endpoint {self.name} broke off in the "
+                            f"middle of the answer ({error.message}); ask again",
+                            reason=error.reason,
+                        ) from error
                 except ResourceExhausted as error:
                     # Its queue is full of others' requests; another one's may not be.
                     tried.add(replica.address)

@@ -99,6 +99,7 @@ class Engine(Loop):
         self._model = model
         pieces = model.pieces(special=False)
         self._lanes = [Lane(model, context, pieces, self.events.append) for context in contexts]
+        self._longest_piece = max(map(len, model.pieces(special=True)))
         self._adapters = Adapters(model)
         self._scores: deque[Score] = deque()
         self._embeddings: deque[Embedding] = deque()
@@ -185,6 +186,9 @@ class Engine(Loop):
             options["grammar"] = from_json_schema(schema, field="sampling.json_schema")
         if "logit_bias" in options:
             options["logit_bias"] = {int(t): bias for t, bias in options["logit_bias"].items()}
+        # Far too long is known without tokenizing, which would hold up all streams.
+        least = len(frame["prompt"]) // self._longest_piece
+        check_fits(max(1, least), self._lanes[-1].context.n_ctx, exact=False)
         prompt = self._model.tokenize(
             frame["prompt"], add_special=frame["add_special"], parse_special=True
         )

@@ -175,11 +175,15 @@ class Frontend:
         if self._writer is None or not self.model:
             raise errors.Unavailable("the model of this replica is not loaded yet; try again soon")
         request = next(self._ids)
+        try:
+            message = frames.encode({**command, "id": request})
+        except ValueError as error:
+            raise errors.InvalidArgument(f"the request is too large: {error}") from None
         events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._pending[request] = events
         done = False
         try:
-            self._writer.write(frames.encode({**command, "id": request}))
+            self._writer.write(message)
             await self._writer.drain()
             while not done:
                 event = await events.get()

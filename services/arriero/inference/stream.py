@@ -93,12 +93,13 @@ class Stream(Request):
         return self.adapter.key if self.adapter is not None else 0
 
 
-def check_fits(prompt: int, room: int) -> None:
+def check_fits(prompt: int, room: int, *, exact: bool = True) -> None:
     """Refuse a prompt that is empty, or leaves no room for an answer.
 
     Args:
         prompt: tokens.
         room: tokens of the context.
+        exact: whether there may not be more.
 
     Raises:
         InvalidArgument: with the reason CONTEXT_LENGTH_EXCEEDED when it is too long.
@@ -107,8 +108,8 @@ def check_fits(prompt: int, room: int) -> None:
         raise InvalidArgument.field("prompt", "is empty; expected at least one token")
     if prompt >= room:
         what = (
-            f"has {prompt} tokens, and the context of this replica holds {room} with the answer; "
-            "shorten the prompt or deploy with a larger context"
+            f"has {'' if exact else 'at least '}{prompt} tokens, and the context of this replica "
+            f"holds {room} with the answer; shorten the prompt or deploy with a larger context"
         )
         raise InvalidArgument(
             f"prompt: {what}",
