@@ -30,6 +30,7 @@ _REFUSED = frozenset(
     | {"unevaluatedProperties"}
 )
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+_SPACE = r'| " " | "\n"{1,2} [ \t]{0,20}'
 # As many digits as the converter's own integers have.
 _DIGITS = 16
 _QUANTIFIER = re.compile(r"(?<!\\)\{([^}]*)\}")
@@ -79,6 +80,8 @@ def _converter() -> Any:
     class Converter(SchemaConverter):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__(prop_order={}, allow_fetch=False, dotall=False, raw_pattern=False)
+            # As llama.cpp's own: a model that is kept from its line breaks says other things.
+            self._rules["space"] = _SPACE
             self._size = 0
 
         def visit(self, schema: Any, name: str) -> Any:

@@ -232,6 +232,13 @@ def test_what_may_be_null_keeps_what_else_its_schema_says(model: Model) -> None:
     assert not says(model, color, "{}")
 
 
+def test_json_may_be_written_in_lines_and_in_one(model: Model) -> None:
+    schema = {"properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    for text in ('{"a":1}', '{ "a": 1 }', '{\n  "a": 1\n}', '{\n\t"a": 1\n}'):
+        assert says(model, schema, text)
+    assert not says(model, schema, '{\n\n\n"a": 1}')
+
+
 @pytest.mark.parametrize(
     ("schema", "word"),
     [
