@@ -186,7 +186,7 @@ def loop_over(work: Path, model: Path, steps: int = STEPS) -> Any:
     allocator.settle()
     import torch
 
-    from arriero.llama.cores import threads
+    from arriero.cores import threads
     from arriero.training import adapter, numerics
     from arriero.training.loop import Loop
     from arriero.training.plan import Lora, Plan

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from arriero.cores import threads
 from arriero.dataset import arrow, packing, preparation, proofs, selection, sources
 from arriero.dataset.batches import NONE, Batches, Settings
 from arriero.dataset.crew import Crew
@@ -27,7 +28,6 @@ from arriero.dataset.transform.job import transform
 from arriero.dataset.vocabulary import TOKENIZER_FILE, Vocabulary
 from arriero.errors import FailedPrecondition, Preempted
 from arriero.gates.golden import TOKENS, probe_sequences
-from arriero.llama.cores import threads
 from arriero.operations.handoff import to_json
 from arriero.operations.job import Job, Output, main
 from arriero.prompts import Template

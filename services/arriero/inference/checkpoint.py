@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from arriero.cores import threads
 from arriero.errors import FailedPrecondition, InvalidArgument, OutOfRange, ResourceExhausted
-from arriero.llama import threads
 from arriero.prompts import Template
 from arriero.replica import ReplicaSettings
 

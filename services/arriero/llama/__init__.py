@@ -18,7 +18,6 @@ so a process that must live does not load models itself. `read_header` and
 
 from arriero.llama.blocks import needs_importance, quantize_rows, row_bytes, write_header
 from arriero.llama.context import Batch, Context, Rope, golden_logits
-from arriero.llama.cores import threads
 from arriero.llama.header import Header, TensorInfo, insert_metadata, read_header
 from arriero.llama.library import available, initialize
 from arriero.llama.model import Model
@@ -60,6 +59,5 @@ __all__ = [
     "resolve_tensor_type",
     "resolve_type",
     "row_bytes",
-    "threads",
     "write_header",
 ]

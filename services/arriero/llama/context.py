@@ -17,6 +17,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from arriero.cores import threads
 from arriero.errors import (
     Cancelled,
     FailedPrecondition,
@@ -27,7 +28,6 @@ from arriero.errors import (
 )
 from arriero.gates.golden import Golden
 from arriero.llama import library
-from arriero.llama.cores import threads
 from arriero.llama.header import TYPE_NUMBERS
 from arriero.llama.model import Model
 

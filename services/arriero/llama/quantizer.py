@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from arriero.cores import threads
 from arriero.errors import DataLoss, FailedPrecondition, Internal, InvalidArgument
 from arriero.llama import library
-from arriero.llama.cores import threads
 from arriero.llama.header import TYPE_NUMBERS, Header, read_header
 
 

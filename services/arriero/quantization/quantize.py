@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
+from arriero.cores import threads
 from arriero.errors import FailedPrecondition, ResourceExhausted
 from arriero.gates.golden import compare
 from arriero.llama import (
@@ -23,7 +24,6 @@ from arriero.llama import (
     plan_types,
     read_header,
     resolve_type,
-    threads,
     write_header,
 )
 from arriero.llama.activations import WINDOW, collect

@@ -11,9 +11,9 @@ import shutil
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from arriero.cores import threads
 from arriero.errors import Preempted
 from arriero.gates import Mode
-from arriero.llama.cores import threads
 from arriero.operations.handoff import to_json
 from arriero.operations.job import Job, Output, main
 from arriero.operations.memory import available_bytes

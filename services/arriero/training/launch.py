@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from arriero.cores import threads
 from arriero.errors import FailedPrecondition
-from arriero.llama.cores import threads
 from arriero.operations.delivery import failure
 from arriero.operations.endings import reason_of
 from arriero.operations.handoff import EXIT_FAILED, EXIT_TRY_AGAIN, Assignment, Outcome

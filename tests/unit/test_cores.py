@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from arriero.llama import threads
+from arriero.cores import threads
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
-"""How many threads llama.cpp should use.
+"""How many threads to compute with.
 
 Responsibility: the CPUs that this process may really use: its affinity, cut by
-its cgroup's quota. Does not know llama.cpp, nor who else is running.
+its cgroup's quota. Does not know what computes, nor who else is running.
 """
 
 from __future__ import annotations
