@@ -243,7 +243,7 @@ class Platform:
         return found
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 120, what: str = "it") -> Any:
+def wait_until(condition: Callable[[], Any], seconds: float = 300, what: str = "it") -> Any:
     """The condition's first true value."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):

@@ -66,7 +66,7 @@ class Process:
         self.process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "arriero.orchestrator", env=self.env
         )
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(300):
             while not self.address_file.exists():
                 assert self.process.returncode is None, "the orchestrator ended"
                 await asyncio.sleep(0.05)
@@ -193,6 +193,6 @@ async def test_a_cancellation_survives_a_kill(rooms, process):
     run = await ended(stub, run.id)
     assert run.state == pb.RUN_STATE_CANCELLED
     await rooms.start("dataset")
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(300):
         await operation.ended.wait()
     assert rooms.cancelled == [operation.name]

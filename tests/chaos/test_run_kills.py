@@ -58,7 +58,7 @@ def test_a_run_survives_a_kill_in_the_middle_of_training(
             stages = {s.name: s for s in client.get_run(run.id).stages}
             return int(stages["sft"].metadata.progress.step)
 
-        wait_until(lambda: 20 <= step() < STEPS, 120, "training")
+        wait_until(lambda: 20 <= step() < STEPS, 300, "training")
         if victim == "training job":
             (target,) = training_jobs(platform)
         else:
@@ -70,7 +70,7 @@ def test_a_run_survives_a_kill_in_the_middle_of_training(
             job.resume()
         if victim == "training service":
             # Without its service the job leaves, within two seconds where nothing else is done.
-            wait_until(lambda: not job.is_running(), 120, "the job's end")
+            wait_until(lambda: not job.is_running(), 300, "the job's end")
 
     most_jobs = 0
 
@@ -112,7 +112,7 @@ def test_a_killed_supervisor_leaves_no_process_behind(own_platform: Any, wait_un
     state = own_platform.home.running()
     assert len(own_platform.processes()) >= 6
     psutil.Process(state["pid"]).send_signal(signal.SIGKILL)
-    wait_until(lambda: own_platform.processes() == [], 120, "the services' end")
+    wait_until(lambda: own_platform.processes() == [], 300, "the services' end")
     # And the next one starts as if nothing had been.
     own_platform.up()
 
@@ -138,7 +138,7 @@ def test_a_run_goes_on_after_everything_was_stopped(
     )
     with own_platform.client() as client:
         run = client.create_run(path)
-        wait_until(lambda: training_jobs(own_platform), 120, "a training")
+        wait_until(lambda: training_jobs(own_platform), 300, "a training")
     own_platform.down()
     assert own_platform.processes() == []
     own_platform.up()

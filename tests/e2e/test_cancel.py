@@ -52,7 +52,7 @@ def test_cancel_stops_the_stage(
         assert ended.state == pb.RUN_STATE_CANCELLED
         found = next(s for s in ended.stages if s.name == stage)
         assert found.state == pb.STAGE_STATE_CANCELLED
-        wait_until(lambda: not jobs(platform), 120, "the job's end")
+        wait_until(lambda: not jobs(platform), 300, "the job's end")
         made = {a.digest for a in client.artifacts.list()} - before - known
         assert made == set()
         after = STAGES[STAGES.index(stage) + 1 :]

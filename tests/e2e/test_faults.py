@@ -301,7 +301,7 @@ def test_a_killed_replica_comes_back_and_the_other_one_answers_meanwhile(
 
     with thrifty.client() as client:
         client.endpoints.scale("tiny", 2)
-        before = wait_until(lambda: len(found := replicas()) == 2 and found, 120, "two replicas")
+        before = wait_until(lambda: len(found := replicas()) == 2 and found, 300, "two replicas")
         endpoint = client.endpoint("tiny")
         victim = psutil.Process(min(before))
         children = victim.children(recursive=True)
@@ -315,7 +315,7 @@ def test_a_killed_replica_comes_back_and_the_other_one_answers_meanwhile(
         assert set(after.values()) == set(before.values())
         endpoint.generate("Name", max_tokens=2).text()
         assert client.endpoints.get("tiny").ready_replicas == 2
-    wait_until(lambda: not any(c.is_running() for c in children), 120, "its engine's end")
+    wait_until(lambda: not any(c.is_running() for c in children), 300, "its engine's end")
 
 
 # A full disk
@@ -383,7 +383,7 @@ def test_a_disk_that_fills_up_meanwhile_costs_no_more_than_a_retry(
         def sft() -> pb.StageStatus:
             return next(s for s in client.get_run(run.id).stages if s.name == "sft")
 
-        wait_until(lambda: sft().metadata.progress.step > 10, 120, "training")
+        wait_until(lambda: sft().metadata.progress.step > 10, 300, "training")
         (job,) = platform.processes("arriero.training.job")
         job.suspend()  # however slowly this fills
         with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):

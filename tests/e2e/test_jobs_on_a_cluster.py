@@ -110,7 +110,7 @@ def test_a_training_outlives_its_service(
     wait_until(step, what="steps")
     platform.service("training").kill()
 
-    wait_until(lambda: stage()["state"] == "STAGE_STATE_SUCCEEDED", 120, what="its end")
+    wait_until(lambda: stage()["state"] == "STAGE_STATE_SUCCEEDED", 300, what="its end")
     assert stage()["metadata"]["attempt"] == 1
     assert len([j for j in jobs_of(cluster, "sft") if run in str(j)]) == 1
 

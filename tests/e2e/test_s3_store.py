@@ -65,7 +65,7 @@ def test_a_pipeline_over_s3_survives_the_loss_of_a_job_and_its_disk(
                         return True
             return False
 
-        wait_until(kept, 120, "a checkpoint in the bucket")
+        wait_until(kept, 300, "a checkpoint in the bucket")
         (job,) = platform.processes("arriero.training.job")
         job.send_signal(signal.SIGKILL)
         (place,) = (store.root / "staging" / "training").iterdir()
@@ -89,7 +89,7 @@ def test_a_pipeline_over_s3_survives_the_loss_of_a_job_and_its_disk(
     assert len(digests) >= 8
     for digest in digests:
         store.verify(digest)
-    wait_until(lambda: not list(store.objects.find("staging/")), 120, "nothing of it stays")
+    wait_until(lambda: not list(store.objects.find("staging/")), 300, "nothing of it stays")
     logs = [f.key for f in store.objects.find("operations/training/") if f.key.endswith("jsonl")]
     assert len(logs) == 1
 

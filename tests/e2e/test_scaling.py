@@ -84,7 +84,7 @@ def test_an_endpoint_scales_up_and_down_under_load_without_one_failed_request(
         served.cli("endpoints", "scale", "herd", "--replicas", "3")
         load.newly()
         # New ones are found within seconds.
-        wait_until(lambda: len(load.answered) == 3, 120, "answers of all three")
+        wait_until(lambda: len(load.answered) == 3, 300, "answers of all three")
         served.cli("endpoints", "scale", "herd", "--replicas", "1")
         wait_until(lambda: len(replicas(served)) == 1, what="the end of two")
         load.newly()

@@ -62,7 +62,7 @@ class Elsewhere:
         with rpc.translated():
             started = self._stub.PrepareDataset(request, timeout=120)
             done = operations_pb2_grpc.OperationsStub(self.channel).WaitOperation(
-                operations_pb2.WaitOperationRequest(name=started.name), timeout=60
+                operations_pb2.WaitOperationRequest(name=started.name), timeout=300
             )
         assert not done.HasField("error"), done.error
         result = types_pb2.OperationResult()

@@ -81,7 +81,7 @@ class Place:
         """Digest of every file that was made, and how many attempts that took."""
         with rpc.translated():
             done = operations_pb2_grpc.OperationsStub(self.channel).WaitOperation(
-                operations_pb2.WaitOperationRequest(name=name), timeout=120
+                operations_pb2.WaitOperationRequest(name=name), timeout=300
             )
         assert not done.HasField("error"), done.error
         metadata = types_pb2.OperationMetadata()
@@ -136,6 +136,6 @@ def test_kills_of_the_job_and_of_its_service_change_no_byte(place: Place, wait_u
     name = place.begin("service")
     processes = place.encoding()
     place.kill()
-    wait_until(lambda: not any(p.is_running() for p in processes), 120, "the job follows")
+    wait_until(lambda: not any(p.is_running() for p in processes), 300, "the job follows")
     place.start()
     assert place.wait(name) == (undisturbed, 2)

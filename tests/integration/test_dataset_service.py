@@ -42,7 +42,7 @@ class Service:
         with rpc.translated():
             started = self._stub.PrepareDataset(request, timeout=120)
             return self._operations.WaitOperation(
-                operations_pb2.WaitOperationRequest(name=started.name), timeout=60
+                operations_pb2.WaitOperationRequest(name=started.name), timeout=300
             )
 
 
@@ -77,7 +77,7 @@ def service(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         },
     )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not address_file.exists():
             assert process.poll() is None, "the service ended at once"
             assert time.monotonic() < deadline, "the service did not start"

@@ -73,7 +73,7 @@ class Place:
     def wait(self, name: str) -> types_pb2.OperationResult:
         with rpc.translated():
             done = self.operations.WaitOperation(
-                operations_pb2.WaitOperationRequest(name=name), timeout=60
+                operations_pb2.WaitOperationRequest(name=name), timeout=300
             )
         if done.HasField("error"):
             raise rpc.from_status(done.error)

@@ -124,7 +124,7 @@ def test_replicas_have_their_files_and_no_access_to_the_bucket(
     model = herd("v1")
     herd("v2")
     fetching.endpoints.create("herd", model.digest, context=256)
-    wait_until(lambda: fetching.endpoints.get("herd").ready_replicas, 120, "its replica")
+    wait_until(lambda: fetching.endpoints.get("herd").ready_replicas, 300, "its replica")
     assert fetching.endpoint("herd").generate("llama", max_tokens=4, temperature=0).text()
     (pod,) = cluster.all("pods")
     (volume,) = pod["spec"]["volumes"]

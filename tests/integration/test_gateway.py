@@ -54,7 +54,7 @@ def gateway(directory: Path, platform: FakePlatform, **env: str) -> Iterator[str
         process.wait()
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"

@@ -51,7 +51,7 @@ class Service:
                 **extra,
             },
         )
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not address.is_file():
             assert self.process.poll() is None, (place / "log").read_text()
             assert time.monotonic() < deadline, "the service did not come up"
@@ -83,7 +83,7 @@ class Service:
         return self.ended(self.start(spec, request_id))
 
     def ended(self, operation: operations_pb2.Operation) -> types_pb2.OperationResult:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not operation.done:
             assert time.monotonic() < deadline, (self.place / "log").read_text()[-3000:]
             request = operations_pb2.WaitOperationRequest(name=operation.name)
@@ -299,7 +299,7 @@ def test_an_export_that_is_killed_publishes_nothing_and_is_done_again(
     before = {artifact.digest for artifact in service.store.list()}
     spec = merging_pb2.ExportSpec(model=base.digest, format="meta", shards=2)
     operation = service.start(spec, "k2")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (jobs := psutil.Process(service.process.pid).children()):
         assert time.monotonic() < deadline, "no job was started"
         time.sleep(0.01)

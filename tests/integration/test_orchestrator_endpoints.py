@@ -71,7 +71,7 @@ class Home:
         )
 
     async def until(self, name: str, condition: Any) -> pb.Endpoint:
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(300):
             while not any(e.name == name and condition(e) for e in self.endpoints.all()):
                 await asyncio.sleep(0.02)
         return self.endpoints.get(name)
@@ -372,7 +372,7 @@ async def test_a_replica_that_lost_an_adapter_is_given_it_again(home):
     home.supervisor.adapters.clear()
     await home.close()
     home.open()
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(300):
         while "poems" not in home.supervisor.adapters:
             await asyncio.sleep(0.05)
 

@@ -74,14 +74,14 @@ def test_models_and_numbers_change_under_load_without_one_failed_request(
         return ready and {r.digest for r in found.replicas} == {digest}
 
     client.endpoints.create("herd", made[0], context=256)
-    wait_until(lambda: settled(made[0], 1), 120, "the first replica")
+    wait_until(lambda: settled(made[0], 1), 300, "the first replica")
     with Load(client) as load:
         wait_until(lambda: load.answers > 5, what="answers")
         client.endpoints.update("herd", made[1], context=256)
-        wait_until(lambda: settled(made[1], 1), 120, "the other model")
+        wait_until(lambda: settled(made[1], 1), 300, "the other model")
         for count in (3, 1):
             client.endpoints.scale("herd", count)
-            wait_until(lambda n=count: settled(made[1], n), 120, f"{count} replicas")
+            wait_until(lambda n=count: settled(made[1], n), 300, f"{count} replicas")
         asked = load.answers
         wait_until(lambda: load.answers > asked, what="answers at the end")
     assert load.failures == []

@@ -209,7 +209,7 @@ async def test_a_service_that_missed_a_pause_is_told_by_its_next_word(home):
     assert (await home.ended(run.id)).state == pb.RUN_STATE_CANCELLED
 
 
-async def _until(condition, seconds=120.0):
+async def _until(condition, seconds=300.0):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

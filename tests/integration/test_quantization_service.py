@@ -41,7 +41,7 @@ class Service:
                 "ARRIERO_ADDRESS_FILE": str(address),
             },
         )
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not address.exists():
             assert self.process.poll() is None, "the service ended"
             assert time.monotonic() < deadline, "the service did not start"
@@ -57,9 +57,9 @@ class Service:
 
     def wait(self, operation: operations_pb2.Operation) -> operations_pb2.Operation:
         request = operations_pb2.WaitOperationRequest(
-            name=operation.name, timeout=duration_pb2.Duration(seconds=60)
+            name=operation.name, timeout=duration_pb2.Duration(seconds=300)
         )
-        ended: operations_pb2.Operation = self.operations.WaitOperation(request, timeout=120)
+        ended: operations_pb2.Operation = self.operations.WaitOperation(request, timeout=400)
         assert ended.done
         return ended
 
@@ -177,13 +177,13 @@ def test_cancelling_stops_the_converter_and_publishes_nothing(
     before = len(service.store.list("gguf"))
     started = service.rooms.Quantize(quantize(model, "cancel", "Q5_0"), timeout=120)
     parent = psutil.Process(service.process.pid)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not any(_runs(p, "arriero.quantization.official") for p in _children(parent)):
         assert time.monotonic() < deadline, "the converter did not start"
         time.sleep(0.02)
     service.operations.CancelOperation(operations_pb2.CancelOperationRequest(name=started.name))
     assert service.wait(started).error.code == grpc.StatusCode.CANCELLED.value[0]
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while _children(parent):
         assert time.monotonic() < deadline, "a process was left behind"
         time.sleep(0.02)
@@ -196,7 +196,7 @@ def test_a_killed_job_publishes_nothing_and_its_next_attempt_everything(
     before = {artifact.digest for artifact in service.store.list("gguf")}
     started = service.rooms.Quantize(quantize(model, "killed", "Q5_1", "Q4_1"), timeout=120)
     parent = psutil.Process(service.process.pid)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     converter = "arriero.quantization.official"
     while not (converters := [p for p in _children(parent) if _runs(p, converter)]):
         assert time.monotonic() < deadline, "the converter did not start"

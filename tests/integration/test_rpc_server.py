@@ -530,7 +530,7 @@ def _start(tmp_path, **env):
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not address_file.exists():
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
@@ -539,7 +539,7 @@ def _start(tmp_path, **env):
 
 
 def _wait_ready(address):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not rpc_channel.check_health(address):
         assert time.monotonic() < deadline
 

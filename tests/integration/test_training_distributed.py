@@ -167,7 +167,7 @@ def same_curve(assignment: Assignment, alone: dict[str, Any]) -> None:
 
 
 def until(done, process: subprocess.Popen, bench: Bench, assignment: Assignment) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not done():
         assert process.poll() is None, bench.said(assignment)
         assert time.monotonic() < deadline, bench.said(assignment)

@@ -74,7 +74,7 @@ class Service:
         (staged / "probe.json").write_text(json.dumps({"sequences": rows[:3]}))
         return self.store.publish(staged, ManifestDraft(kind="dataset", name="rows"))
 
-    def until(self, done, seconds: float = 120) -> None:
+    def until(self, done, seconds: float = 300) -> None:
         deadline = time.monotonic() + seconds
         while not done():
             assert self.process.poll() is None, (self.place / "log").read_text()[-3000:]
@@ -118,7 +118,7 @@ class Service:
         return found
 
     def finish(self, operation: operations_pb2.Operation) -> types_pb2.OperationResult:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not operation.done:
             assert time.monotonic() < deadline, (self.place / "log").read_text()[-3000:]
             request = operations_pb2.WaitOperationRequest(name=operation.name)

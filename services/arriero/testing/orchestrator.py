@@ -91,7 +91,7 @@ class LocalOrchestrator:
         await self._clients.close()
         self._records.close()
 
-    async def ended(self, run_id: str, *, timeout: float = 120) -> pb.Run:
+    async def ended(self, run_id: str, *, timeout: float = 300) -> pb.Run:
         """The run at its end."""
 
         async def wait() -> pb.Run:

@@ -137,7 +137,7 @@ class FakeRooms:
         """The operations of a stage, oldest first."""
         return [o for o in self.operations.values() if o.stage == stage]
 
-    async def started(self, stage: str, count: int = 1, *, timeout: float = 120) -> FakeOperation:
+    async def started(self, stage: str, count: int = 1, *, timeout: float = 300) -> FakeOperation:
         """The stage's operation once it was started that often."""
 
         async def wait() -> FakeOperation:

@@ -63,7 +63,7 @@ class Running:
         self.process.wait()
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 300) -> None:
     """Until the condition is true; fails when it is not in time."""
     deadline = time.monotonic() + seconds
     while not condition():

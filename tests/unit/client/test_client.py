@@ -318,7 +318,7 @@ async def test_closing_a_stream_frees_the_replica():
         stream = client.endpoint("faq").generate("x")
         assert await anext(stream) == "A "
         await stream.aclose()
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(300):
             while not platform.inference.cancelled:
                 await asyncio.sleep(0.01)
 
@@ -469,7 +469,7 @@ async def test_a_replica_that_says_it_is_not_well_is_asked_last():
 
         async def says(well):
             await a.server.set_ready(well)
-            async with asyncio.timeout(120):
+            async with asyncio.timeout(300):
                 while known[a.address].well is not well:
                     await asyncio.sleep(0.01)
 

@@ -15,7 +15,7 @@ def service(name="a", **labels):
     return {"metadata": {"name": name, "labels": labels}, "spec": {"ports": []}}
 
 
-def until(condition, what="it", seconds=120.0):
+def until(condition, what="it", seconds=300.0):
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"{what} did not happen in {seconds} s"

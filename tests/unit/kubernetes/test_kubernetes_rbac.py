@@ -83,7 +83,7 @@ def api(cluster, tmp_path):
     return Api.connect(NAMESPACE, {"KUBECONFIG": str(config)})
 
 
-async def until(condition, seconds=120.0):
+async def until(condition, seconds=300.0):
     deadline = asyncio.get_running_loop().time() + seconds
     while True:
         with contextlib.suppress(KeyError, IndexError):

@@ -100,7 +100,7 @@ async def serve(cluster, templates, tmp_path, make_engine):
         await server.stop(0)
 
 
-async def until(condition, what="it", seconds=120.0):
+async def until(condition, what="it", seconds=300.0):
     deadline = asyncio.get_running_loop().time() + seconds
     while True:
         with contextlib.suppress(KeyError, ValueError, IndexError):
@@ -132,7 +132,7 @@ async def test_a_stage_runs_as_a_job_and_its_words_come_home(
     started = await engine.start("import", spec, asked("a", owner="Ann B."))
     await until(lambda: metadata_of(engine.get(started.name)).progress.phase == "toying")
     go.touch()
-    done = await engine.wait(started.name, 120)
+    done = await engine.wait(started.name, 300)
 
     assert store.get(result_of(done).outputs[0].digest).manifest.name == "toy"
     job = the_job(cluster)
@@ -167,7 +167,7 @@ async def test_the_service_may_restart_and_adopts_what_runs(kubelet, serve, clus
 
     again = await serve()
     go.touch()
-    done = await again.wait(started.name, 120)
+    done = await again.wait(started.name, 300)
 
     assert result_of(done).outputs
     assert len({pid for pid, _, _ in trace_of(trace)}) == 1
@@ -188,9 +188,9 @@ async def test_a_job_keeps_the_image_that_it_started_with(
 
     newer = json.loads(json.dumps(TEMPLATE).replace("herd/worker:1", "herd/worker:2"))
     upgraded = await serve(templates=Templates(newer, templates.profiles))
-    assert result_of(await upgraded.wait(started.name, 120)).outputs
+    assert result_of(await upgraded.wait(started.name, 300)).outputs
     after = await upgraded.start("import", order(steps=1), asked("b"))
-    assert result_of(await upgraded.wait(after.name, 120)).outputs
+    assert result_of(await upgraded.wait(after.name, 300)).outputs
 
     images = [
         job["spec"]["template"]["spec"]["containers"][0]["image"] for job in cluster.all("jobs")
@@ -208,7 +208,7 @@ async def test_a_job_that_ended_while_the_service_was_away_is_published(kubelet,
     cluster.remove("jobs", the_job(cluster)["metadata"]["name"])  # as its time to live does
 
     again = await serve()
-    assert result_of(await again.wait(started.name, 120)).outputs
+    assert result_of(await again.wait(started.name, 300)).outputs
     assert cluster.all("jobs") == []
 
 
@@ -222,7 +222,7 @@ async def test_a_lost_pod_costs_what_was_not_saved(kubelet, serve, cluster, tmp_
     kubelet.kill(cluster.all("pods")[0]["metadata"]["name"])
     go.touch()
 
-    done = await engine.wait(started.name, 120)
+    done = await engine.wait(started.name, 300)
 
     steps = [step for _, _, step in trace_of(trace)]
     assert sorted(set(steps)) == list(range(1, 21))
@@ -243,7 +243,7 @@ async def test_a_kill_for_want_of_memory_is_named(kubelet, serve, cluster, tmp_p
     first = metadata_of(engine.get(started.name)).jobs[0]
     assert "out-of-memory killer" in first.status.message
     await engine.cancel(started.name)
-    await engine.wait(started.name, 120)
+    await engine.wait(started.name, 300)
 
 
 async def test_a_job_that_is_cancelled_while_it_is_made_is_deleted(
@@ -267,7 +267,7 @@ async def test_a_job_that_is_cancelled_while_it_is_made_is_deleted(
     started = await engine.start("import", order(steps=10_000, seconds=0.1), asked("a"))
     await until(lambda: metadata_of(engine.get(started.name)).jobs, "it begins")
     await engine.cancel(started.name)
-    await engine.wait(started.name, 120)
+    await engine.wait(started.name, 300)
 
     assert len(made) == 1
     assert cluster.all("jobs") == cluster.all("pods") == []
@@ -287,7 +287,7 @@ async def test_evictions_use_up_no_attempt(kubelet, serve, cluster, tmp_path):
         process = kubelet.processes[pod["metadata"]["name"]]
         await until(lambda p=process: p.poll() is not None, "it leaves")
     go.touch()
-    done = await engine.wait(started.name, 120)
+    done = await engine.wait(started.name, 300)
     assert result_of(done).outputs
     (record,) = engine._executions.values()
     assert [job.counted for job in record.record.jobs] == [False] * 4 + [True]
@@ -302,7 +302,7 @@ async def test_cancelling_deletes_the_job_and_ends_its_processes(kubelet, serve,
     )
     await until(lambda: trace_of(trace), "the job runs")
     await engine.cancel(started.name)
-    done = await engine.wait(started.name, 120)
+    done = await engine.wait(started.name, 300)
     assert metadata_of(done).state == CANCELLED
     assert cluster.all("jobs") == []
     assert all(process.poll() is not None for process in kubelet.processes.values())
@@ -327,11 +327,11 @@ async def test_a_pause_suspends_the_job_and_a_resume_goes_on(kubelet, serve, clu
     go.touch()
     # The place is free meanwhile.
     other = await engine.start("import", order(steps=1, text="other"), asked("b"))
-    assert result_of(await engine.wait(other.name, 120)).outputs
+    assert result_of(await engine.wait(other.name, 300)).outputs
     assert len(trace_of(trace)) == held
 
     await engine.pause(started.name, paused=False)
-    done = await engine.wait(started.name, 120)
+    done = await engine.wait(started.name, 300)
 
     steps = [step for _, _, step in trace_of(trace)]
     assert steps == list(range(1, 21))  # it saved before it left
@@ -355,7 +355,7 @@ async def test_a_paused_job_stays_held_over_a_restart(kubelet, serve, cluster, t
     await asyncio.sleep(0.5)
     assert cluster.all("pods") == []
     await again.pause(started.name, paused=False)
-    assert result_of(await again.wait(started.name, 120)).outputs
+    assert result_of(await again.wait(started.name, 300)).outputs
     assert len(trace_of(trace)) == 10
 
 
@@ -387,7 +387,7 @@ async def test_an_image_that_cannot_be_pulled_is_shown_and_then_given_up(serve, 
     waiting = {"reason": "ImagePullBackOff", "message": "manifest unknown"}
     container = {"name": "main", "image": "herd/worker:1", "state": {"waiting": waiting}}
     pending(cluster, job, containerStatuses=[container])
-    done = await engine.wait(started.name, 120)
+    done = await engine.wait(started.name, 300)
     assert "herd/worker:1 cannot be pulled" in await log_of(engine, started.name)
     assert metadata_of(done).state == FAILED
     assert "could not start for 1 s" in done.error.message
@@ -413,7 +413,7 @@ async def test_a_gpu_that_nobody_has_is_shown_and_waited_for(serve, cluster):
     assert not engine.get(started.name).done
     assert said in await log_of(engine, started.name)
     await engine.cancel(started.name)
-    await engine.wait(started.name, 120)
+    await engine.wait(started.name, 300)
     assert cluster.all("pods") == []
 
 
@@ -423,7 +423,7 @@ async def test_a_quota_is_shown_and_waited_for(kubelet, serve, cluster):
     cluster.fail("create", "jobs", 403, "Forbidden", said)
     engine = await serve()
     started = await engine.start("import", order(steps=1), asked("a"))
-    assert result_of(await engine.wait(started.name, 120)).outputs
+    assert result_of(await engine.wait(started.name, 300)).outputs
     assert "used: 9, limited: 9" in await log_of(engine, started.name)
     assert metadata_of(engine.get(started.name)).attempt == 1
 
@@ -437,7 +437,7 @@ async def test_pods_that_the_quota_refuses_are_shown(serve, cluster):
     cluster.event("Job", job["metadata"]["name"], "FailedCreate", said)
     await until(lambda: "the namespace's quota is used up" in waits_for(engine, started.name))
     await engine.cancel(started.name)
-    await engine.wait(started.name, 120)
+    await engine.wait(started.name, 300)
 
 
 @pytest.mark.fake("answers one request with an error")
@@ -445,7 +445,7 @@ async def test_what_the_role_forbids_fails_at_once_and_says_so(serve, cluster):
     cluster.fail("create", "jobs", 403, "Forbidden", 'User "x" cannot create resource "jobs"')
     engine = await serve()
     started = await engine.start("import", order(), asked("a"))
-    done = await engine.wait(started.name, 120)
+    done = await engine.wait(started.name, 300)
     assert 'cannot create resource "jobs"' in done.error.message
     assert "the chart's Role" in done.error.message
 
@@ -478,7 +478,7 @@ async def test_an_api_that_comes_and_goes_is_lived_through(kubelet, serve, clust
     await until(lambda: trace_of(trace), "the job runs")
     cluster.forget()
     cluster.break_watches()
-    assert result_of(await engine.wait(started.name, 120)).outputs
+    assert result_of(await engine.wait(started.name, 300)).outputs
     assert len(trace_of(trace)) == 15
 
 
@@ -493,7 +493,7 @@ async def test_a_job_that_somebody_deletes_is_made_again(kubelet, serve, cluster
     cluster.remove("jobs", the_job(cluster)["metadata"]["name"])
     await until(lambda: process.poll() is not None, "it leaves")
     go.touch()
-    done = await engine.wait(started.name, 120)
+    done = await engine.wait(started.name, 300)
     assert result_of(done).outputs
     assert metadata_of(done).attempt == 2
     assert [step for _, _, step in trace_of(trace)] == list(range(1, 16))
@@ -502,7 +502,7 @@ async def test_a_job_that_somebody_deletes_is_made_again(kubelet, serve, cluster
 async def test_a_crash_leaves_its_last_words(kubelet, serve, cluster):
     engine = await serve()
     started = await engine.start("import", order(steps=2, kill_at=2, kill_attempt=1), asked("a"))
-    await engine.wait(started.name, 120)
+    await engine.wait(started.name, 300)
     (record,) = engine._executions.values()
     first = record.record.jobs[0]
     assert reason_of(first.status) in ("JOB_KILLED", "OUT_OF_MEMORY")
@@ -518,7 +518,7 @@ async def test_kueue_holds_a_job_and_lets_it_go(kubelet, serve, cluster):
     await until(lambda: "the queue 'herd-queue'" in waits_for(engine, started.name))
     with cluster.change("jobs", job["metadata"]["name"]) as item:
         item["spec"]["suspend"] = False
-    assert result_of(await engine.wait(started.name, 120)).outputs
+    assert result_of(await engine.wait(started.name, 300)).outputs
 
 
 async def test_sigterm_to_the_pod_reaches_the_job(kubelet, serve, cluster, tmp_path):
@@ -532,7 +532,7 @@ async def test_sigterm_to_the_pod_reaches_the_job(kubelet, serve, cluster, tmp_p
     os.kill(process.pid, signal.SIGTERM)  # as `kubectl delete pod` and drains do
     await until(lambda: process.poll() is not None, "it leaves")
     go.touch()
-    done = await engine.wait(started.name, 120)
+    done = await engine.wait(started.name, 300)
     assert [step for _, _, step in trace_of(trace)] == list(range(1, 16))
     assert metadata_of(done).attempt == 2
     (record,) = engine._executions.values()
@@ -552,7 +552,7 @@ async def test_what_was_cancelled_while_the_service_died_is_ended_by_the_next(
     path.write_text(json.dumps(json.loads(path.read_text()) | {"cancelled": True}))
 
     again = await serve()
-    done = await again.wait(started.name, 120)
+    done = await again.wait(started.name, 300)
     assert metadata_of(done).state == CANCELLED
     assert cluster.all("jobs") == []
     assert all(process.poll() is not None for process in kubelet.processes.values())
@@ -572,5 +572,5 @@ async def test_an_api_that_is_away_when_the_service_comes_back_is_waited_for(
     for _ in range(3):
         cluster.fail("get", "jobs", 503, "ServiceUnavailable", "etcd is away")
     again = await serve()
-    assert result_of(await again.wait(started.name, 120)).outputs
+    assert result_of(await again.wait(started.name, 300)).outputs
     assert len({pid for pid, _, _ in trace_of(trace)}) == 1

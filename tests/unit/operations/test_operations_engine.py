@@ -21,7 +21,7 @@ FAILED = types_pb2.OPERATION_STATE_FAILED
 CANCELLED = types_pb2.OPERATION_STATE_CANCELLED
 
 
-async def until(condition, what="the condition", timeout=120.0):
+async def until(condition, what="the condition", timeout=300.0):
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout} s: {what}"
@@ -36,7 +36,7 @@ async def test_work_is_published_with_its_spec_gates_metrics_and_lineage(make_en
     assert started.name.startswith("operations/")
     assert not started.done
 
-    done = await engine.wait(started.name, 120)
+    done = await engine.wait(started.name, 300)
 
     outputs = {output.name: output for output in result_of(done).outputs}
     assert list(outputs) == ["main", "same"]
@@ -61,7 +61,7 @@ async def test_outputs_may_refer_to_each_other_and_keep_their_order(make_engine,
     engine = make_engine()
     await engine.recover()
     started = await engine.start("import", order(steps=1, gate="pass"), asked("a"))
-    done = await engine.wait(started.name, 120)
+    done = await engine.wait(started.name, 300)
     main, report = result_of(done).outputs
     assert (main.name, report.name) == ("main", "report")
     manifest = store.get(main.digest).manifest
@@ -82,7 +82,7 @@ async def test_a_second_start_with_the_same_request_id_is_the_first(make_engine)
         engine.start("import", order(steps=1), asked("same")),
     )
     assert first.name == second.name
-    await engine.wait(first.name, 120)
+    await engine.wait(first.name, 300)
     await engine.close()
 
     restarted = make_engine()
@@ -116,7 +116,7 @@ async def test_work_that_the_store_has_is_not_done_again_unless_forced(make_engi
     assert len(trace_of(trace)) == 1
 
     forced = await engine.start("import", spec, asked("c", force=True))
-    forced = await engine.wait(forced.name, 120)
+    forced = await engine.wait(forced.name, 300)
     assert not metadata_of(forced).cached
     assert len(trace_of(trace)) == 2
 
@@ -147,7 +147,7 @@ async def test_validate_only_starts_nothing_and_tells_what_would_be(make_engine,
     assert not engine.list()[0]
 
     done = await engine.start("import", order(disk=5000), asked("x"))
-    done = await engine.wait(done.name, 120)
+    done = await engine.wait(done.name, 300)
     dry = await engine.start("import", order(disk=5000), asked("y", validate_only=True))
     assert metadata_of(dry).cached
     assert [o.name for o in metadata_of(dry).outputs] == ["main", "report"]
@@ -169,7 +169,7 @@ async def test_equal_work_in_flight_is_shared_and_one_may_leave(make_engine, tmp
     assert left.error.code == code_pb2.CANCELLED
     go.touch()
 
-    done = await engine.wait(second.name, 120)
+    done = await engine.wait(second.name, 300)
     assert len(result_of(done).outputs) == 2
     assert [step for _, _, step in trace_of(trace)] == list(range(1, 21))
     assert metadata_of(engine.get(first.name)).state == CANCELLED
@@ -187,7 +187,7 @@ async def test_cancelling_the_last_waiter_kills_the_job_and_publishes_nothing(
     (staging,) = (store.root / "staging/merging").iterdir()
 
     await engine.cancel(started.name)
-    done = await engine.wait(started.name, 120)
+    done = await engine.wait(started.name, 300)
     assert metadata_of(done).state == CANCELLED
     assert done.error.code == code_pb2.CANCELLED
     assert not list(marked(staging.name))
@@ -205,11 +205,11 @@ async def test_cancelled_work_starts_again_from_its_checkpoint(make_engine, tmp_
     first = await engine.start("import", spec, asked("a"))
     await until(lambda: len(trace_of(trace)) >= 4, "steps")
     await engine.cancel(first.name)
-    await engine.wait(first.name, 120)
+    await engine.wait(first.name, 300)
     before = len(trace_of(trace))
     go.touch()
     second = await engine.start("import", spec, asked("b"))
-    await engine.wait(second.name, 120)
+    await engine.wait(second.name, 300)
     after = [step for _, _, step in trace_of(trace)][before:]
     assert after[0] >= before
     assert after[-1] == 12
@@ -228,9 +228,9 @@ async def test_more_work_than_jobs_waits_and_can_be_cancelled_while_it_waits(mak
     assert metadata_of(engine.get(first.name)).state == RUNNING
     assert metadata_of(engine.get(second.name)).state == PENDING
     await engine.cancel(second.name)
-    assert metadata_of(await engine.wait(second.name, 120)).state == CANCELLED
+    assert metadata_of(await engine.wait(second.name, 300)).state == CANCELLED
     go.touch()
-    assert metadata_of(await engine.wait(third.name, 120)).state == SUCCEEDED
+    assert metadata_of(await engine.wait(third.name, 300)).state == SUCCEEDED
     assert metadata_of(engine.get(second.name)).attempt == 0
 
 
@@ -239,7 +239,7 @@ async def test_a_failed_gate_quarantines_what_was_made_and_fails_the_operation(m
     await engine.recover()
     spec = order(gate="fail")
     started = await engine.start("import", spec, asked("a"))
-    done = await engine.wait(started.name, 120)
+    done = await engine.wait(started.name, 300)
     assert done.error.code == code_pb2.FAILED_PRECONDITION
     assert "found 2 rows, expected 1" in done.error.message
     metadata = metadata_of(done)
@@ -261,7 +261,7 @@ async def test_what_gates_cost_is_told_apart_from_the_work(make_engine):
     await engine.recover()
     size = 200_000_000
     started = await engine.start("import", order(gate="pass", proof=size), asked("a"))
-    done = await engine.wait(started.name, 120)
+    done = await engine.wait(started.name, 300)
 
     usage = result_of(done).usage
     assert usage == metadata_of(done).usage
@@ -278,7 +278,7 @@ async def test_a_waived_gate_lets_the_same_work_be_answered_from_the_store(make_
     await engine.recover()
     spec = order(gate="fail", steps=1)
     started = await engine.start("import", spec, asked("a"))
-    metadata = metadata_of(await engine.wait(started.name, 120))
+    metadata = metadata_of(await engine.wait(started.name, 300))
     for output in metadata.outputs:
         store.waive(output.digest, metadata.gates[0].gate, "looked at it", "ann")
     again = await engine.start("import", spec, asked("b"))
@@ -372,7 +372,7 @@ async def test_a_full_disk_is_refused_with_the_figures_before_anything_is_writte
     started = await engine.start("import", order(disk=50_000), asked("b"))
     monkeypatch.setenv("ARRIERO_STORE_QUOTA_BYTES", "10")
     await engine.cancel(before.name)
-    done = await engine.wait(started.name, 120)
+    done = await engine.wait(started.name, 300)
     assert done.error.code == code_pb2.RESOURCE_EXHAUSTED
     assert metadata_of(done).attempt == 0
     assert not store.list()
@@ -425,7 +425,7 @@ async def test_closing_lets_the_job_save_and_the_next_engine_goes_on(make_engine
     restarted = make_engine()
     assert metadata_of(restarted.get(started.name)).state == RUNNING
     await restarted.recover()
-    done = await restarted.wait(started.name, 120)
+    done = await restarted.wait(started.name, 300)
     assert len(result_of(done).outputs) == 2
     steps = [step for _, _, step in trace_of(trace)]
     assert steps == list(range(1, 31)), "no step was lost or taken twice"
@@ -465,7 +465,7 @@ async def test_records_that_a_crash_left_apart_are_brought_together(make_engine,
     await asyncio.wait_for(left.task, 120)
     assert left.record.state == "CANCELLED", "nobody waits for it"
     again = await second.start("import", order(text="orphan"), asked("b"))
-    assert (await second.wait(again.name, 120)).response.ByteSize() > 0
+    assert (await second.wait(again.name, 300)).response.ByteSize() > 0
 
 
 async def test_an_outcome_that_was_complete_is_published_after_a_restart(
@@ -492,7 +492,7 @@ async def test_an_outcome_that_was_complete_is_published_after_a_restart(
 
     restarted = make_engine()
     await restarted.recover()
-    done = await restarted.wait(started.name, 120)
+    done = await restarted.wait(started.name, 300)
     assert [o.name for o in result_of(done).outputs] == ["main", "report"]
     assert len(store.list()) == 2, "what was published before is found, not made again"
     assert len(trace_of(trace)) == 1
@@ -519,7 +519,7 @@ async def test_reports_are_taken_from_the_current_attempt_alone(make_engine, tmp
     with pytest.raises(errors.FailedPrecondition):
         engine.reports.progress("nobody", 1, token, progress)
     await engine.cancel(started.name)
-    await engine.wait(started.name, 120)
+    await engine.wait(started.name, 300)
     with pytest.raises(errors.FailedPrecondition):
         engine.reports.progress(execution, 1, token, progress)
 
@@ -544,7 +544,7 @@ async def test_records_hold_neither_tokens_nor_more_than_json(make_engine, store
     engine = make_engine()
     await engine.recover()
     started = await engine.start("import", order(steps=1), asked("a"))
-    await engine.wait(started.name, 120)
+    await engine.wait(started.name, 300)
     token = next(iter(engine._executions.values())).token
     for path in store.record_dir("merging").rglob("*.json*"):
         assert token not in path.read_text()
@@ -573,7 +573,7 @@ async def test_a_pause_lets_a_job_save_and_leave_and_a_resume_goes_on(make_engin
     await asyncio.sleep(0.3)
     assert len(trace_of(trace)) == held
     await again.pause(started.name, paused=False)
-    done = await again.wait(started.name, 120)
+    done = await again.wait(started.name, 300)
     assert result_of(done).outputs
     assert [step for _, _, step in trace_of(trace)] == list(range(1, 13))
     assert [job.counted for job in again._executions[execution].record.jobs] == [False, True]
@@ -596,7 +596,7 @@ async def test_shared_work_is_held_when_all_who_wait_have_paused_it(make_engine,
     await engine.cancel(first.name)
     assert not list(marked(execution))
     await engine.cancel(second.name)
-    done = await engine.wait(second.name, 120)
+    done = await engine.wait(second.name, 300)
     assert metadata_of(done).state == CANCELLED
 
 
@@ -608,7 +608,7 @@ async def test_who_waits_for_a_place_is_told_why(make_engine, tmp_path):
     said = lambda: metadata_of(engine.get(short.name)).waits_for.message  # noqa: E731
     await until(lambda: "1 of 1 jobs are at work" in said(), "it is told")
     await engine.cancel(long.name)
-    assert result_of(await engine.wait(short.name, 120)).outputs
+    assert result_of(await engine.wait(short.name, 300)).outputs
 
 
 def test_jobs_of_another_build_are_read_within_a_format(tmp_path):

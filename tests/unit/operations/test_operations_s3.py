@@ -78,7 +78,7 @@ async def test_a_job_that_shares_no_disk_with_its_service_goes_on_after_a_kill(
 
     await asyncio.to_thread(eventually, kept, "a checkpoint is kept")
     go.touch()
-    done = await engine.wait(started.name, 120)
+    done = await engine.wait(started.name, 300)
     outputs = {output.name: output.digest for output in result_of(done).outputs}
     assert metadata_of(done).attempt == 2
     steps = [(attempt, step) for _, attempt, step in trace_of(trace)]
@@ -103,7 +103,7 @@ async def test_a_job_that_shares_no_disk_with_its_service_goes_on_after_a_kill(
     found = {output.name: output.digest for output in result_of(joined).outputs}
     assert store.get(found["main"]).file("data.txt").read_text() == "apartapart"
     failing = await engine.start("import", order(fail="InvalidArgument"), asked("c"))
-    failed = await engine.wait(failing.name, 120)
+    failed = await engine.wait(failing.name, 300)
     assert "as ordered" in failed.error.message
 
 
@@ -116,7 +116,7 @@ async def test_records_and_logs_are_there_on_the_service_s_next_machine(
     engine = engines(store)
     await engine.recover()
     name = (await engine.start("import", order(steps=2), asked("a"))).name
-    await engine.wait(name, 120)
+    await engine.wait(name, 300)
     await engine.close()
     monkeypatch.setenv("ARRIERO_STORE_CACHE", str(tmp_path / "next"))
     moved = engines(Store.open(store.url))
@@ -151,7 +151,7 @@ async def test_a_store_that_does_not_answer_holds_up_nobody_else(
     assert not engine.get(name).done  # others are answered meanwhile
     assert not back.is_set()
     back.set()
-    assert len(result_of(await engine.wait(name, 120)).outputs) == 2
+    assert len(result_of(await engine.wait(name, 300)).outputs) == 2
 
 
 class Line:
@@ -187,7 +187,7 @@ async def test_starts_pauses_and_logs_wait_for_a_store_beside_all_else(
     before = engines(store)
     await before.recover()
     ended = (await before.start("import", order(steps=1), asked("a"))).name
-    await before.wait(ended, 120)
+    await before.wait(ended, 300)
     await before.close()
 
     monkeypatch.setenv("ARRIERO_STORE_CACHE", str(tmp_path / "next"))
@@ -219,10 +219,10 @@ async def test_starts_pauses_and_logs_wait_for_a_store_beside_all_else(
     assert found[running].paused
     assert found[joined.name].execution == found[running].execution
     assert found[cached.name].state == "SUCCEEDED"
-    assert (await engine.wait(fresh.name, 120)).done
+    assert (await engine.wait(fresh.name, 300)).done
     await engine.cancel(running)
     await engine.cancel(joined.name)
-    assert (await engine.wait(joined.name, 120)).done
+    assert (await engine.wait(joined.name, 300)).done
     assert not line.by_the_loop
 
 
@@ -246,7 +246,7 @@ async def test_a_start_that_nobody_waits_for_any_more_is_whole(
     assert again[0].name == first.name
     assert len(Records(store, "merging").executions()) == 1  # one work for both
     for operation in again:
-        assert result_of(await engine.wait(operation.name, 120)).outputs
+        assert result_of(await engine.wait(operation.name, 300)).outputs
 
 
 async def test_a_start_that_could_not_be_recorded_leaves_nothing_behind(
@@ -312,7 +312,7 @@ async def test_what_led_to_an_end_stays_until_the_end_is_recorded(
     monkeypatch.setattr(store.objects, "write", refuse)
     monkeypatch.setattr(staging.Staging, "clean", clean)
     name = (await engine.start("import", order(steps=2), asked("a"))).name
-    assert (await engine.wait(name, 120)).done
+    assert (await engine.wait(name, 300)).done
     assert not await asyncio.to_thread(cleaned.wait, 0.3)
     away.clear()
     assert await asyncio.to_thread(cleaned.wait, 120)
@@ -356,7 +356,7 @@ async def test_work_waits_for_a_store_that_is_away(
 
     monkeypatch.setattr(store.objects, "write", away)
     name = (await engine.start("import", order(steps=2), asked("a"))).name
-    done = await engine.wait(name, 120)
+    done = await engine.wait(name, 300)
     assert len(refused) == 3
     assert len(result_of(done).outputs) == 2
     path = await engine.log_path(name)

@@ -75,7 +75,7 @@ def desire(digest=ONE, replicas=2, generation=1, name="zh", **settings):
     return Desired(name, digest, replicas, generation, ReplicaSettings(**settings))
 
 
-async def complete(platform, desired, timeout=120):
+async def complete(platform, desired, timeout=300):
     def until(seen):
         return seen.generation >= desired.generation and seen.complete(
             desired.digest, desired.replicas
@@ -84,7 +84,7 @@ async def complete(platform, desired, timeout=120):
     return await platform.wait(desired.name, until, timeout=timeout)
 
 
-async def until(condition, what="it", seconds=120.0):
+async def until(condition, what="it", seconds=300.0):
     deadline = asyncio.get_running_loop().time() + seconds
     while True:
         with contextlib.suppress(KeyError, ValueError, IndexError):

@@ -77,7 +77,7 @@ def test_when_one_wanted_replica_is_all_there_is(replicas, complete):
 
 async def test_waiting_ends_with_the_change_or_the_timeout(tmp_path):
     platform = LocalPlatform(tmp_path)
-    wait = asyncio.create_task(platform.wait("zh", lambda o: o.generation == 2, timeout=120))
+    wait = asyncio.create_task(platform.wait("zh", lambda o: o.generation == 2, timeout=300))
     await asyncio.sleep(0)
     (tmp_path / "actual" / "zh.json").write_text('{"replicas": [], "generation": 2}')
     assert (await wait).generation == 2

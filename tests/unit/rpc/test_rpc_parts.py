@@ -241,7 +241,7 @@ def test_a_process_is_known_by_its_start_and_zombies_are_gone():
     finally:
         child.kill()
         # Not reaped yet: a zombie at most.
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while known.alive() and time.monotonic() < deadline:
             time.sleep(0.01)
         gone = not known.alive()

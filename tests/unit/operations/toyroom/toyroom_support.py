@@ -44,7 +44,7 @@ def result_of(operation: Any) -> types_pb2.OperationResult:
     return result
 
 
-def eventually(condition: Callable[[], Any], what: str, timeout: float = 120.0) -> Any:
+def eventually(condition: Callable[[], Any], what: str, timeout: float = 300.0) -> Any:
     """The first true value of a condition; fails after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not (value := condition()):
@@ -108,7 +108,7 @@ class Service:
         request = merging_pb2.ImportRequest(context=context, spec=order(**fields))
         return self.merging.Import(request)
 
-    def wait(self, name: str, seconds: float = 120.0) -> Any:
+    def wait(self, name: str, seconds: float = 300.0) -> Any:
         request = operations_pb2.WaitOperationRequest(name=name)
         request.timeout.FromMilliseconds(int(seconds * 1000))
         operation = self.operations.WaitOperation(request, timeout=seconds + 60)
