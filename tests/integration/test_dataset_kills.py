@@ -99,8 +99,11 @@ class Place:
         def found() -> list[psutil.Process]:
             for spool in self.root.glob("store/staging/dataset/*/attempts/*/scratch/tokens.bin"):
                 if spool.stat().st_size:
-                    execution = spool.parts[-5]
-                    return [psutil.Process(pid) for pid in marked(execution)]
+                    processes = []
+                    for pid in marked(spool.parts[-5]):
+                        with contextlib.suppress(psutil.NoSuchProcess):
+                            processes.append(psutil.Process(pid))
+                    return processes
             return []
 
         return self._wait_until(found, what="rows are encoded")
