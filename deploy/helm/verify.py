@@ -229,13 +229,19 @@ def check_contract() -> None:
 
 def check_snapshot() -> None:
     """The default rendering is the one that was last looked at."""
-    now, then = rendered("default"), SNAPSHOT.read_text(encoding="utf-8")
+    now, then = _of_any_helm(rendered("default")), SNAPSHOT.read_text(encoding="utf-8")
     if now != then:
         lines = difflib.unified_diff(
             then.splitlines(), now.splitlines(), "then", "now", lineterm="", n=1
         )
         text = "\n".join(list(lines)[:60])
         raise Failed(f"{text}\nas meant? python deploy/helm/verify.py --snapshot")
+
+
+def _of_any_helm(text: str) -> str:
+    """Without what Helm 3 and 4 make differently."""
+    text = text.replace("before-hook-creation,hook-succeeded", "before-hook-creation")
+    return "".join(f"{line}\n" for line in text.splitlines() if line.strip())
 
 
 def check_used() -> None:
@@ -399,11 +405,15 @@ def _balanced(text: str) -> bool:
 
 def check_refusals() -> None:
     """Wrong values are refused in words that say what to do."""
+    command = [helm(), "version", "--template", "{{.Version}}"]
+    # Its words for what the schema says are others.
+    old = subprocess.run(command, capture_output=True, text=True).stdout.startswith("v3.")
     for arguments, said in REFUSED:
         try:
             template(*(word for item in arguments for word in ("--set", item)))
         except Failed as error:
-            if said not in str(error):
+            by_schema = "specifications of the schema" in str(error) and old
+            if said not in str(error) and not by_schema:
                 raise Failed(f"{arguments}: said {error}, expected {said!r}") from None
         else:
             raise Failed(f"{arguments}: accepted")
@@ -455,7 +465,7 @@ CHECKS: list[Callable[[], None]] = [
 def main() -> int:
     """Run them all, and say which do not hold."""
     if sys.argv[1:] == ["--snapshot"]:
-        SNAPSHOT.write_text(rendered("default"), encoding="utf-8")
+        SNAPSHOT.write_text(_of_any_helm(rendered("default")), encoding="utf-8")
         return 0
     failed = 0
     for check in CHECKS:
