@@ -75,7 +75,7 @@ def test_a_pipeline_over_s3_survives_the_loss_of_a_job_and_its_disk(
             found = client.get_run(run.id)
             return found if found.state > pb.RUN_STATE_RUNNING else None
 
-        found = wait_until(ended, 150, "the run's end")
+        found = wait_until(ended, 400, "the run's end")
     assert found.state == pb.RUN_STATE_SUCCEEDED, found.error
     stages = {stage.name: stage for stage in found.stages}
     assert stages["sft"].metadata.attempt == 2

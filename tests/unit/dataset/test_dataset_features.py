@@ -316,7 +316,7 @@ def test_workers_leave_when_their_job_is_gone(tmp_path: Path, bytes_dir: Path) -
     job.wait()
     import psutil
 
-    _, alive = psutil.wait_procs([psutil.Process(p) for p in pids if psutil.pid_exists(p)], 10)
+    _, alive = psutil.wait_procs([psutil.Process(p) for p in pids if psutil.pid_exists(p)], 120)
     assert not alive
 
 
