@@ -53,7 +53,10 @@ class AsyncEndpoints:
     async def update(
         self, name: str, model: str, *, replicas: int = 1, **settings: Any
     ) -> pb.Endpoint:
-        """Replace what an endpoint serves, one replica after the other; as `create`."""
+        """Replace what an endpoint serves, one replica after the other; as `create`.
+
+        Replicas and settings that are not given take their defaults, not what they were.
+        """
         spec = _deploy_spec(name, model, replicas, settings)
         with rpc.translated():
             answer = await self._stub.UpdateEndpoint(pb.UpdateEndpointRequest(spec=spec))
