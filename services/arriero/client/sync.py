@@ -402,7 +402,10 @@ class Endpoints:
         return self._thread.run(self._endpoints.create(name, model, replicas=replicas, **settings))
 
     def update(self, name: str, model: str, *, replicas: int = 1, **settings: Any) -> pb.Endpoint:
-        """Replace what an endpoint serves, one replica after the other; as `create`."""
+        """Replace what an endpoint serves, one replica after the other; as `create`.
+
+        Replicas and settings that are not given take their defaults, not what they were.
+        """
         return self._thread.run(self._endpoints.update(name, model, replicas=replicas, **settings))
 
     def get(self, name: str, *, score: bool = False) -> pb.Endpoint:
