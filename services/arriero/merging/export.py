@@ -174,7 +174,7 @@ def _state_dtype(path: Path, dtype: str) -> None:
     for key in ("torch_dtype", "dtype"):
         if key in config:
             config[key] = dtype
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    files.write_json(path, config)
 
 
 # --- to a hub -------------------------------------------------------------------------

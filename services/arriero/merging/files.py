@@ -1,15 +1,17 @@
 """Which files of a model or an adapter are kept, and copying them.
 
-Responsibility: the lists, the copy with progress, sha256. Does not look into
-the files.
+Responsibility: the lists, the copy with progress, sha256, the form of JSON files.
+Does not know what is in them.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import hashlib
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from arriero.prompts import FILE_NAME as TEMPLATE_FILE
 
@@ -22,6 +24,7 @@ __all__ = [
     "copy_files",
     "matching",
     "sha256_of",
+    "write_json",
 ]
 
 Tick = Callable[[int, int], None]
@@ -88,3 +91,8 @@ def sha256_of(path: Path, tick: Tick) -> str:
             done += len(chunk)
             tick(done, total)
     return digest.hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """As transformers writes its configurations: indented, characters as they are."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

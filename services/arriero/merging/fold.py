@@ -6,11 +6,10 @@ configuration and tokenizer. Does not judge the result (`proof` and `oracle` do)
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
-from arriero.merging.files import MODEL_EXTRAS, copy_files, matching
+from arriero.merging.files import MODEL_EXTRAS, copy_files, matching, write_json
 from arriero.weights import MergedWeights, WeightsWriter
 from arriero.weights.config import read_config
 from arriero.weights.sink import BUFFER, Written
@@ -69,7 +68,6 @@ def _write_config(merged: MergedWeights, target: Path) -> None:
     """The merged model's `config.json`, where it is not the base's."""
     if merged.config == read_config(target):
         return
-    text = json.dumps(merged.config, indent=2, ensure_ascii=False) + "\n"
     path = target / "config.json"
     path.unlink()
-    path.write_text(text, encoding="utf-8")
+    write_json(path, merged.config)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arriero.errors import DataLoss, FailedPrecondition
+from arriero.merging.files import write_json
 
 __all__ = ["GgufFacts", "dequantize", "read_facts"]
 
@@ -158,4 +159,4 @@ def _tidy(target: Path) -> None:
         data = json.loads(path.read_text(encoding="utf-8"))
         for key in _TRACES:
             data.pop(key, None)
-        path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(path, data)

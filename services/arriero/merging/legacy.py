@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from arriero.errors import DataLoss, FailedPrecondition
+from arriero.merging.files import write_json
 from arriero.merging.tokenizer_model import is_ranks, write_fast
 
 __all__ = ["normalise"]
@@ -48,7 +49,7 @@ def normalise(directory: Path) -> list[str]:
         changes.append("config.json: max_sequence_length is called max_position_embeddings now")
     _ids(config, "config.json", tokens, config.get("vocab_size"), changes)
     if json.dumps(config) != before:
-        _write(directory / "config.json", config)
+        write_json(directory / "config.json", config)
     _tokenizer(directory, tokens, changes)
     _generation(directory, config, tokens, changes)
     return changes
@@ -102,7 +103,7 @@ def _tokenizer(directory: Path, tokens: Mapping[str, tuple[int, str]], changes: 
             settings[key] = tokens[key][1]
             changes.append(f"tokenizer_config.json: {key} was empty, it is {tokens[key][1]!r}")
     if json.dumps(settings) != before:
-        _write(path, settings)
+        write_json(path, settings)
     _fast(directory, tokens, changes)
     path = directory / "special_tokens_map.json"
     known = _read(path)
@@ -110,7 +111,7 @@ def _tokenizer(directory: Path, tokens: Mapping[str, tuple[int, str]], changes: 
         missing = [key for key in _SPECIAL if not known.get(key) and key in tokens]
         if missing:
             known.update({key: tokens[key][1] for key in missing})
-            _write(path, known)
+            write_json(path, known)
             changes.append(f"special_tokens_map.json: {', '.join(missing)} filled in")
 
 
@@ -136,7 +137,7 @@ def _fast(directory: Path, tokens: Mapping[str, tuple[int, str]], changes: list[
     for key, text in found.names.items():
         if not settings.get(key):
             settings[key] = text
-    _write(directory / "tokenizer_config.json", settings)
+    write_json(directory / "tokenizer_config.json", settings)
     changes.append("tokenizer.json was missing; written with the ids of tokenizer.model")
     changes += found.warnings
 
@@ -153,13 +154,13 @@ def _generation(
         before = json.dumps(settings)
         _ids(settings, path.name, tokens, config.get("vocab_size"), changes)
         if json.dumps(settings) != before:
-            _write(path, settings)
+            write_json(path, settings)
         return
     ids = {
         key: config[key] for key in ("bos_token_id", "eos_token_id") if config.get(key) is not None
     }
     if ids and not path.exists():
-        _write(path, {"_from_model_config": True, **ids})
+        write_json(path, {"_from_model_config": True, **ids})
         said = ", ".join(f"{key} {value}" for key, value in ids.items())
         changes.append(f"generation_config.json was missing; written with {said}")
 
@@ -188,7 +189,3 @@ def _read(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None
-
-
-def _write(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from arriero.errors import DataLoss, FailedPrecondition
 from arriero.merging import architecture, meta, pickles, tokenizer_model
+from arriero.merging.files import write_json
 from arriero.weights import TensorPlan, WeightsWriter, dtype_name
 from arriero.weights.writer import DEFAULT_SHARD_SIZE
 
@@ -138,7 +139,7 @@ def convert(
             blocks = meta.joined(parts[plan.name], places[plan.name], params.head_dim)
             writer.write_rows(plan.name, blocks)
             tick(done, len(plans))
-    _write_json(target / "config.json", config)
+    write_json(target / "config.json", config)
     return notes
 
 
@@ -305,9 +306,5 @@ def _write_tokenizer(
         )
     config.update(bos_token_id=found.bos, eos_token_id=found.eos)
     generation = {"bos_token_id": found.bos, "eos_token_id": found.stops or found.eos}
-    _write_json(target / "generation_config.json", generation)
+    write_json(target / "generation_config.json", generation)
     return found.warnings
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

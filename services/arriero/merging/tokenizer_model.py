@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from arriero.errors import DataLoss, FailedPrecondition
+from arriero.merging.files import write_json
 
 __all__ = ["Vocabulary", "is_ranks", "read_tokenizer", "write_fast", "write_ranks"]
 
@@ -204,7 +205,7 @@ def write_fast(path: Path, target: Path) -> Vocabulary:
             "merges": merges,
         },
     }
-    _write_json(target, fast)
+    write_json(target, fast)
     vocabulary = Vocabulary(len(pieces), bos, eos)
     vocabulary.names = {
         "bos_token": pieces[bos],
@@ -345,8 +346,8 @@ def write_ranks(tokenizer: Path, path: Path) -> int:
 def _write_config(
     target: Path, names: dict[str, str], *, context: int, tokens: Sequence[dict[str, Any]]
 ) -> None:
-    _write_json(target / "special_tokens_map.json", names)
-    _write_json(
+    write_json(target / "special_tokens_map.json", names)
+    write_json(
         target / "tokenizer_config.json",
         {
             # Not LlamaTokenizer: transformers 5 would rebuild the tokenizer then, and
@@ -363,7 +364,3 @@ def _write_config(
             },
         },
     )
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
