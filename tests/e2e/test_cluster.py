@@ -126,12 +126,21 @@ def forward(port: int, left: threading.Event) -> None:
         left.wait(1)
 
 
+def named() -> set[str]:
+    """What there is in the namespace that could be the release's."""
+    kinds = "deployments,jobs,pods,services,horizontalpodautoscalers,configmaps,secrets"
+    found = json.loads(kubectl("get", kinds, "-o", "json"))["items"]
+    names = {f"{item['kind']}/{item['metadata']['name']}" for item in found}
+    return {name for name in names if RELEASE in name}
+
+
 @pytest.fixture(scope="module")
-def release() -> Iterator[None]:
-    """Installed once; removed at the end whatever happened."""
+def release() -> Iterator[set[str]]:
+    """Installed once; removed at the end whatever happened. What was there before it."""
+    before = named()
     arguments = ["--namespace", NAMESPACE, "--create-namespace", "--wait", "--timeout", "10m"]
     run("helm", "install", RELEASE, str(CHART), *arguments, *values())
-    yield
+    yield before
     run("helm", "uninstall", RELEASE, "--namespace", NAMESPACE, "--wait", check=False)
     run("kubectl", "delete", "namespace", NAMESPACE, "--ignore-not-found", check=False)
 
@@ -184,13 +193,13 @@ def stage(run: pb.Run, name: str) -> pb.StageStatus:
     return next(s for s in run.stages if s.name == name)
 
 
-def test_helm_test_passes(release: None) -> None:
+def test_helm_test_passes(release: set[str]) -> None:
     out = run("helm", "test", RELEASE, "--namespace", NAMESPACE, "--logs", "--timeout", "30m")
     assert "Succeeded" in out
 
 
 def test_a_pipeline_survives_the_deaths_of_its_pods(
-    release: None, rows: Path, tmp_path: Path
+    release: set[str], rows: Path, tmp_path: Path
 ) -> None:
     with reached() as client:
         tiny = tiny_llama(tmp_path / "tiny")
@@ -220,7 +229,7 @@ def test_a_pipeline_survives_the_deaths_of_its_pods(
     assert any("resume" in line.message or "goes on" in line.message for line in lines)
 
 
-def test_an_upgrade_during_a_training_loses_nothing(release: None, tmp_path: Path) -> None:
+def test_an_upgrade_during_a_training_loses_nothing(release: set[str], tmp_path: Path) -> None:
     with reached() as client:
         run_id = client.create_run(pipeline(tmp_path, 401)).id
     job = f"arriero.dev/run={run_id},arriero.dev/stage=sft"
@@ -237,7 +246,7 @@ def test_an_upgrade_during_a_training_loses_nothing(release: None, tmp_path: Pat
     assert uids == {pod["metadata"]["uid"] for pod in objects("pods", job)}
 
 
-def test_scaling_and_updating_under_load_fail_no_request(release: None) -> None:
+def test_scaling_and_updating_under_load_fail_no_request(release: set[str]) -> None:
     """By the gateway: one to three replicas, one killed, another model, and back to one."""
     body = {"model": ENDPOINT, "messages": [{"role": "user", "content": "Name llama 3"}]}
     script = (
@@ -291,19 +300,13 @@ def settled(client: Client, count: int, *, without: str = "", model: str = "") -
     return found.ready_replicas == found.desired_replicas == len(found.replicas) == count
 
 
-def test_a_profile_that_nobody_has_is_refused(release: None, tmp_path: Path) -> None:
+def test_a_profile_that_nobody_has_is_refused(release: set[str], tmp_path: Path) -> None:
     with reached() as client, pytest.raises(InvalidArgument, match="no resource profile"):
         client.create_run(pipeline(tmp_path, 402, resources="no-such-profile"))
 
 
-def test_nothing_is_left_behind(release: None) -> None:
+def test_nothing_is_left_behind(release: set[str]) -> None:
     # Helm 3 leaves it, which would read its log too late.
     kubectl("delete", "pod", f"{RELEASE}-test-pipeline", "--ignore-not-found")
     run("helm", "uninstall", RELEASE, "--namespace", NAMESPACE, "--wait", "--timeout", "10m")
-
-    def gone() -> bool:
-        kinds = "deployments,jobs,pods,services,horizontalpodautoscalers,configmaps,secrets"
-        left = json.loads(kubectl("get", kinds, "-o", "json"))["items"]
-        return not [o for o in left if "arriero" in o["metadata"]["name"]]
-
-    until(gone, 300, "everything of the release is gone")
+    until(lambda: not named() - release, 300, "everything of the release is gone")
