@@ -272,11 +272,16 @@ def test_a_body_that_is_too_large_is_refused_while_it_comes(
     tmp_path: Path, platform: FakePlatform
 ) -> None:
     with gateway(tmp_path, platform, ARRIERO_GATEWAY_MAX_BODY_BYTES="1000") as address:
-        answer = httpx2.post(
-            f"http://{address}/v1/chat/completions", content=b"x" * 1001, timeout=120
-        )
-        assert answer.status_code == 413
-        assert "1000 bytes" in answer.json()["error"]["message"]
+        for body in (b"x" * 1001, (b"x" * 500 for _ in range(3))):
+            answer = httpx2.post(f"http://{address}/v1/chat/completions", content=body, timeout=120)
+            assert answer.status_code == 413
+            assert "1000 bytes" in answer.json()["error"]["message"]
+        with socket.create_connection(address.rsplit(":", 1), timeout=120) as connection:  # type: ignore[arg-type]
+            # Nothing of it is waited for once its length is told.
+            connection.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1001\r\n\r\n"
+            )
+            assert connection.recv(100).startswith(b"HTTP/1.1 413")
 
 
 def test_what_is_no_text_and_no_route_is_the_callers_mistake(address: str) -> None:

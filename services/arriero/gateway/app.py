@@ -200,14 +200,18 @@ class _Gateway:
 
     async def _read(self, request: Request) -> bytes:
         limit = self._settings.max_body_bytes
+        refusal = _TooLarge(
+            f"the body is larger than {limit} bytes; shorten the prompt, or raise "
+            "ARRIERO_GATEWAY_MAX_BODY_BYTES"
+        )
+        said = request.headers.get("content-length", "")
+        if said.isdecimal() and int(said) > limit:
+            raise refusal
         data = bytearray()
         async for chunk in request.stream():
             data += chunk
             if len(data) > limit:
-                raise _TooLarge(
-                    f"the body is larger than {limit} bytes; shorten the prompt, or raise "
-                    "ARRIERO_GATEWAY_MAX_BODY_BYTES"
-                )
+                raise refusal
         return bytes(data)
 
     async def _answer(
