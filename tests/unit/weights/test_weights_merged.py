@@ -314,7 +314,9 @@ def test_blocks_of_rows_are_the_whole(tmp_path: Path, base_of: Callable[..., Pat
     for name in ours.touched:
         blocks = list(ours.blocks(name, 64 * 2 * 7))
         assert len(blocks) > 1
-        assert torch.cat([ours.rows(name, *block) for block in blocks]).equal(ours.tensor(name))
+        found = torch.cat([ours.rows(name, *block) for block in blocks])
+        # To the last bit of the type: some CPUs' products sum in an order that follows the height.
+        torch.testing.assert_close(found, ours.tensor(name), rtol=2**-7, atol=1e-6)
 
 
 def test_threads_may_compute_side_by_side(tmp_path: Path, base_of: Callable[..., Path]) -> None:
