@@ -110,12 +110,13 @@ class Service:
 
     def job(self) -> psutil.Process:
         """The job that runs."""
-        (found,) = [
+        # Its own children have its command line for a moment, before they have theirs.
+        jobs = (
             child
             for child in psutil.Process(self.process.pid).children(recursive=True)
             if "arriero.training.job" in " ".join(child.cmdline())
-        ]
-        return found
+        )
+        return next(jobs)
 
     def finish(self, operation: operations_pb2.Operation) -> types_pb2.OperationResult:
         deadline = time.monotonic() + 300
