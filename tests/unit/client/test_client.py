@@ -404,8 +404,8 @@ async def road_to(address):
 async def test_a_replica_that_hangs_is_given_up_for_another_one(monkeypatch):
     soon = {
         "grpc.keepalive_time_ms": 1000,
-        "grpc.keepalive_timeout_ms": 200,
-        "grpc.http2.ping_timeout_ms": 200,
+        "grpc.keepalive_timeout_ms": 2000,
+        "grpc.http2.ping_timeout_ms": 2000,
     }
     options = [(name, soon.get(name, value)) for name, value in channel._OPTIONS]
     monkeypatch.setattr(channel, "_OPTIONS", options)
@@ -420,7 +420,7 @@ async def test_a_replica_that_hangs_is_given_up_for_another_one(monkeypatch):
         assert await faq.generate("x").text() == TEXT
         close()
         async with replica() as b:
-            stream = faq.generate("x", timeout=20)
+            stream = faq.generate("x", timeout=40)
             answer = asyncio.create_task(stream.text())
             await asyncio.sleep(0)  # it is on its way to the first one
             serve_at(platform, address, b.address)
