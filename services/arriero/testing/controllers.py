@@ -19,6 +19,7 @@ from pathlib import Path
 
 from arriero.rpc.ports import free_port
 from arriero.testing.cluster import FakeCluster, Object
+from arriero.testing.containers import kill
 from arriero.testing.kubelet import Kubelet, Processes, Start, environment
 
 _INDEX = "batch.kubernetes.io/job-completion-index"
@@ -52,20 +53,20 @@ class JobController:
         """Kill what still runs."""
         for process in self.processes.values():
             if process.poll() is None:
-                process.kill()
+                kill(process)
 
     def evict(self, pod: str, reason: str = "DeletionByTaintManager") -> None:
         """Take a pod away as a drain does, without time to save."""
         with self._cluster.change("pods", pod) as item:
             condition = {"type": "DisruptionTarget", "status": "True", "reason": reason}
             item["status"].setdefault("conditions", []).append(condition)
-        self.processes[pod].kill()
+        kill(self.processes[pod])
 
     def kill(self, pod: str, *, reason: str = "Error") -> None:
         """SIGKILL a pod's process; `OOMKilled` as the kubelet says it."""
         with self._cluster.change("pods", pod) as item:
             item["status"]["endReason"] = reason
-        self.processes[pod].kill()
+        kill(self.processes[pod])
 
     def _on_change(self, kind: str, plural: str, item: Object) -> None:
         if plural != "jobs":

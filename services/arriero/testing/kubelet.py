@@ -22,6 +22,7 @@ from pathlib import Path
 from arriero.kubernetes.pods import leaving, ready
 from arriero.rpc.channel import check_health
 from arriero.testing.cluster import NAMESPACE, FakeCluster, Object
+from arriero.testing.containers import kill
 
 # Starts a container of a pod (the pod, its name, its environment): what runs, and
 # the pod's address, which only the last one is asked for.
@@ -199,7 +200,7 @@ class Kubelet:
             self._say(pod, phase="Running", podIP=address)
             return self._follow(pod, process, f"{address}:50051")
         finally:
-            process.kill()
+            kill(process)
 
     def _follow(self, pod: Object, process: subprocess.Popen[bytes], address: str = "") -> bool:
         """Watch a process until it ends; ask `address` whether it is ready.
@@ -212,9 +213,9 @@ class Kubelet:
         told = False
         while process.poll() is None:
             if self._closed.wait(_LOOK_SECONDS):
-                process.kill()
+                kill(process)
             if said := self._overfull(pod):
-                process.kill()
+                kill(process)
                 self._say(pod, phase="Failed", reason="Evicted", message=said, conditions=[])
                 return False
             try:

@@ -23,6 +23,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import urllib3
 
+from arriero.testing.containers import kill
 from arriero.testing.control_plane import ApiFailure, ControlPlane
 
 Object = dict[str, Any]
@@ -76,7 +77,7 @@ class Node:
         self._threads[0].join(20)
         for process in self.processes.values():
             if process.poll() is None:
-                process.kill()
+                kill(process)
                 process.wait()
         for pod in self._bound():
             self._remove(pod)
@@ -90,7 +91,7 @@ class Node:
         for known in self._pods.values():
             if known.process is process:
                 known.reason = reason
-        process.kill()
+        kill(process)
 
     # What a kubelet does
 
@@ -271,12 +272,12 @@ class _Pod:
             self._left_at = now
             self.process.terminate()
         if now - self._left_at >= grace:
-            self.process.kill()
+            kill(self.process)
 
     def kill(self) -> None:
         """At once."""
         if self.process is not None and self.process.poll() is None:
-            self.process.kill()
+            kill(self.process)
             self.process.wait()
 
     def status(self, phase: str) -> Object:
