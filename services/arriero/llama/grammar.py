@@ -15,10 +15,11 @@ from typing import Any
 
 from arriero.errors import InvalidArgument
 
-__all__ = ["from_json_schema", "nesting"]
+__all__ = ["LARGEST", "from_json_schema", "nesting"]
 
 _MAX_BYTES = 64 * 1024
-_MAX_GRAMMAR = 256 * 1024
+# Bytes of GBNF; grammars beyond this are no grammars of people.
+LARGEST = 256 * 1024
 # Repetitions become as many rules one inside the other, of which llama.cpp takes no more.
 _MAX_COUNT = 1000
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems")
@@ -94,8 +95,8 @@ def _converter() -> Any:
 
         def _add_rule(self, name: str, rule: str) -> Any:
             self._size += len(rule)
-            if self._size > _MAX_GRAMMAR:
-                raise _Refused(f"makes a grammar of more than {_MAX_GRAMMAR} bytes")
+            if self._size > LARGEST:
+                raise _Refused(f"makes a grammar of more than {LARGEST} bytes")
             return super()._add_rule(name, rule)
 
     return Converter

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from arriero.errors import InvalidArgument
 from arriero.llama import library
 from arriero.llama.context import Context
-from arriero.llama.grammar import nesting
+from arriero.llama.grammar import LARGEST, nesting
 from arriero.llama.model import Model
 
 __all__ = ["DRY_BREAKERS", "Logprobs", "Sampler", "Sampling"]
@@ -27,13 +27,12 @@ __all__ = ["DRY_BREAKERS", "Logprobs", "Sampler", "Sampling"]
 # common.h of llama.cpp: what ends a sequence that DRY compares.
 DRY_BREAKERS = ("\n", ":", '"', "*")
 _MIROSTAT_M = 100  # what common_sampler_init passes
-# Grammars beyond this are no grammars of people. llama.cpp's parser recurses, and a stack
-# that overflows would end the process, with everybody's streams.
-_GRAMMAR_BYTES = 256 * 1024
+# llama.cpp's parser of grammars recurses, and a stack that overflows would end the process,
+# with everybody's streams.
 _GRAMMAR_NESTING = 4096
 _MAX_BIASES = 1024
 _MAX_LOGPROBS = 20
-_LARGEST = float(np.finfo(np.float32).max)
+_LARGEST_BIAS = float(np.finfo(np.float32).max)
 
 _TOKEN_DATA = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
@@ -128,15 +127,15 @@ class Sampling:
                 f"{field}.logit_bias", f"{len(self.logit_bias)} tokens; at most {_MAX_BIASES}"
             )
         for token, bias in self.logit_bias.items():
-            if not (bias == -math.inf or abs(bias) <= _LARGEST):
+            if not (bias == -math.inf or abs(bias) <= _LARGEST_BIAS):
                 raise InvalidArgument.field(
                     f"{field}.logit_bias[{token}]", f"{bias}; expected a float32, or -inf"
                 )
         if "\0" in self.grammar:  # C would see a shorter text, or none
             raise InvalidArgument.field(f"{field}.grammar", "holds a NUL character")
-        if len(self.grammar.encode()) > _GRAMMAR_BYTES:
+        if len(self.grammar.encode()) > LARGEST:
             raise InvalidArgument.field(
-                f"{field}.grammar", f"longer than {_GRAMMAR_BYTES} bytes; write a smaller one"
+                f"{field}.grammar", f"longer than {LARGEST} bytes; write a smaller one"
             )
 
     @property

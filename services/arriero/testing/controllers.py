@@ -52,8 +52,7 @@ class JobController:
     def close(self) -> None:
         """Kill what still runs."""
         for process in self.processes.values():
-            if process.poll() is None:
-                kill(process)
+            kill(process)
 
     def evict(self, pod: str, reason: str = "DeletionByTaintManager") -> None:
         """Take a pod away as a drain does, without time to save."""

@@ -76,9 +76,8 @@ class Node:
         self._over.set()
         self._threads[0].join(20)
         for process in self.processes.values():
-            if process.poll() is None:
-                kill(process)
-                process.wait()
+            kill(process)
+            process.wait()
         for pod in self._bound():
             self._remove(pod)
         self._quietly("DELETE", f"/api/v1/nodes/{self.name}")
@@ -276,7 +275,7 @@ class _Pod:
 
     def kill(self) -> None:
         """At once."""
-        if self.process is not None and self.process.poll() is None:
+        if self.process is not None:
             kill(self.process)
             self.process.wait()
 

@@ -69,7 +69,7 @@ def work(job: Job) -> list[Output]:
     if size := order.get("proof"):
         with job.gates.timed():
             held = b"\1" * size  # every page is touched
-            time.sleep(0.3)
+            time.sleep(0.3)  # what it costs in time, at least
             deadline = time.monotonic() + 300
             while job.gates._cost.memory_bytes < size and time.monotonic() < deadline:
                 time.sleep(0.01)  # until the meter has looked
