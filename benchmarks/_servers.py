@@ -49,6 +49,8 @@ class Server:
     """A server process; `stream` yields text as it comes."""
 
     name = ""
+    # Layers on a GPU, of all servers alike.
+    gpu_layers = 0
 
     def __init__(
         self,
@@ -120,6 +122,7 @@ class Ours(Server):
             "ARRIERO_CONTEXT": str(self.context),
             "ARRIERO_SLOTS": str(self.slots),
             "ARRIERO_THREADS": str(self.threads),
+            "ARRIERO_GPU_LAYERS": str(self.gpu_layers),
             "ARRIERO_LISTEN": "127.0.0.1:0",
             "ARRIERO_ADDRESS_FILE": str(self.address_file),
             **self.settings,
@@ -173,7 +176,12 @@ class Bare(Server):
             if up:
                 ready.set()
 
-        settings = ReplicaSettings(context=self.context, slots=self.slots, threads=self.threads)
+        settings = ReplicaSettings(
+            context=self.context,
+            slots=self.slots,
+            threads=self.threads,
+            gpu_layers=self.gpu_layers,
+        )
         frontend = Frontend(EngineOptions(self.gguf, settings), on_ready)
         running = asyncio.create_task(frontend.run())
         await ready.wait()
@@ -202,6 +210,7 @@ class LlamaServer(Server):
             str(self.binary), "-m", str(self.gguf), "-t", str(self.threads),
             "-tb", str(self.threads), "-c", str(self.context * self.slots),
             "-np", str(self.slots), "--host", "127.0.0.1", "--port", str(self.port),
+            "-ngl", "999" if self.gpu_layers < 0 else str(self.gpu_layers),
             "--kv-unified" if self.unified else "--no-kv-unified",
         ], {}  # fmt: skip
 
@@ -296,6 +305,7 @@ class LlamaCppServer(LlamaServer):
         return [
             sys.executable, "-m", "llama_cpp.server", "--model", str(self.gguf),
             "--n_ctx", str(self.context), "--n_threads", str(self.threads),
+            "--n_gpu_layers", str(self.gpu_layers),
             "--port", str(self.port), "--interrupt_requests", "False",
         ], env  # fmt: skip
 

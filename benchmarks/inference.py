@@ -247,8 +247,10 @@ def main() -> None:
     parser.add_argument(
         "--only", choices=["peers", "prefix", "overhead", "memory"], help="one part"
     )
+    parser.add_argument("--gpu-layers", type=int, default=0, help="of all servers; -1: all layers")
     args = parser.parse_args()
 
+    Server.gpu_layers = args.gpu_layers
     prompts = read_prompts(args.prompts)
     results = Results()
     for name, gguf in files(args):

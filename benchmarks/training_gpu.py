@@ -10,8 +10,9 @@ loss over all tokens. Same card, same rows, same micro batch, turns in one proce
 side warms up for two steps that are left out.
 
 Per shape: tokens/s (median step), MFU at 4N FLOPs a token (forward, and backward to
-activations alone), peak memory, and what an epoch of 49,759 rows of the samples' mean
-length would take. `train_gpu_vs_peft_SHAPE` is the ratio, `mfu_SHAPE` Arriero's MFU.
+activations alone), peak memory and what the estimate before a training says of it, and
+what an epoch of 49,759 rows of the samples' mean length would take.
+`train_gpu_vs_peft_SHAPE` is the ratio, `mfu_SHAPE` Arriero's MFU.
 """
 
 from __future__ import annotations
@@ -133,6 +134,7 @@ def measured(
         torch.cuda.reset_peak_memory_stats()
     model = model_of(shape, options.device)
     parameters = sum(weight.numel() for weight in model.parameters())
+    estimate = demand(model, options, parameters).need().total
     seconds = side(model, place, options, how)
     del model
     gc.collect()
@@ -145,7 +147,30 @@ def measured(
         "tokens_per_s": speed,
         "mfu": 4 * parameters * speed / peak if peak else None,
         "peak_bytes": memory,
+        "estimate_bytes": estimate,
     }
+
+
+def demand(model: Any, options: argparse.Namespace, parameters: int) -> Any:
+    """What the training service would expect Arriero's side to take."""
+    from arriero.training.memory import Demand
+
+    config = model.config.to_dict()
+    return Demand(
+        config=config,
+        parameters=parameters,
+        linear=0,
+        trained=2 * 2 * 8 * config["hidden_size"] * config["num_hidden_layers"],
+        full=False,
+        base_bytes=2,
+        quantization="",
+        double=False,
+        optimizer="adamw_torch",
+        rows=options.micro,
+        length=options.length,
+        gradient_checkpointing=options.gradient_checkpointing,
+        host=options.device == "cpu",
+    )
 
 
 def arriero(model: Any, place: Path, options: argparse.Namespace, how: Any) -> list[float]:
@@ -228,7 +253,9 @@ def show(found: dict[str, dict[str, Any]], device: str) -> None:
     from rich.table import Table
 
     card = torch.cuda.get_device_name() if device == "cuda" else "a CPU: these say nothing"
-    table = Table("shape", "side", "tokens/s", "MFU", "peak memory", "epoch", title=f"On {card}")
+    table = Table(
+        "shape", "side", "tokens/s", "MFU", "peak memory", "estimate", "epoch", title=f"On {card}"
+    )
     ratios, figures = {}, {}
     for shape, facts in found.items():
         for side in ("peer", "arriero"):
@@ -240,6 +267,7 @@ def show(found: dict[str, dict[str, Any]], device: str) -> None:
                 f"{of['tokens_per_s']:,.0f}",
                 "" if of["mfu"] is None else f"{of['mfu']:.1%}",
                 "" if of["peak_bytes"] is None else f"{of['peak_bytes'] / 1e9:.1f} GB",
+                "" if side == "peer" else f"{of['estimate_bytes'] / 1e9:.1f} GB",
                 f"{minutes:.1f} min",
             )
         speeds = [facts[side]["tokens_per_s"] for side in ("arriero", "peer")]

@@ -7,19 +7,31 @@ another sample, and no mask is made for that. Does not know layers or weights.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from functools import lru_cache
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
 from torch.nn import functional
 from transformers import AttentionInterface
 
-from arriero.training.products import attend
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch 2.10 brought it
+    varlen_attn = None
 
-__all__ = ["NAME", "register", "sample_attention"]
+from arriero.training.products import attend
+from arriero.training.rotation import rotated
+
+__all__ = ["register", "sample_attention", "whole_heads"]
 
 NAME = "arriero_samples"
+
+# FlashAttention's (Dao 2023, arXiv:2307.08691): GPUs since Ampere, 16 bits, heads up to 256.
+_FLASH_CAPABILITY, _FLASH_SIZE = (8, 0), 256
+_FLASH_TYPES = {torch.float16, torch.bfloat16}
 
 
 def register() -> str:
@@ -65,11 +77,67 @@ def _attend(
         sliding_window = None
     # Weights in float32 under autocast: rotating by float32 angles widens these two.
     query, key = query.to(value.dtype), key.to(value.dtype)
-    plain = sliding_window is None and not dropout and query.shape[-1] == value.shape[-1]
-    if query.device.type == "cpu" and plain:
+    if not dropout and sliding_window is None and query.shape[-1] == value.shape[-1]:
         q, k, v = (item[0].transpose(0, 1) for item in (query, key, value))
-        return attend(q, k, v, lengths, scale).transpose(0, 1)[None]
+        return whole_heads(q, k, v, lengths, scale).transpose(0, 1)[None]
     return sample_attention(query, key, value, lengths, scale, dropout, sliding_window)
+
+
+def whole_heads(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: tuple[int, ...],
+    scale: float,
+    angles: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """As `products.attend`, by what the device has for it."""
+    if query.device.type == "cpu":
+        return attend(query, key, value, lengths, scale, angles)
+    if angles is not None:
+        query, key = (rotated(item, *angles).to(value.dtype) for item in (query, key))
+    if _flashes(query):
+        bounds, most = _bounds(lengths, query.device), max(lengths)
+        # torch 2.13 wants to be told what the kernel always could.
+        shared = {"enable_gqa": query.shape[1] != key.shape[1]} if _tells_groups() else {}
+        out: torch.Tensor = varlen_attn(
+            query,
+            key,
+            value,
+            bounds,
+            bounds,
+            most,
+            most,
+            scale=scale,
+            window_size=(-1, 0),
+            **shared,
+        )
+        return out
+    q, k, v = (item.transpose(0, 1)[None] for item in (query, key, value))
+    return sample_attention(q, k, v, lengths, scale)[0].transpose(0, 1)
+
+
+def _flashes(query: torch.Tensor) -> bool:
+    """Whether one kernel takes all samples of a row."""
+    return (
+        varlen_attn is not None
+        and query.device.type == "cuda"
+        and query.dtype in _FLASH_TYPES
+        and query.shape[-1] <= _FLASH_SIZE
+        and torch.cuda.get_device_capability(query.device) >= _FLASH_CAPABILITY
+    )
+
+
+@lru_cache(maxsize=1)
+def _tells_groups() -> bool:
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+@lru_cache(maxsize=8)
+def _bounds(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Where samples begin and end, on the device: every layer asks for the same."""
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return bounds.pin_memory().to(device, non_blocking=True)
 
 
 def sample_attention(

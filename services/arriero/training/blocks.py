@@ -1,4 +1,4 @@
-"""The two halves of a LLaMA block in fewer passes over memory, for CPUs.
+"""The two halves of a LLaMA block in fewer passes over memory.
 
 Responsibility: replace the `forward` of attention and feed-forward modules by ones that
 compute the same with less. Each kind is tried against the original first. Does not know
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from arriero.training.products import attend
+from arriero.training.attention import whole_heads
 
 __all__ = ["install"]
 
@@ -87,7 +87,7 @@ def _attention_forward(
         for name in ("q_proj", "k_proj", "v_proj")
     )
     cos, sin = angles
-    out = attend(query, key, value, tuple(lengths), module.scaling, (cos[0], sin[0]))
+    out = whole_heads(query, key, value, tuple(lengths), module.scaling, (cos[0], sin[0]))
     return module.o_proj(out.flatten(1)[None]), None
 
 
@@ -97,11 +97,11 @@ def _is_attention(module: Any) -> bool:
     hidden, how = _sample(module.q_proj, sum(lengths))
     places = torch.cat([torch.arange(length) for length in lengths])
     half = torch.outer(places.float(), 0.5 ** torch.arange(module.head_dim // 2))
-    angles = torch.cat((half, half), dim=-1)[None]
+    angles = torch.cat((half, half), dim=-1)[None].to(hidden.device)
     given = {
         "position_embeddings": (angles.cos().to(hidden.dtype), angles.sin().to(hidden.dtype)),
         "attention_mask": None,
-        "position_ids": places[None],
+        "position_ids": places[None].to(hidden.device),
         "sample_lengths": lengths,
     }
     return _agree(module, _attention_forward, hidden, how, given)
@@ -155,16 +155,18 @@ def _sample(linear: Any, tokens: int) -> tuple[torch.Tensor, torch.dtype]:
     kind = weight.dtype if weight.is_floating_point() else torch.float32
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, tokens, linear.in_features, generator=generator)
-    return hidden.to(kind), kind
+    return hidden.to(weight.device, kind), kind
 
 
 def _agree(
     module: Any, ours: Any, hidden: torch.Tensor, kind: torch.dtype, given: dict[str, Any]
 ) -> bool:
-    training = module.training
+    training, device = module.training, hidden.device.type
     module.eval()
+    # bitsandbytes needs it on GPUs; on CPUs it would pack weights for good.
+    casts = torch.autocast(device, dtype=kind, enabled=device != "cpu" and kind != torch.float32)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), casts:
             expected = _first(module(hidden, **given)).float()
             found = _first(ours(module, hidden, **given)).float()
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError):

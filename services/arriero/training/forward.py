@@ -57,10 +57,9 @@ class Forward(nn.Module):  # type: ignore[misc]
             )
         # What of the model runs through functions of this project.
         self.path = "samples one after the other" if self.packs else "sample by sample"
-        if numerics.device == "cpu":
-            layers = fused.install(model)
-            halves = blocks.install(model) if self.packs else 0
-            self.path += f", {layers} norms and LoRA layers and {halves} halves of blocks fused"
+        layers = fused.install(model)
+        halves = blocks.install(model) if self.packs else 0
+        self.path += f", {layers} norms and LoRA layers and {halves} halves of blocks fused"
         # Whether several threads may call it at once.
         self.concurrent = (
             numerics.device == "cpu" and self.packs and not noise and _keeps_no_state(model)
@@ -76,9 +75,10 @@ class Forward(nn.Module):  # type: ignore[misc]
 
     def forward(self, micro: MicroBatch) -> torch.Tensor:
         """Sum of -log p over the trained tokens, float32, nats."""
-        device = self._numerics.device
-        ids, places = micro.input_ids.to(device), micro.position_ids.to(device)
-        wanted, labels = micro.positions.to(device), micro.labels.to(device)
+        ids, places, wanted, labels = (
+            _sent(item, self._numerics.device)
+            for item in (micro.input_ids, micro.position_ids, micro.positions, micro.labels)
+        )
         if self.packs:
             return self._loss(ids, places, wanted, labels, micro.lengths)
         parts, begin = [], 0
@@ -117,6 +117,11 @@ class Forward(nn.Module):  # type: ignore[misc]
         if not self._chooses_logits:
             logits = logits[wanted]
         return functional.cross_entropy(logits.float(), labels, reduction="sum")
+
+
+def _sent(item: torch.Tensor, device: str) -> torch.Tensor:
+    """An item on the device; a GPU still has the micro batch before it to do."""
+    return item if device == "cpu" else item.pin_memory().to(device, non_blocking=True)
 
 
 def _takes_samples(base: Any) -> bool:

@@ -1,8 +1,8 @@
-"""Frequent small layers in fewer passes over memory, for CPUs.
+"""Frequent small layers in fewer passes over memory.
 
 Responsibility: replace the `forward` of norms and of LoRA layers in a model by
 ones that compute the same with less. Each kind is tried against the original
-first. GPUs have kernels of their own; does not know the loop.
+first. Does not know the loop.
 """
 
 from __future__ import annotations
@@ -70,7 +70,6 @@ def _looks_like_norm(module: nn.Module) -> bool:
         and isinstance(weight, nn.Parameter)
         and weight.ndim == 1
         and not weight.requires_grad
-        and weight.device.type == "cpu"
         and _epsilon(module) is not None
     )
 
@@ -84,7 +83,7 @@ def _is_norm(module: nn.Module) -> bool:
     """Whether the original gives what ours does: some norms add 1 to their weight."""
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
     generator = torch.Generator().manual_seed(0)
-    sample = torch.randn(1, 8, len(weight), generator=generator).to(weight.dtype)
+    sample = torch.randn(1, 8, len(weight), generator=generator).to(weight)
     with torch.no_grad():
         expected, found = module(sample).float(), _norm_forward(module, sample).float()
     close = 1e-5 if weight.dtype == torch.float32 else 1e-2
@@ -92,7 +91,16 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _norm_forward(module: Any, hidden: torch.Tensor) -> torch.Tensor:
-    out: torch.Tensor = _Norm.apply(hidden, module.weight, _epsilon(module))
+    weight, epsilon = module.weight, _epsilon(module)
+    out: torch.Tensor
+    if hidden.device.type == "cpu":
+        out = _Norm.apply(hidden, weight, epsilon)
+    elif hidden.dtype == weight.dtype:
+        # One kernel, which sums in float32; autocast would widen what goes in.
+        with torch.autocast(hidden.device.type, enabled=False):
+            out = functional.rms_norm(hidden, weight.shape, weight, epsilon)
+    else:
+        out = type(module).forward(module, hidden)
     return out
 
 
@@ -153,7 +161,6 @@ def _is_lora(module: Any) -> bool:
         and not module.lora_variant  # DoRA and its like
         and module.lora_B["default"].bias is None
         and not any(weight.requires_grad for weight in base.parameters())
-        and base.weight.device.type == "cpu"
         and type(module.lora_dropout["default"]) in (nn.Dropout, nn.Identity)
     )
 
@@ -190,7 +197,9 @@ class _Lora(torch.autograd.Function):  # type: ignore[misc]
         scale: float,
         share: float,
     ) -> torch.Tensor:
-        kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
+        device = hidden.device.type
+        casts = torch.is_autocast_enabled(device)
+        kind = torch.get_autocast_dtype(device) if casts else hidden.dtype
         flat = hidden.reshape(-1, hidden.shape[-1]).to(kind)
         weight, a, b = weight.to(kind), a.to(kind), b.to(kind)
         keep = None
@@ -228,9 +237,11 @@ class _Lora(torch.autograd.Function):  # type: ignore[misc]
 def _keep(like: torch.Tensor, share: float) -> tuple[torch.Tensor, float]:
     """A random mask of ones and zeros, and the share of zeros that it really draws.
 
-    Four values from one 64-bit word: torch's own draws one word a value and took
+    On CPUs four values from one 64-bit word: torch's own draws one word a value and took
     a tenth of a training step. The share is exact to 1 / 65536.
     """
+    if like.device.type != "cpu":
+        return torch.empty_like(like).bernoulli_(1 - share), share
     words = torch.empty(-(-like.numel() // (64 // _BITS)), dtype=torch.int64)
     generator = getattr(_draws, "generator", None)
     bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: like.numel()]

@@ -82,6 +82,8 @@ class _TokenLoss(torch.autograd.Function):  # type: ignore[misc]
 
 def _losses(logits: torch.Tensor, likely: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """-log p of each label, float32, shape (tokens, 1)."""
+    if logits.device.type != "cpu":  # what follows would wait for the device
+        return logits.float().logsumexp(dim=-1, keepdim=True) - logits.gather(1, wanted).float()
     losses = likely.gather(1, wanted).float().log_().neg_()
     # Labels that the type rounds to zero, or nearly: from the likeliest token's probability.
     rare = (losses[:, 0] >= -math.log(torch.finfo(likely.dtype).tiny)).nonzero()[:, 0]

@@ -20,6 +20,9 @@ _LIBRARIES = 900_000_000
 # et al. 2022 (arXiv:2205.05198) count 34 bytes a value in 16 bits; SwiGLU's three
 # intermediate ones are counted apart.
 _KEPT_PER_LAYER = 17
+# On GPUs norms, rotation and attention are a kernel each: what is kept is what they and the
+# products take in, nine hidden-sized values and four intermediate ones.
+_KEPT_ON_GPU = 9
 # RMSNorm computes in float32 whatever its input is: two norms, input and result.
 _FLOAT32_PER_LAYER = 4
 # Logits and their gradient, of so many values at a time (`training.loss`): in float32, or
@@ -87,9 +90,12 @@ class Demand:
         inner = int(self.config.get("intermediate_size") or 4 * hidden)
         vocabulary = int(self.config.get("vocab_size") or 0)
         size = self.base_bytes
-        per_layer = size * (_KEPT_PER_LAYER * hidden + 3 * inner)
-        if size < 4:
-            per_layer += _FLOAT32_PER_LAYER * 4 * hidden
+        if self.host:
+            per_layer = size * (_KEPT_PER_LAYER * hidden + 3 * inner)
+            if size < 4:
+                per_layer += _FLOAT32_PER_LAYER * 4 * hidden
+        else:
+            per_layer = size * (_KEPT_ON_GPU * hidden + 4 * inner)
         kept = layers * per_layer + size * self.dropped
         if self.gradient_checkpointing:
             kept = layers * size * hidden + per_layer + size * self.dropped // max(1, layers)

@@ -49,6 +49,7 @@ class Ranks:
 
         Raises:
             Unavailable: they did not come.
+            FailedPrecondition: more processes than GPUs.
         """
         env = os.environ if environment is None else environment
         if "RANK" not in env or int(env.get("WORLD_SIZE", "1")) == 1:
@@ -63,6 +64,12 @@ class Ranks:
             int(env.get("LOCAL_WORLD_SIZE", "1")),
         )
         gpus = torch.cuda.is_available()
+        if gpus and ranks.local_world > torch.cuda.device_count():
+            raise FailedPrecondition(
+                f"{ranks.local_world} processes on this machine, and torch sees "
+                f"{torch.cuda.device_count()} GPUs: each process needs one of its own; leave "
+                "nproc_per_node out for as many as there are"
+            )
         if gpus:
             torch.cuda.set_device(ranks.local)
         with _others():

@@ -117,7 +117,8 @@ def test_the_trained_model_is_transformers_with_bitsandbytes(
         live = PeftModel.from_pretrained(live, str(adapter.path)).float().eval()
     ids = [list(range(3, 90))]
     with torch.no_grad():
-        logits = live(input_ids=torch.tensor(ids)).logits[0].float().numpy()
+        found = live(input_ids=torch.tensor(ids, device=live.device)).logits[0]
+        logits = found.float().cpu().numpy()
     packing = packing_for([NF4], "auto")
     near = MergedWeights.open(base.path, [adapter.path], [1.0], packing=packing)
     far = MergedWeights.open(base.path, [adapter.path], [1.0])

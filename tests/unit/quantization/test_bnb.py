@@ -1,4 +1,4 @@
-"""bitsandbytes checkpoints on the CPU: written, loaded as they are, measured."""
+"""bitsandbytes checkpoints: written, loaded as they are, measured."""
 
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def test_transformers_loads_what_was_written_and_it_says_nearly_the_same(
     assert isinstance(loaded.model.layers[0].self_attn.q_proj, Linear4bit)
     ids = AutoTokenizer.from_pretrained(nf4.path)("Lima", return_tensors="pt").input_ids
     with torch.inference_mode():
-        assert bool(torch.isfinite(loaded(ids).logits).all())
+        assert bool(torch.isfinite(loaded(ids.to(loaded.device)).logits).all())
 
 
 def test_each_output_is_judged_by_its_own_gates(

@@ -178,6 +178,7 @@ def test_validation_shrinks_too(make, monkeypatch):
 
 
 def test_what_memory_can_not_hold_is_refused_before_anything_is_loaded(room, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # of the host's memory
     monkeypatch.setattr("arriero.training.job.available_bytes", lambda: 500_000_000)
     monkeypatch.setattr("arriero.training.job._load", lambda *_: pytest.fail("loaded"))
     with pytest.raises(FailedPrecondition, match=r"this host has 0.50 GB free") as caught:
@@ -186,6 +187,7 @@ def test_what_memory_can_not_hold_is_refused_before_anything_is_loaded(room, mon
 
 
 def test_what_memory_can_not_hold_at_once_is_taken_in_smaller_parts(room, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # of the host's memory
     from arriero.training import memory
 
     sizes: list[int] = []
@@ -385,7 +387,8 @@ def test_a_training_that_gets_no_better_ends_and_hands_on_its_best(room, monkeyp
     assert [int(name[5:]) for name in whole] == [2, 3]  # the best, and the last one saved
     from safetensors.torch import load_file
 
-    best = torch.load(tmp_path / "staging/checkpoints" / whole[0] / "tensors.pt")["weights"]
+    path = tmp_path / "staging/checkpoints" / whole[0] / "tensors.pt"
+    best = torch.load(path, map_location="cpu")["weights"]
     adapter = load_file(str(made.path / "adapter_model.safetensors"))
     for name, tensor in adapter.items():
         torch.testing.assert_close(tensor, best[name.replace(".weight", ".default.weight")])

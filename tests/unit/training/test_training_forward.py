@@ -21,6 +21,7 @@ from arriero.training.attention import sample_attention  # noqa: E402
 from arriero.training.forward import Forward  # noqa: E402
 from arriero.training.numerics import Numerics  # noqa: E402
 from arriero.training.plan import Lora  # noqa: E402
+from arriero.training.rotation import rotated  # noqa: E402
 from arriero.training.rows import MASKED, Rows, collate  # noqa: E402
 
 FLOAT = Numerics("cpu", torch.float32)
@@ -275,6 +276,29 @@ def test_attention_as_products_turns_heads_as_transformers_does(monkeypatch, kep
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_turn_as_transformers_turns_them(dtype):
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    torch.manual_seed(0)
+    inputs = [torch.randn(9, heads, 8, dtype=dtype, requires_grad=True) for heads in (4, 2)]
+    half = torch.outer(torch.arange(9.0), 0.5 ** torch.arange(4))
+    angles = torch.cat((half, half), dim=-1)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    turned = apply_rotary_pos_emb(*(i.transpose(0, 1)[None] for i in inputs), cos[None], sin[None])
+    for item, expected in zip(inputs, turned, strict=True):
+        expected = expected[0].transpose(0, 1)
+        found = rotated(item, cos, sin)
+        assert found.dtype == dtype
+        close = (
+            {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 4e-2}
+        )
+        torch.testing.assert_close(found, expected, **close)
+        grad = torch.randn(found.shape).to(dtype)
+        ours, theirs = (torch.autograd.grad(out, item, grad) for out in (found, expected))
+        torch.testing.assert_close(ours, theirs, **close)
 
 
 @pytest.mark.parametrize(
