@@ -28,6 +28,10 @@ _HOPELESS = 30
 # Rows that a message names.
 _SHOWN = 8
 
+# No loss and no gradient of one is larger. Beyond, it comes from memory that nobody wrote,
+# and clipped to its norm it would move the weights as if it were one.
+_LARGEST = 1e12
+
 
 class Finite:
     """Watches the steps of one training.
@@ -58,7 +62,7 @@ class Finite:
         Raises:
             FailedPrecondition: it may not, and the training is to end then.
         """
-        if math.isfinite(value):
+        if abs(value) <= _LARGEST:  # nor a NaN
             if what == "gradient":
                 self._in_a_row = 0
             return True
@@ -66,7 +70,7 @@ class Finite:
         shown = ", ".join(str(row) for row in rows[:_SHOWN])
         more = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
         said = (
-            f"train.finite: the {what} is {value} at step {step} of {self._plan.total_steps} "
+            f"train.finite: the {what} is {value:.3g} at step {step} of {self._plan.total_steps} "
             f"(learning rate {rate:.3g}, {self._dtype}, rows {shown}{more})"
         )
         state.not_finite.append(step)

@@ -177,6 +177,20 @@ def test_validation_shrinks_too(make, monkeypatch):
     )
 
 
+def test_a_gradient_larger_than_any_real_one_ends_the_training(room, monkeypatch):
+    """As memory that nobody wrote makes them: finite, and clipped to a step like any other."""
+    taken = Loop._gradients
+
+    def garbage(loop, *args):
+        value = taken(loop, *args)
+        next(iter(loop._weights.values())).grad.view(-1)[0] = 1e15
+        return value
+
+    monkeypatch.setattr(Loop, "_gradients", garbage)
+    with pytest.raises(FailedPrecondition, match=r"the gradient is 1e\+15 at step 1 of"):
+        room()
+
+
 def test_what_memory_can_not_hold_is_refused_before_anything_is_loaded(room, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # of the host's memory
     monkeypatch.setattr("arriero.training.job.available_bytes", lambda: 500_000_000)
