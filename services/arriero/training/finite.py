@@ -7,7 +7,6 @@ one it was. Does not know how losses are computed.
 from __future__ import annotations
 
 import logging
-import math
 from typing import TYPE_CHECKING
 
 import numpy as np
