@@ -35,25 +35,31 @@ LLAMA_FAMILY = (
     "SmolLM3ForCausalLM",
 )
 _SHOWN = 3
+# More than any model has; a configuration that says so is damaged, or means harm.
+_MOST_LAYERS = 10_000
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+)
+_INTEGERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")
 
 
 def expected_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Names and shapes that every LLaMA-family model of this configuration has.
 
     Raises:
-        FailedPrecondition: a size is missing or not a number.
+        FailedPrecondition: a size is missing or no positive integer.
     """
-    try:
-        hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
-        layers, heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
-        vocabulary = int(config["vocab_size"])
-        groups = int(config.get("num_key_value_heads") or heads)
-        head = int(config.get("head_dim") or hidden // heads)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    hidden, inner, layers, heads, vocabulary = (_size(config, name) for name in _SIZES)
+    groups = _size(config, "num_key_value_heads", heads)
+    head = _size(config, "head_dim", hidden // heads)
+    if layers > _MOST_LAYERS:
         raise FailedPrecondition(
-            f"config.json lacks a size ({type(error).__name__}: {error}); expected hidden_size, "
-            "intermediate_size, num_hidden_layers, num_attention_heads and vocab_size"
-        ) from error
+            f"config.json says num_hidden_layers {layers}; expected at most {_MOST_LAYERS}"
+        )
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (vocabulary, hidden),
         "model.norm.weight": (hidden,),
@@ -74,6 +80,18 @@ def expected_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
             prefix + "mlp.down_proj.weight": (hidden, inner),
         }
     return shapes
+
+
+def _size(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    value = config.get(name)
+    if value is None and default is not None:
+        value = default
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        found = f"says {name} {value!r}" if name in config else f"lacks a size, {name}"
+        raise FailedPrecondition(
+            f"config.json {found}; expected {', '.join(_SIZES)} as positive integers"
+        )
+    return value
 
 
 def tokenizer_size(directory: Path) -> int | None:
@@ -120,6 +138,16 @@ def check_model(directory: Path, tensors: Mapping[str, TensorInfo]) -> list[str]
         )
     warnings: list[str] = []
     names = config.get("architectures") or []
+    if not isinstance(names, list):
+        raise FailedPrecondition(
+            f"config.json says architectures {names!r}; expected a list, such as "
+            '["LlamaForCausalLM"]'
+        )
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise FailedPrecondition(
+                f"config.json says {key} {config[key]!r}; expected an object with rope_type, or null"
+            )
     if not any(name in LLAMA_FAMILY for name in names):
         warnings.append(
             f"architecture {', '.join(map(str, names)) or 'not named'} is not of the LLaMA family "
@@ -161,4 +189,10 @@ def _check_tensors(
         raise FailedPrecondition(
             f"{len(wrong)} tensors have other shapes than config.json says: "
             f"{'; '.join(wrong[:_SHOWN])}; configuration and weights do not belong together"
+        )
+    packed = [name for name in expected if tensors[name].dtype in _INTEGERS]
+    if packed:
+        raise FailedPrecondition(
+            f"{len(packed)} weights are integers, such as {packed[0]} ({tensors[packed[0]].dtype}): "
+            "the model is quantized already; import the one that it was made from"
         )

@@ -136,7 +136,7 @@ def resolve_export(spec: merging_pb2.ExportSpec, context: ResolveContext) -> Res
 def converted(weights: Weights, dtype: str) -> list[TensorPlan]:
     """The tensors in the dtype asked for; integers keep theirs."""
     wanted = None if dtype == "auto" else dtype_name(dtype)
-    floating = ("F64", "F32", "F16", "BF16")
+    floating = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
     return [
         TensorPlan(name, wanted if wanted and info.dtype in floating else info.dtype, info.shape)
         for name, info in weights.items()
@@ -206,7 +206,7 @@ def plan_meta(artifact: Artifact, *, shards: int, dtype: str) -> MetaPlan:
     files: list[list[TensorPlan]] = [[] for _ in range(ranks)]
     for name in [*expected, *(["lm_head.weight"] if "lm_head.weight" not in expected else [])]:
         # Meta's code has an output layer of its own, tied or not.
-        origin = "model.embed_tokens.weight" if name not in expected else name
+        origin = name if name in weights else "model.embed_tokens.weight"
         place = places[name] = meta.place_of(name, vocabulary_rows=rows)
         origins[name] = origin
         shape = list(ours[origin].shape)

@@ -113,10 +113,15 @@ def dequantize(path: Path, target: Path, dtype: str) -> None:
             quantization_config=GgufConfig(dequantize=True),
             **place,
         )
-    except (ValueError, KeyError, NotImplementedError, AttributeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # what transformers stumbles over has many types
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's, not the file's
+            raise
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FailedPrecondition(
-            f"{path.name} cannot be turned into a model: {str(error).strip().splitlines()[0]}; "
-            "import it as gguf, or import the original model"
+            f"{path.name} cannot be turned into a model: {said}; import it as gguf, or import "
+            "the original model"
         ) from error
     # The weights are dense now; transformers goes on calling the model quantized,
     # refuses to save it so, and would quantize it again when loading.

@@ -10,11 +10,13 @@ from __future__ import annotations
 import errno
 import fnmatch
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from arriero.errors import FailedPrecondition, NotFound, PermissionDenied, Unavailable
+from arriero.store.files import tree_size
 
 __all__ = ["download_repository", "upload"]
 
@@ -33,6 +35,7 @@ _PATTERNS = (
     "USE_POLICY*",
 )
 _CONVERTED = (".bin", ".pth")
+_WEIGHTS = (".safetensors", *_CONVERTED)
 # Timeouts and rate limits: of the 4xx those that pass.
 _LATER = (408, 425, 429)
 # The library's HTTP client has changed its package twice (requests, httpx, httpx2).
@@ -46,16 +49,17 @@ def download_repository(
     *,
     secret: str | None,
     room: Callable[[int], None] = lambda needed: None,
-) -> str:
-    """Fetch a revision's files into `directory`; returns the commit where the hub says it.
+) -> tuple[str, Path]:
+    """Fetch a revision's files below `directory`; gives the commit, and where they are.
 
-    A connection that breaks is taken up where it broke; of weights that are
-    there in several formats one is fetched.
+    A connection that breaks is taken up where it broke; after a kill, the same
+    directory keeps the files that came whole. Of weights that are there in several
+    formats one is fetched.
 
     Args:
         repository: `org/name`.
         revision: commit, branch or tag.
-        directory: is created.
+        directory: is created; other commits in it are removed.
         secret: environment variable with the token; None for anonymous.
         room: called with the bytes to come, before the first; may refuse.
 
@@ -74,30 +78,53 @@ def download_repository(
         info = api.model_info(repository, revision=revision, files_metadata=True)
         sizes = {item.rfilename: item.size or 0 for item in info.siblings or ()}
         names = _needed(list(sizes))
-        # What is not safetensors yet is written once more.
-        room(sum(sizes[name] * (2 if name.endswith(_CONVERTED) else 1) for name in names))
+        if not any(name.endswith(_WEIGHTS) for name in names):
+            raise FailedPrecondition(_without_weights(repository, list(sizes)))
         commit: str = info.sha or revision
+        place = directory / commit.replace("/", "-")
+        for other in directory.iterdir() if directory.is_dir() else ():
+            if other != place:
+                shutil.rmtree(other, ignore_errors=True)
+        for half in place.rglob("*.incomplete"):  # the library begins a file anew
+            half.unlink()
+        # What is not safetensors yet is written once more.
+        needed = sum(sizes[name] * (2 if name.endswith(_CONVERTED) else 1) for name in names)
+        room(max(0, needed - tree_size(place)))
         api.snapshot_download(
-            repository, revision=commit, local_dir=directory, allow_patterns=names or ["-"]
+            repository, revision=commit, local_dir=place, allow_patterns=names
         )
-    return commit
+    return commit, place
 
 
 def _needed(names: Sequence[str]) -> list[str]:
     """The files to fetch: those that are known, and the weights once."""
-    found = [name for name in names if any(fnmatch.fnmatchcase(name, p) for p in _PATTERNS)]
-    top = {name for name in found if "/" not in name}
+    # Nothing below the top is a part of the model: other runtimes' weights, checkpoints.
+    found = [
+        name
+        for name in names
+        if "/" not in name and any(fnmatch.fnmatchcase(name, p) for p in _PATTERNS)
+    ]
+    top = set(found)
 
     def without(*patterns: str) -> None:
         found[:] = [n for n in found if not any(fnmatch.fnmatchcase(n, p) for p in patterns)]
 
     if "config.json" in top:
-        without("consolidated.*.pth", "original/*")
+        without("consolidated.*.pth")
         if "model.safetensors" in top or "model.safetensors.index.json" in top:
             without("pytorch_model*", "consolidated*.safetensors")
     if "adapter_config.json" in top and "adapter_model.safetensors" in top:
         without("adapter_model.bin")
     return found
+
+
+def _without_weights(repository: str, names: Sequence[str]) -> str:
+    ggufs = [name for name in names if name.endswith(".gguf")]
+    hint = f"; fetch one of its {len(ggufs)} .gguf files and import its path" if ggufs else ""
+    return (
+        f"hf://{repository} holds {', '.join(sorted(ggufs or names)[:5]) or 'no files'}; expected "
+        f"*.safetensors, pytorch_model*.bin or consolidated.*.pth at its top{hint}"
+    )
 
 
 def upload(

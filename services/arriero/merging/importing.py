@@ -25,8 +25,13 @@ from arriero.merging.judgements import judge_health, ticker
 from arriero.operations.job import Job, Output
 from arriero.weights import Weights
 from arriero.weights.layout import DTYPES
+from arriero.weights.merged import HEAD
+from arriero.weights.reader import INDEX_SUFFIX, same_bytes
 
 __all__ = ["import_source"]
+
+_FETCHED = ".repository"
+_EMBEDDINGS = "model.embed_tokens.weight"
 
 
 def import_source(job: Job) -> Sequence[Output]:
@@ -78,15 +83,15 @@ def _fetch(job: Job, source: sources.Source, labels: dict[str, str]) -> Path:
         if job.spec.HasField("token_secret")
         else None
     )
-    target = job.scratch / "repository"
-    labels["revision"] = hub.download_repository(
+    # What has come stays for the next attempt; hidden, so that it is not uploaded.
+    labels["revision"], path = hub.download_repository(
         source.repository,
         source.revision,
-        target,
+        job.checkpoints / _FETCHED,
         secret=secret,
         room=job.store.preflight,
     )
-    return target
+    return path
 
 
 def _check_sha256(job: Job, path: Path) -> None:
@@ -157,12 +162,13 @@ def _import_model(job: Job, path: Path) -> Output:
         )
         used += pickled
     _log_left_out(job, found, used)
-    return _noted(job, _model_output(job, target), legacy.normalise(target))
+    notes = [*_index(target), *_untie(target), *legacy.normalise(target)]
+    return _noted(job, _model_output(job, target), notes)
 
 
 def _bring(job: Job, path: Path, found: Sequence[Path], target: Path) -> None:
     """Copy files; what was fetched for this job alone is moved."""
-    if path.is_relative_to(job.scratch):
+    if path.is_relative_to(job.checkpoints):
         for file in found:
             file.rename(target / file.name)
     else:
@@ -207,6 +213,33 @@ def _weight_files(path: Path) -> list[Path]:
         return []
     index = path / "model.safetensors.index.json"
     return [*Weights.open(path).files, *([index] if index.is_file() else [])]
+
+
+def _index(target: Path) -> list[str]:
+    """Give weights that others would not find by their names an index."""
+    index = target / f"model.safetensors{INDEX_SUFFIX}"
+    if index.exists() or (target / "model.safetensors").exists():
+        return []
+    weights = Weights.open(target)
+    places = {name: info.file.name for name, info in weights.items()}
+    files.write_json(index, {"metadata": {"total_size": weights.nbytes}, "weight_map": places})
+    return [f"{index.name} was missing; written for {len(weights.files)} files"]
+
+
+def _untie(target: Path) -> list[str]:
+    """An output layer that is not the embeddings again is one of its own.
+
+    So say transformers and llama.cpp, whatever the configuration says.
+    """
+    config, weights = architecture.read_config(target), Weights.open(target)
+    if not architecture.is_tied(config) or not {HEAD, _EMBEDDINGS} <= weights.keys():
+        return []
+    if weights[HEAD].dtype == weights[_EMBEDDINGS].dtype and same_bytes(
+        weights.raw(HEAD), weights.raw(_EMBEDDINGS)
+    ):
+        return []
+    files.write_json(target / "config.json", {**config, "tie_word_embeddings": False})
+    return ["config.json: tie_word_embeddings was true, but the output layer has its own weights"]
 
 
 def _model_output(job: Job, target: Path) -> Output:

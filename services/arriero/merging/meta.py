@@ -71,6 +71,10 @@ _SCALED_ROPE = {
 # Llama 3.2 1B and 3B scale by 32, all others by 8.
 _SCALED_BY_32 = (2048, 3072)
 _ROPE_THETA = 10000.0
+# Llama 3's; Code Llama has another one.
+_LLAMA_3_THETA = 500000.0
+# What transformers takes where a configuration is silent; Meta's code takes 1e-5.
+_NORM_EPS = 1e-6
 # `multiple_of` and `ffn_dim_multiplier` that Meta has used.
 _MULTIPLES = (256, 1024, 4096, 512, 2048, 128, 64, 32, 16, 8, 4, 2, 1)
 _MULTIPLIERS = (None, 1.3, 1.5, 1.4, 1.2, 1.0)
@@ -330,7 +334,7 @@ class Params:
             return self.max_seq_len
         if self.scaled_rope:
             return 131072
-        if tiktoken:
+        if tiktoken or self.rope_theta == _LLAMA_3_THETA:
             return 8192
         if self.rope_theta != _ROPE_THETA:  # Code Llama
             return 16384
@@ -364,7 +368,7 @@ class Params:
             "n_heads": heads,
             **({"n_kv_heads": groups} if groups != heads else {}),
             **_inner_params(dim, int(config["intermediate_size"])),
-            "norm_eps": float(config.get("rms_norm_eps", 1e-5)),
+            "norm_eps": float(config.get("rms_norm_eps", _NORM_EPS)),
             "vocab_size": vocabulary,
             **({"rope_theta": theta} if theta != _ROPE_THETA else {}),
         }

@@ -29,6 +29,7 @@ PARAMS = "params.json"
 TOKENIZER = "tokenizer.model"
 _SHARD = re.compile(r"consolidated\.(\d+)\.pth")
 _ROWS = 1024
+_LLAMA_3_VOCABULARY = 128256
 _EMBEDDINGS, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -288,7 +289,8 @@ def _write_tokenizer(
     vocabulary: int,
 ) -> list[str]:
     if tokenizer is None:
-        config.update(bos_token_id=1, eos_token_id=2)
+        bos = 128000 if vocabulary == _LLAMA_3_VOCABULARY else 1
+        config.update(bos_token_id=bos, eos_token_id=bos + 1)
         return [
             f"there is no {TOKENIZER} here or in the directory above: the model has no tokenizer; "
             "give its path as tokenizer"

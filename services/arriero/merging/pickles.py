@@ -7,8 +7,10 @@ know which tensors a model needs.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["checkpoint_files", "convert", "tensors"]
 
 Tick = Callable[[int, int], None]
+_LFS = b"version https://git-lfs"
 # Buffers that old conversions stored and every loader makes anew.
 _DERIVED = (".rotary_emb.inv_freq",)
 
@@ -29,13 +32,15 @@ _DERIVED = (".rotary_emb.inv_freq",)
 def checkpoint_files(directory: Path, stem: str) -> list[Path]:
     """The files of `<stem>.bin`, or those that `<stem>.bin.index.json` names.
 
+    Without either all shards by their numbers; empty when there are none.
+
     Raises:
-        DataLoss: the index is damaged, or a file that it names is missing.
+        DataLoss: the index is damaged, or a shard is missing.
     """
     index = directory / f"{stem}.bin.index.json"
     if not index.is_file():
         path = directory / f"{stem}.bin"
-        return [path] if path.is_file() else []
+        return [path] if path.is_file() else _numbered(directory, stem)
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -46,6 +51,22 @@ def checkpoint_files(directory: Path, stem: str) -> list[Path]:
         if not (directory / name).is_file():
             raise DataLoss(f"{index.name} names {name}, but it is missing; fetch that shard")
     return [directory / name for name in names]
+
+
+def _numbered(directory: Path, stem: str) -> list[Path]:
+    shard = re.compile(re.escape(stem) + r"-(\d+)-of-(\d+)\.bin")
+    numbered = {
+        int(found[1]): (path, int(found[2]))
+        for path in sorted(directory.iterdir())
+        if (found := shard.fullmatch(path.name)) and path.is_file()
+    }
+    count = max((count for _, count in numbered.values()), default=0)
+    if missing := [number for number in range(1, count + 1) if number not in numbered]:
+        raise DataLoss(
+            f"{len(missing)} of {count} shards {stem}-*.bin are missing, the first is number "
+            f"{missing[0]}; fetch them"
+        )
+    return [path for _, (path, _) in sorted(numbered.items())]
 
 
 def convert(
@@ -169,6 +190,19 @@ def _blamed(text: str) -> str:
 
 
 def _damaged(path: Path, error: Exception) -> DataLoss:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    said = f"{type(error).__name__}: {lines[0].strip()[:200]}" if lines else type(error).__name__
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        if file.read(len(_LFS)) == _LFS:
+            return DataLoss(
+                f"{path.name} is a Git LFS pointer, not weights; run `git lfs pull` where it "
+                "comes from"
+            )
+    # Around what its unpickler stumbled over, torch advises to let the code run.
+    if found := re.search(r"WeightsUnpickler error:\s*(.+)", str(error)):
+        return DataLoss(
+            f"{path.name} is damaged, or no PyTorch checkpoint that opens without running code "
+            f"({found[1].strip()[:200]}); fetch it again, or save it as safetensors where you "
+            "trust it"
+        )
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
     return DataLoss(f"{path.name} is damaged, or no PyTorch checkpoint ({said}); fetch it again")

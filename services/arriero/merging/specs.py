@@ -21,7 +21,7 @@ from arriero.errors import (
 )
 from arriero.gates import Mode, check_modes
 from arriero.gates.golden import TOKENS
-from arriero.merging import meta_source, sources
+from arriero.merging import gguf_source, meta_source, sources
 from arriero.merging.qlora import BASES, packing_for
 from arriero.operations.defaults import with_defaults
 from arriero.operations.job import gate_modes
@@ -45,8 +45,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 KINDS = ("model", "adapter", "gguf")
 _AS_FORMS = ("auto", *KINDS)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-# Dequantizing 4 bits to 32 makes a file this much larger at most.
-_DEQUANTIZED = 9
+_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 # Interpreter, torch and transformers, in bytes.
 _LIBRARIES = 1_200_000_000
 # Times golden logits' bytes: what two sides in float32, and what is made of them, take.
@@ -106,8 +105,8 @@ def resolve_import(spec: merging_pb2.ImportSpec, context: ResolveContext) -> Res
     kind = found if wanted == "auto" else wanted
     if kind != found and (found, kind) != ("gguf", "model"):
         raise InvalidArgument.field("as", f"{kind!r} is asked for, but the source is a {found}")
-    if found == "gguf" and kind == "model":
-        size *= _DEQUANTIZED
+    if found == "gguf" and kind == "model" and isinstance(source, sources.PathSource):
+        size = gguf_source.read_facts(source.path).elements * _BYTES[resolved.dtype]
     return _import(resolved, kind, source, size, fingerprints=fingerprints)
 
 
@@ -158,7 +157,8 @@ def _import(
         fingerprints=fingerprints or {},
         disk_bytes=size,
         # A GGUF is dequantized as a whole; all else goes through memory in pieces.
-        memory_bytes=_LIBRARIES + (size if spec.source.endswith(".gguf") else 0),
+        memory_bytes=_LIBRARIES
+        + (size if spec.source.endswith(".gguf") and kind == "model" else 0),
         cacheable=cacheable,
         unkeyed=("token_secret",),
     )

@@ -13,7 +13,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -50,6 +50,8 @@ class FakeHub:
         token: that may write, and read what is gated.
         break_after: bytes of a file's answer after which the connection breaks; one
             breaks, then they hold.
+        hold_after: bytes of a file's answer after which nothing more comes; once, until
+            the client is gone. `held` is set then.
         ranges: the `Range` headers of requests for files.
         uploads: sha256 of the objects that came by LFS, each time.
         refuse: answer uploads with this status.
@@ -59,6 +61,8 @@ class FakeHub:
         self.repositories: dict[str, Repository] = {}
         self.token = token
         self.break_after: int | None = None
+        self.hold_after: int | None = None
+        self.held = threading.Event()
         self.ranges: list[str] = []
         self.uploads: list[str] = []
         self.refuse = 0
@@ -304,6 +308,16 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             self.close_connection = True
             self.connection.shutdown(2)
+            return
+        hold = self.hub.hold_after
+        if breaks and hold is not None and len(data) > hold:
+            self.hub.hold_after = None
+            self.wfile.write(data[:hold])
+            self.wfile.flush()
+            self.hub.held.set()
+            with suppress(ConnectionError):
+                self.connection.recv(1)  # until the client is gone
+            self.close_connection = True
             return
         self.wfile.write(data)
 

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from arriero.errors import DataLoss, FailedPrecondition
 from arriero.merging.architecture import check_model, expected_tensors, read_config, tokenizer_size
@@ -44,7 +46,12 @@ def test_a_whole_model_has_nothing_to_complain_about(tiny_llama_dir: Path) -> No
         ({"num_hidden_layers": 3}, r"9 of 30 tensors.*missing, such as model\.layers\.2"),
         ({"vocab_size": 400}, r"model.embed_tokens.weight is \(384, 64\), expected \(400, 64\)"),
         ({"intermediate_size": 65}, "6 tensors have other shapes"),
-        ({"hidden_size": None}, "lacks a size"),
+        ({"hidden_size": None}, "says hidden_size None; expected .* positive integers"),
+        ({"hidden_size": "64"}, "says hidden_size '64'"),
+        ({"num_hidden_layers": -1}, "says num_hidden_layers -1"),
+        ({"num_hidden_layers": 10**9}, "says num_hidden_layers 1000000000; expected at most"),
+        ({"rope_scaling": "linear"}, "says rope_scaling 'linear'; expected an object"),
+        ({"architectures": "LlamaForCausalLM"}, "says architectures .* expected a list"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"quantized already \(gptq\)"),
     ],
 )
@@ -53,6 +60,16 @@ def test_what_does_not_go_together_is_refused_with_figures(
 ) -> None:
     with pytest.raises(FailedPrecondition, match=message):
         check(edited(**changes))
+
+
+def test_weights_that_are_integers_are_quantized_ones(edited: Edit) -> None:
+    directory = edited()
+    path = directory / "model.safetensors"
+    tensors = load_file(str(path))
+    packed = {n: t.astype(np.int8) if "proj" in n else t for n, t in tensors.items()}
+    save_file(packed, str(path))
+    with pytest.raises(FailedPrecondition, match=r"14 weights are integers, .*\(I8\)"):
+        check(directory)
 
 
 def test_a_tokenizer_larger_than_the_embeddings_is_refused(edited: Edit) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ FILES = {
     "modeling_evil.py": b"raise SystemExit",
     "LICENSE": b"free",
 }
+SIZES = {1: 1_000_000, 2: 3_000_000}
 # huggingface_hub reads its settings when it is imported, hence the process.
 SCRIPT = """
 import os, sys
@@ -31,7 +33,11 @@ def room(needed):
 try:
     if what == "fetch":
         secret = rest[3] if len(rest) > 3 else None
-        print(hub.download_repository(rest[0], rest[1], Path(rest[2]), secret=secret, room=room))
+        commit, path = hub.download_repository(
+            rest[0], rest[1], Path(rest[2]), secret=secret, room=room
+        )
+        assert path == Path(rest[2]) / commit
+        print(commit)
     else:
         root = Path(rest[2])
         sent = {p.relative_to(root).as_posix(): p for p in root.rglob("*") if p.is_file()}
@@ -52,11 +58,20 @@ def hub() -> Iterator[FakeHub]:
 
 
 def call(url: str, tmp_path: Path, *arguments: str, **environment: str) -> str:
-    done = subprocess.run(
+    child = start(url, tmp_path, *arguments, **environment)
+    said, wrong = child.communicate(timeout=120)
+    assert child.returncode == 0, wrong
+    return said.strip()
+
+
+def start(
+    url: str, tmp_path: Path, *arguments: str, **environment: str
+) -> subprocess.Popen[str]:
+    return subprocess.Popen(
         [sys.executable, "-c", SCRIPT, *arguments],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=120,
         env={
             **{key: value for key, value in os.environ.items() if not key.startswith("HF_")},
             "PYTHONPATH": os.pathsep.join(sys.path),
@@ -66,8 +81,6 @@ def call(url: str, tmp_path: Path, *arguments: str, **environment: str) -> str:
             **environment,
         },
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
 
 
 def fetch(hub: FakeHub, tmp_path: Path, *arguments: str, **environment: str) -> str:
@@ -77,6 +90,7 @@ def fetch(hub: FakeHub, tmp_path: Path, *arguments: str, **environment: str) -> 
 def test_a_revision_is_fetched_without_code(hub: FakeHub, tmp_path: Path) -> None:
     target = tmp_path / "repository"
     assert fetch(hub, tmp_path, "org/name", "main", str(target)) == COMMIT
+    target /= COMMIT
     found = {path.name for path in target.iterdir() if path.is_file()}
     assert found == {"config.json", "model.safetensors", "LICENSE"}
     for name in found:
@@ -105,7 +119,40 @@ def test_a_connection_that_breaks_is_taken_up_where_it_broke(hub: FakeHub, tmp_p
     assert fetch(hub, tmp_path, "org/name", "main", str(target)) == COMMIT
     assert hub.break_after is None, "nothing broke"
     assert [text for text in hub.ranges if text] == ["bytes=10485760-"]
-    assert (target / "model.safetensors").read_bytes() == weights
+    assert (target / COMMIT / "model.safetensors").read_bytes() == weights
+
+
+def test_a_fetch_that_was_killed_keeps_the_files_that_came(hub: FakeHub, tmp_path: Path) -> None:
+    shards = {f"model-0000{i}-of-00002.safetensors": os.urandom(size) for i, size in SIZES.items()}
+    hub.repositories["org/name"] = Repository({"config.json": b"{}", **shards})
+    hub.hold_after = 2_000_000
+    target = tmp_path / "repository"
+    (target / ("d" * 40)).mkdir(parents=True)
+    (target / ("d" * 40) / "of-another-commit").touch()
+    child = start(hub.url, tmp_path, "fetch", "org/name", "main", str(target))
+    assert hub.held.wait(60)
+    while len(list(target.rglob("*.metadata"))) < 2:  # of the files that are whole
+        assert child.poll() is None
+        time.sleep(0.05)
+    child.kill()
+    child.communicate()
+    hub.ranges.clear()
+    # Room for what is left is enough.
+    assert fetch(hub, tmp_path, "org/name", "main", str(target), ROOM="3000100") == COMMIT
+    assert len(hub.ranges) == 1
+    assert [path.name for path in target.iterdir()] == [COMMIT]
+    assert not list(target.rglob("*.incomplete"))
+    assert all((target / COMMIT / name).read_bytes() == shards[name] for name in shards)
+
+
+def test_a_repository_without_weights_is_refused_before_anything_is_fetched(
+    hub: FakeHub, tmp_path: Path
+) -> None:
+    hub.repositories["org/quants"] = Repository({"config.json": b"{}", "x.Q8_0.gguf": b"GGUF"})
+    said = fetch(hub, tmp_path, "org/quants", "main", str(tmp_path / "repository"))
+    assert said.startswith("FAILED_PRECONDITION hf://org/quants holds x.Q8_0.gguf; expected")
+    assert "import its path" in said
+    assert hub.ranges == []
 
 
 def test_weights_are_fetched_once_and_in_one_format(hub: FakeHub, tmp_path: Path) -> None:
@@ -114,7 +161,7 @@ def test_weights_are_fetched_once_and_in_one_format(hub: FakeHub, tmp_path: Path
         "consolidated.00.pth": b"x",
         "consolidated.safetensors": b"x",
         "original/params.json": b"{}",
-        "sub/tokenizer.json": b"{}",
+        "sub/model.safetensors": b"x",
     }
     hub.repositories["org/both"] = Repository({**FILES, **more})
     hub.repositories["org/meta"] = Repository(
@@ -122,16 +169,12 @@ def test_weights_are_fetched_once_and_in_one_format(hub: FakeHub, tmp_path: Path
     )
 
     def names(target: Path) -> set[str]:
+        target /= COMMIT
         everything = (path.relative_to(target) for path in target.rglob("*") if path.is_file())
         return {path.as_posix() for path in everything if path.parts[0] != ".cache"}
 
     fetch(hub, tmp_path, "org/both", "main", str(tmp_path / "both"))
-    assert names(tmp_path / "both") == {
-        "config.json",
-        "model.safetensors",
-        "LICENSE",
-        "sub/tokenizer.json",
-    }
+    assert names(tmp_path / "both") == {"config.json", "model.safetensors", "LICENSE"}
     fetch(hub, tmp_path, "org/meta", "main", str(tmp_path / "meta"))
     assert names(tmp_path / "meta") == {"consolidated.00.pth", "params.json", "tokenizer.model"}
 

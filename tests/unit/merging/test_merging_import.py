@@ -77,6 +77,37 @@ def test_pytorch_shards_become_safetensors(room: "Room", source: Path) -> None:
     assert all(np.array_equal(written[name], tensors[name]) for name in tensors)
 
 
+def test_shards_without_an_index_get_one_that_others_load_them_by(
+    room: "Room", source: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    tensors = load_file(str(source / "model.safetensors"))
+    (source / "model.safetensors").unlink()
+    for i in range(2):
+        part = dict(list(tensors.items())[i::2])
+        save_file(part, str(source / f"model-0000{i + 1}-of-00002.safetensors"), {"format": "pt"})
+    output = room.bring(source)
+    assert "model.safetensors.index.json was missing" in output.labels["normalised"]
+    state = AutoModelForCausalLM.from_pretrained(str(output.path)).state_dict()
+    assert all(np.array_equal(state[name].numpy(), tensors[name]) for name in tensors)
+
+
+def test_an_output_layer_of_its_own_is_not_called_tied(room: "Room", source: Path) -> None:
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    output = room.bring(source)
+    assert "tie_word_embeddings was true" in output.labels["normalised"]
+    assert json.loads((output.path / "config.json").read_text())["tie_word_embeddings"] is False
+    # The embeddings once more: tied, as it says.
+    path = str(source / "model.safetensors")
+    tensors = load_file(path)
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}, path)
+    output = room.bring(source)
+    assert "normalised" not in output.labels
+    assert json.loads((output.path / "config.json").read_text())["tie_word_embeddings"] is True
+
+
 def test_a_model_that_does_not_fit_its_configuration_is_refused(room: "Room", source: Path) -> None:
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "vocab_size": 32000}))

@@ -87,6 +87,32 @@ def test_code_is_refused_and_not_run(tmp_path: Path, form: str) -> None:
     assert not (tmp_path / "model.safetensors").exists()
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("protocol", [0, 4])
+def test_pickles_that_torch_never_writes_are_refused_without_its_advice(
+    tmp_path: Path, protocol: int
+) -> None:
+    path, trace = tmp_path / "pytorch_model.bin", tmp_path / "executed"
+    path.write_bytes(pickle.dumps({"b": Payload(trace)}, protocol=protocol))
+    with pytest.raises(DataLoss, match="without running code") as refused:
+        convert([path], tmp_path, stem="model", tick=nothing)
+    assert "weights_only" not in refused.value.message
+    assert not trace.exists()
+
+
+def test_shards_without_an_index_are_read_when_all_are_there(tmp_path: Path) -> None:
+    state = {name: torch.randn(3) for name in "ab"}
+    for i, name in enumerate(state, 1):
+        torch.save({name: state[name]}, tmp_path / f"pytorch_model-0000{i}-of-00002.bin")
+    found = checkpoint_files(tmp_path, "pytorch_model")
+    convert(found, tmp_path, stem="model", tick=nothing)
+    weights = Weights.open(tmp_path)
+    assert all(torch.equal(weights.tensor(name), state[name]) for name in state)
+    found[0].unlink()
+    with pytest.raises(DataLoss, match="1 of 2 shards .* the first is number 1"):
+        checkpoint_files(tmp_path, "pytorch_model")
+
+
 def test_other_things_than_state_dicts_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.bin"
     for state, message in [
@@ -104,7 +130,12 @@ def test_damaged_files_are_data_loss(tmp_path: Path) -> None:
     path = tmp_path / "x.bin"
     torch.save({"a": torch.randn(1000)}, path)
     data = path.read_bytes()
-    for damaged in (data[:2000], b"", b"garbage " * 9, b"version https://git-lfs"):
+    for damaged, said in (
+        (data[:2000], "is damaged"),
+        (b"", "is damaged"),
+        (b"garbage " * 9, "is damaged"),
+        (b"version https://git-lfs.github.com/spec/v1", "is a Git LFS pointer"),
+    ):
         path.write_bytes(damaged)
-        with pytest.raises(DataLoss):
+        with pytest.raises(DataLoss, match=said):
             convert([path], tmp_path, stem="model", tick=nothing)
