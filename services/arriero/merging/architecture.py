@@ -146,7 +146,7 @@ def check_model(directory: Path, tensors: Mapping[str, TensorInfo]) -> list[str]
     for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(config.get(key) or {}, dict):
             raise FailedPrecondition(
-                f"config.json says {key} {config[key]!r}; expected an object with rope_type, or null"
+                f"config.json says {key} {config[key]!r}; expected an object with rope_type"
             )
     if not any(name in LLAMA_FAMILY for name in names):
         warnings.append(
@@ -193,6 +193,7 @@ def _check_tensors(
     packed = [name for name in expected if tensors[name].dtype in _INTEGERS]
     if packed:
         raise FailedPrecondition(
-            f"{len(packed)} weights are integers, such as {packed[0]} ({tensors[packed[0]].dtype}): "
-            "the model is quantized already; import the one that it was made from"
+            f"{len(packed)} weights are integers, such as {packed[0]} "
+            f"({tensors[packed[0]].dtype}): the model is quantized already; import the one that it "
+            "was made from"
         )

@@ -90,9 +90,7 @@ def download_repository(
         # What is not safetensors yet is written once more.
         needed = sum(sizes[name] * (2 if name.endswith(_CONVERTED) else 1) for name in names)
         room(max(0, needed - tree_size(place)))
-        api.snapshot_download(
-            repository, revision=commit, local_dir=place, allow_patterns=names
-        )
+        api.snapshot_download(repository, revision=commit, local_dir=place, allow_patterns=names)
     return commit, place
 
 

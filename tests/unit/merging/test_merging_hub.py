@@ -64,9 +64,7 @@ def call(url: str, tmp_path: Path, *arguments: str, **environment: str) -> str:
     return said.strip()
 
 
-def start(
-    url: str, tmp_path: Path, *arguments: str, **environment: str
-) -> subprocess.Popen[str]:
+def start(url: str, tmp_path: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", SCRIPT, *arguments],
         stdout=subprocess.PIPE,

@@ -109,7 +109,7 @@ def test_shards_without_an_index_are_read_when_all_are_there(tmp_path: Path) -> 
     weights = Weights.open(tmp_path)
     assert all(torch.equal(weights.tensor(name), state[name]) for name in state)
     found[0].unlink()
-    with pytest.raises(DataLoss, match="1 of 2 shards .* the first is number 1"):
+    with pytest.raises(DataLoss, match=r"1 of 2 shards .* the first is number 1"):
         checkpoint_files(tmp_path, "pytorch_model")
 
 
