@@ -85,19 +85,33 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_gguf(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model as an F16 GGUF file, by llama.cpp's own converter."""
+def convert_to_gguf() -> Callable[..., None]:
+    """llama.cpp's own converter: `(model, target, outtype)`."""
     source = Path(
         os.environ.get("ARRIERO_LLAMA_CPP") or Path(sys.prefix) / "share/arriero/llama.cpp"
     )
+
+    def convert(model: Path, target: Path, outtype: str) -> None:
+        subprocess.run(
+            [sys.executable, str(source / "convert_hf_to_gguf.py"), str(model)]
+            + ["--outfile", str(target), "--outtype", outtype],
+            check=True,
+            capture_output=True,
+            env={**os.environ, "PYTHONPATH": str(source / "gguf-py")},
+        )
+
+    return convert
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(
+    tiny_llama_dir: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    convert_to_gguf: Callable[..., None],
+) -> Path:
+    """The same model as an F16 GGUF file."""
     target = tmp_path_factory.mktemp("gguf") / "tiny.F16.gguf"
-    subprocess.run(
-        [sys.executable, str(source / "convert_hf_to_gguf.py"), str(tiny_llama_dir)]
-        + ["--outfile", str(target), "--outtype", "f16"],
-        check=True,
-        capture_output=True,
-        env={**os.environ, "PYTHONPATH": str(source / "gguf-py")},
-    )
+    convert_to_gguf(tiny_llama_dir, target, "f16")
     return target
 
 

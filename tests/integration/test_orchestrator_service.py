@@ -236,7 +236,7 @@ async def test_an_artifact_is_pushed_tagged_and_pulled_back(stubs):
         ([("pytorch_model.bin", b"1")], {}, "path"),
         ([("", b"1")], {}, "path"),
         ([("config.json", b"{}")], {}, "header.kind"),
-        ([("x.gguf", b"GGML")], {"kind": "gguf"}, "header.kind"),
+        ([("x.gguf", b"GGUF"), ("y.gguf", b"GGUF")], {"kind": "gguf"}, "header.kind"),
         ([("adapter_config.json", b"{}")], {"kind": "adapter"}, "header.kind"),
     ],
 )

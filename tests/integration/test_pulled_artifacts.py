@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from arriero.client import AsyncClient
-from arriero.errors import DataLoss, InvalidArgument
+from arriero.errors import DataLoss, FailedPrecondition, InvalidArgument
 from arriero.store import Artifact, ManifestDraft
 from arriero.testing.adapters import tiny_adapter
 from arriero.testing.orchestrator import LocalOrchestrator
@@ -89,7 +89,7 @@ async def test_what_was_pulled_can_be_pushed(
 
 
 async def test_a_damaged_or_untrained_thing_is_not_taken(
-    platform: Platform, tiny_llama_dir: Path, tmp_path: Path
+    platform: Platform, tiny_llama_dir: Path, tiny_gguf: Path, tmp_path: Path
 ) -> None:
     from safetensors.numpy import load_file, save_file
 
@@ -105,6 +105,15 @@ async def test_a_damaged_or_untrained_thing_is_not_taken(
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(DataLoss, match=r"names model-00002-of-00002.safetensors"):
         await push(model, kind="model", name="m")
+
+    (model / "model.safetensors.index.json").unlink()
+    (model / "config.json").write_text("{")
+    with pytest.raises(FailedPrecondition, match=r"config.json is not JSON"):
+        await push(model, kind="model", name="m")
+    gguf = tmp_path / "cut.gguf"
+    gguf.write_bytes(tiny_gguf.read_bytes()[:-100])
+    with pytest.raises(DataLoss, match=r"cut.gguf is not a whole GGUF file"):
+        await push(gguf, kind="gguf", name="g")
 
     adapter = tiny_adapter(tmp_path / "adapter", tiny_llama_dir)
     path = str(adapter / "adapter_model.safetensors")

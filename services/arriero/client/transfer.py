@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import secrets
-import shutil
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING
 
 from arriero import rpc
+from arriero.client.aside import Aside, check_room, explained
 from arriero.client.connection import TRANSFER_SECONDS
 from arriero.errors import DataLoss, FailedPrecondition, InvalidArgument, NotFound
 from arriero.v1 import orchestrator_pb2 as pb
@@ -32,30 +31,22 @@ async def pull(
     stub: ArtifactServiceAsyncStub, ref: str, directory: Path, on_bytes: OnBytes
 ) -> pb.Artifact:
     """See `AsyncArtifacts.pull`."""
-    directory = directory.absolute()
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise FailedPrecondition(
-            f"{directory} has something in it; pull into a new or empty directory"
-        )
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the goal, so that the last step is a rename and all or nothing.
-    aside = directory.parent / f".{directory.name}.{secrets.token_hex(4)}"
-    aside.mkdir()
-    try:
-        call = stub.PullArtifact(pb.PullArtifactRequest(ref=ref), timeout=TRANSFER_SECONDS)
+    directory = directory.resolve()
+    with explained(directory):
+        aside = await asyncio.to_thread(Aside, directory)
         try:
-            receiver = _Receiver(aside, on_bytes)
-            with rpc.translated():
-                async for message in call:
-                    await asyncio.to_thread(receiver.take, message)
+            call = stub.PullArtifact(pb.PullArtifactRequest(ref=ref), timeout=TRANSFER_SECONDS)
+            try:
+                receiver = _Receiver(aside.path, on_bytes)
+                with rpc.translated():
+                    async for message in call:
+                        await asyncio.to_thread(receiver.take, message)
+            finally:
+                call.cancel()
+            artifact = await asyncio.to_thread(receiver.finish)
+            aside.arrive()
         finally:
-            call.cancel()
-        artifact = await asyncio.to_thread(receiver.finish)
-        if directory.exists():
-            directory.rmdir()
-        aside.rename(directory)
-    finally:
-        await asyncio.to_thread(shutil.rmtree, aside, True)
+            await asyncio.to_thread(aside.remove)
     return artifact
 
 
@@ -77,6 +68,7 @@ class _Receiver:
         if message.HasField("artifact"):
             self._artifact = message.artifact
             self._expected = {file.path: file for file in message.artifact.files}
+            check_room(self._root, message.artifact.size_bytes)
         if message.path:
             self._close()
             if message.path not in self._expected or not _is_safe(message.path):

@@ -7,11 +7,14 @@ into a Hugging Face model through transformers. Does not quantize or run it.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from arriero.errors import DataLoss, FailedPrecondition
 from arriero.merging.files import write_json
+from arriero.merging.gguf_rope import rope_scaling
 
 __all__ = ["GgufFacts", "dequantize", "read_facts"]
 
@@ -97,20 +100,26 @@ def dequantize(path: Path, target: Path, dtype: str) -> None:
         dtype: `bfloat16`, `float16` or `float32`.
 
     Raises:
-        FailedPrecondition: transformers cannot read this architecture or tokenizer.
+        FailedPrecondition: transformers cannot read this architecture or tokenizer;
+            tensors that do not fit it; rope scaling that has no words.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
 
+    from arriero.llama import read_header
+
+    header = read_header(path)
+    scaling = rope_scaling(path, header)
     logging.disable_progress_bar()
     place = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **place)
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loaded = AutoModelForCausalLM.from_pretrained(
             str(path.parent),
             dtype=getattr(torch, dtype),
             quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
             **place,
         )
     except MemoryError:
@@ -123,6 +132,7 @@ def dequantize(path: Path, target: Path, dtype: str) -> None:
             f"{path.name} cannot be turned into a model: {said}; import it as gguf, or import "
             "the original model"
         ) from error
+    _check_loaded(path, loaded)
     # The weights are dense now; transformers goes on calling the model quantized,
     # refuses to save it so, and would quantize it again when loading.
     model.hf_quantizer = None
@@ -131,21 +141,46 @@ def dequantize(path: Path, target: Path, dtype: str) -> None:
     model.config._name_or_path = ""
     model.save_pretrained(str(target))
     tokenizer.save_pretrained(str(target))
-    _split_digits(path, target / "tokenizer.json")
-    _tidy(target)
+    _match_llama_cpp(header.metadata, target / "tokenizer.json")
+    _tidy(target, scaling)
 
 
-def _split_digits(source: Path, tokenizer: Path) -> None:
-    """Give the tokenizer the pre-tokenizer that the file names.
+def _check_loaded(path: Path, loaded: Mapping[str, Collection[str]]) -> None:
+    """Refuse what transformers fills with random numbers, or leaves out, and only warns of."""
+    for key, verb in (("missing_keys", "lacks"), ("unexpected_keys", "has over")):
+        if names := sorted(map(str, loaded.get(key) or ())):
+            raise FailedPrecondition(
+                f"{path.name} {verb} {len(names)} tensors, such as {', '.join(names[:3])}; "
+                "import it as gguf, or import the original model"
+            )
 
-    transformers reads every GPT-2 style vocabulary with GPT-2's own splitting;
-    trained on its ids, the model would be served with others.
+
+def _match_llama_cpp(fields: Mapping[str, Any], tokenizer: Path) -> None:
+    """Let the tokenizer give the ids that llama.cpp gives.
+
+    transformers splits some GPT-2 style vocabularies otherwise, and puts no space
+    before a text that begins with one; trained on its ids, the model would be served
+    with others.
     """
-    from arriero.llama import read_header
-
-    if read_header(source).metadata.get("tokenizer.ggml.pre") not in _SINGLE_DIGITS:
-        return
     data = json.loads(tokenizer.read_text(encoding="utf-8"))
+    if fields.get("tokenizer.ggml.model") == "llama":
+        prefix = bool(fields.get("tokenizer.ggml.add_space_prefix", True))
+        data["normalizer"] = {
+            "type": "Sequence",
+            "normalizers": [
+                *([{"type": "Prepend", "prepend": "▁"}] if prefix else []),
+                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+            ],
+        }
+        data["pre_tokenizer"] = None
+    elif fields.get("tokenizer.ggml.pre") in _SINGLE_DIGITS:
+        _split_digits(data)
+    else:
+        return
+    tokenizer.write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
+
+
+def _split_digits(data: dict[str, Any]) -> None:
     digits = {"type": "Digits", "individual_digits": True}
     found = data.get("pre_tokenizer")
     if digits in (found, *(found or {}).get("pretokenizers", ())):
@@ -154,14 +189,15 @@ def _split_digits(source: Path, tokenizer: Path) -> None:
         "type": "Sequence",
         "pretokenizers": [digits, *([found] if found else [])],
     }
-    tokenizer.write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
 
 
-def _tidy(target: Path) -> None:
-    """Leave no trace of where the file lay, nor of its quantization."""
+def _tidy(target: Path, scaling: Mapping[str, Any]) -> None:
+    """Leave no trace of where the file lay, nor of its quantization; say how rope is scaled."""
     for name in ("config.json", "tokenizer_config.json"):
         path = target / name
         data = json.loads(path.read_text(encoding="utf-8"))
         for key in _TRACES:
             data.pop(key, None)
+        if scaling and name == "config.json":
+            data["rope_parameters"] = {**(data.get("rope_parameters") or {}), **scaling}
         write_json(path, data)

@@ -24,7 +24,7 @@ KINDS = (
         name="import",
         job_module=_JOB,
         spec_type=merging_pb2.ImportSpec,
-        semantics=2,
+        semantics=3,
         resolve=resolve_import,
         check=check_import,
     ),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from arriero import refs
-from arriero.errors import InvalidArgument, NotFound
+from arriero.errors import DataLoss, InvalidArgument, NotFound
 from arriero.operations.views import gate_message
 from arriero.store import Artifact, Manifest, ManifestDraft, Store, safe_relative
 from arriero.v1 import orchestrator_pb2 as pb
@@ -258,8 +258,6 @@ def check_files(kind: str, directory: Path, files: set[str]) -> None:
         case "gguf":
             ggufs = [f for f in files if f.endswith(".gguf")]
             need(len(ggufs) == 1, "exactly one .gguf file")
-            with (directory / ggufs[0]).open("rb") as file:
-                need(file.read(4) == b"GGUF", "a file that begins with GGUF")
         case _:
             need(bool(files), "at least one file")
 
@@ -269,15 +267,22 @@ def check_weights(kind: str, directory: Path) -> None:
 
     Raises:
         DataLoss: a file is cut off, or a shard that the index names is missing.
-        FailedPrecondition: tensors of an unknown type.
+        FailedPrecondition: tensors of an unknown type; a configuration that is none.
         InvalidArgument: an adapter that changes nothing, or half of one.
     """
     # Here, since only whoever takes weights in needs numpy.
+    from arriero.llama import read_header
     from arriero.weights import Weights
+    from arriero.weights.config import read_config
     from arriero.weights.health import check_adapter
 
     if kind == "model":
+        read_config(directory)
         Weights.open(directory)
+    elif kind == "gguf":
+        [path] = directory.rglob("*.gguf")
+        if not read_header(path).tensors:
+            raise DataLoss(f"{path.name} holds no tensors")
     elif kind == "adapter" and (problems := check_adapter(directory)):
         raise InvalidArgument.field(
             "header.kind",

@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -212,6 +214,52 @@ async def test_a_pull_is_all_or_nothing(tmp_path):
         await client.artifacts.pull("gguf/faq:prod", goal)
         with pytest.raises(errors.FailedPrecondition, match="has something in it"):
             await client.artifacts.pull("gguf/faq:prod", goal)
+
+
+async def test_a_directory_that_is_there_stays_the_same_one(tmp_path):
+    async with running() as platform, AsyncClient(platform.address) as client:
+        goal, link = tmp_path / "goal", tmp_path / "link"
+        goal.mkdir()
+        link.symlink_to(goal)
+        before = goal.stat().st_ino  # a mount, or where somebody's shell is
+        await client.artifacts.pull("gguf/faq:prod", link)
+        assert goal.stat().st_ino == before
+        assert [path.suffix for path in goal.iterdir()] == [".gguf"]
+
+
+@pytest.mark.parametrize("there", [False, True])
+async def test_leftovers_of_a_killed_pull_are_removed_but_not_those_of_one_that_runs(
+    tmp_path, there
+):
+    goal = tmp_path / "goal"
+    if there:
+        goal.mkdir()
+    # The kernel lets go of a dead process's lock.
+    left = (goal if there else tmp_path) / ".goal.0badf00d.pull"
+    left.mkdir()
+    (left / "half").write_bytes(b"x")
+    async with running() as platform, AsyncClient(platform.address) as client:
+        lock = os.open(left, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(errors.FailedPrecondition, match="another pull is filling"):
+            await client.artifacts.pull("gguf/faq:prod", goal)
+        os.close(lock)
+        await client.artifacts.pull("gguf/faq:prod", goal)
+        assert not left.exists()
+        assert [path.suffix for path in goal.iterdir()] == [".gguf"]
+
+
+async def test_what_this_machine_refuses_is_said_in_words(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    async with running() as platform, AsyncClient(platform.address) as client:
+        with pytest.raises(errors.FailedPrecondition, match="is a file"):
+            await client.artifacts.pull("gguf/faq:prod", tmp_path / "file")
+        with pytest.raises(errors.FailedPrecondition, match="can't be filled"):
+            await client.artifacts.pull("gguf/faq:prod", tmp_path / "file" / "goal")
+        monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1))
+        with pytest.raises(errors.DiskFull, match=r"bytes are needed in .*, 1 are free"):
+            await client.artifacts.pull("gguf/faq:prod", tmp_path / "goal")
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 async def test_verifying_tells_what_differs():
