@@ -21,7 +21,9 @@ _LIBRARY = {"model": "transformers", "adapter": "peft", "gguf": "llama.cpp"}
 # Fields of specs that tell how something was made, not where it lay.
 _PLACES = ("source", "sources", "tokenizer", "target", "corpus")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-_HUB = re.compile(r"hf://([^@]+)(@.+)?")
+_HUB = re.compile(r"hf://([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@[\w./-]+)?", re.ASCII)
+# An absolute path that begins a word; its last part is kept.
+_PATH = re.compile(r"(?<![\w/:.~-])(?:/[^\s/\"'`]+)+/([^\s/\"'`]+)")
 _TOKEN = re.compile(r"(hf_|api_org_|ghp_|github_pat_|glpat-|pypi-|sk-)[A-Za-z0-9_-]{16,}")
 _SHORT = 12
 
@@ -92,7 +94,7 @@ def _section(title: str, lines: Sequence[str]) -> str:
 def _bases(lineage: Sequence[Manifest]) -> list[str]:
     return [
         f"- {m.kind} `{m.name}` ({_place(m.labels['source'])}"
-        + (f", revision `{m.labels['revision']}`" if "revision" in m.labels else "")
+        + (f", revision {_code(m.labels['revision'])}" if "revision" in m.labels else "")
         + ")"
         for m in lineage
         if m.kind in ("model", "gguf", "adapter") and "source" in m.labels
@@ -125,7 +127,7 @@ def _knobs(lineage: Sequence[Manifest]) -> list[str]:
         text = _redacted(json.dumps(spec, sort_keys=True))
         if spec and text not in seen:
             seen.add(text)
-            lines.append(f"- {manifest.kind} `{manifest.name}`: `{text}`")
+            lines.append(f"- {manifest.kind} `{manifest.name}`: {_code(text)}")
     return lines
 
 
@@ -177,9 +179,19 @@ def _usage(subject: Manifest, repository: str, base: str | None, layout: str) ->
 
 
 def _place(source: str) -> str:
-    """A source as strangers may read it: addresses whole, paths by their last part."""
-    text = _redacted(source)
-    return f"`{text}`" if "://" in text else f"`{PurePosixPath(text).name or text}`"
+    """A source as strangers may read it: addresses without what opens them, names of files."""
+    if "://" not in source:
+        return _code(_redacted(PurePosixPath(source).name or source))
+    scheme, _, rest = source.partition("://")
+    host, slash, path = rest.partition("?")[0].partition("/")
+    return _code(_redacted(f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"))
+
+
+def _code(text: str) -> str:
+    """A code span on one line, whatever is in it."""
+    text = " ".join(text.split())
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if len(fence) > 1 else f"`{text}`"
 
 
 def _mentions_digest(value: Any) -> bool:
@@ -187,13 +199,12 @@ def _mentions_digest(value: Any) -> bool:
 
 
 def _redacted(text: str) -> str:
-    hidden = _TOKEN.sub("[redacted]", text)
-    # Absolute paths within other fields: the last part says enough.
-    return re.sub(r'"/(?:[^"/]+/)*([^"/]+)"', r'"\1"', hidden)
+    """Without tokens, and without the places of this machine."""
+    return _PATH.sub(r"\1", _TOKEN.sub("[redacted]", text))
 
 
 def _cell(text: str) -> str:
-    return _redacted(text).replace("|", "\\|").replace("\n", " ")
+    return " ".join(_redacted(text).split()).replace("|", "\\|")
 
 
 def _short(digest: str) -> str:
