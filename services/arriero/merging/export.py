@@ -99,7 +99,7 @@ def _write_meta(job: Job, given: Artifact, place: Path) -> Output:
         sorted(given.path.iterdir()), (*files.LICENCES, files.TEMPLATE_FILE)
     ):
         shutil.copyfile(path, place / path.name)
-    _write_tokenizer(job, given, place)
+    lacking = _write_tokenizer(given, place, plan.params["vocab_size"])
     (place / "params.json").write_text(json.dumps(plan.params) + "\n", encoding="utf-8")
     writers = [
         PthWriter(place / f"consolidated.{rank:02d}.pth", plans)
@@ -126,23 +126,34 @@ def _write_meta(job: Job, given: Artifact, place: Path) -> Output:
         writer.close()
     output = _output(given, place, everything, "meta")
     output.metrics = {**output.metrics, "shards": float(plan.shards)}
+    if lacking:
+        job.log.warning("%s", lacking)
+        output.labels = {**output.labels, "lacking": lacking}
     output.golden = None  # nothing here could compare with them
     return output
 
 
-def _write_tokenizer(job: Job, given: Artifact, place: Path) -> None:
-    """`tokenizer.model`, which Meta's code reads; where there is none, say so."""
+def _write_tokenizer(given: Artifact, place: Path, vocabulary: object) -> str:
+    """`tokenizer.model`, which Meta's code reads; what is not right with it, or nothing."""
     model, fast = given.path / "tokenizer.model", given.path / "tokenizer.json"
+    target = place / "tokenizer.model"
     if model.is_file():
-        shutil.copyfile(model, place / "tokenizer.model")
-        return
-    try:
-        if not fast.is_file():
-            raise FailedPrecondition("it has no tokenizer")
-        tokenizer_model.write_ranks(fast, place / "tokenizer.model")
-    except FailedPrecondition as error:
-        (place / "tokenizer.model").unlink(missing_ok=True)
-        job.log.warning("no tokenizer.model is written: %s", error.message)
+        shutil.copyfile(model, target)
+    else:
+        try:
+            if not fast.is_file():
+                raise FailedPrecondition("the model has no tokenizer")
+            tokenizer_model.write_ranks(fast, target)
+        except FailedPrecondition as error:
+            target.unlink(missing_ok=True)
+            return f"no tokenizer.model is written: {error.message}"
+    size = tokenizer_model.ids_of(target)
+    if size in (None, vocabulary):
+        return ""
+    return (
+        f"tokenizer.model has {size} ids, the embeddings {vocabulary} rows: Meta's code loads a "
+        "model only with as many; it has no added tokens and no padding"
+    )
 
 
 def _rows(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

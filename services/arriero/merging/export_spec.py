@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from arriero.errors import FailedPrecondition, InvalidArgument
 from arriero.gates import check_modes
-from arriero.merging import architecture, meta, sources
+from arriero.merging import architecture, meta, sources, tokenizer_model
 from arriero.merging.specs import DTYPES
 from arriero.operations.defaults import with_defaults
 from arriero.operations.kinds import ResolveContext, Resolved
@@ -199,7 +199,8 @@ def plan_meta(artifact: Artifact, *, shards: int, dtype: str) -> MetaPlan:
     ranks = shards or meta.default_shards(weights.elements)
     meta.check_shards(config, vocabulary, ranks)
     params = meta.Params.json_of(config, vocabulary=vocabulary)
-    rows = not (path / "tokenizer.model").is_file()
+    tokenizer = path / "tokenizer.model"
+    rows = not tokenizer.is_file() or tokenizer_model.is_ranks(tokenizer)
     ours = {plan.name: plan for plan in converted(weights, dtype)}
     places: dict[str, meta.Place] = {}
     origins: dict[str, str] = {}

@@ -19,7 +19,7 @@ from typing import Any
 from arriero.errors import DataLoss, FailedPrecondition
 from arriero.merging.files import write_json
 
-__all__ = ["Vocabulary", "is_ranks", "read_tokenizer", "write_fast", "write_ranks"]
+__all__ = ["Vocabulary", "ids_of", "is_ranks", "read_tokenizer", "write_fast", "write_ranks"]
 
 # Meta's reserved tokens of Llama 3, in order; 3.1 gave names to some of them.
 _RESERVED = 256
@@ -93,6 +93,18 @@ def is_ranks(path: Path) -> bool:
     except (binascii.Error, ValueError):
         return False
     return True
+
+
+def ids_of(path: Path) -> int | None:
+    """Ids that Meta's code has with a `tokenizer.model`; None for another kind of file."""
+    if is_ranks(path):
+        return len(_read_ranks(path)) + _RESERVED
+    import sentencepiece
+
+    try:
+        return int(sentencepiece.SentencePieceProcessor(model_file=str(path)).vocab_size())
+    except (RuntimeError, OSError):
+        return None
 
 
 def read_tokenizer(path: Path, target: Path, *, named_reserved: bool, context: int) -> Vocabulary:

@@ -55,6 +55,7 @@ class FakeHub:
         ranges: the `Range` headers of requests for files.
         uploads: sha256 of the objects that came by LFS, each time.
         refuse: answer uploads with this status.
+        refuse_reads: answer everything that is read with this status.
     """
 
     def __init__(self, token: str = TOKEN) -> None:
@@ -66,6 +67,7 @@ class FakeHub:
         self.ranges: list[str] = []
         self.uploads: list[str] = []
         self.refuse = 0
+        self.refuse_reads = 0
         self.objects: dict[str, bytes] = {}
         hub = self
 
@@ -117,6 +119,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """What snapshot_download asks for."""
+        if self.hub.refuse_reads:
+            self._answer(self.hub.refuse_reads, {})
+            return
         path = self.path.partition("?")[0].strip("/")
         parts = path.split("/")
         if parts[0] == "datasets":  # served as models are

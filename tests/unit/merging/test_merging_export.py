@@ -169,10 +169,51 @@ def test_llama_3s_ranks_come_back_to_the_byte(room: Room, tmp_path: Path) -> Non
     given = room.publish(model.path, "model")
     output = room.export(given, format="meta", shards=1)
     assert (output.path / "tokenizer.model").read_bytes() == ranks
+    assert "lacking" not in output.labels
     found = json.loads((output.path / "params.json").read_text())
     assert found == {**params, "multiple_of": 64}
     loaded = reference.load(output.path, vocabulary_rows=True)
     assert all(loaded[name].equal(tensor) for name, tensor in state.items())
+
+
+def test_a_llama_3_with_metas_tokenizer_beside_it_is_split_by_rows(
+    room: Room, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    source = shutil.copytree(tiny_llama_dir, tmp_path / "llama3")
+    reference.tiny_ranks(source / "tokenizer.model")
+    output = room.export(room.publish(source, "model"), format="meta", shards=2)
+    state = torch.load(output.path / "consolidated.00.pth", weights_only=True)
+    assert state["tok_embeddings.weight"].shape == (192, 64)
+
+
+def test_what_metas_code_would_miss_is_said(room: Room, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source = tiny_llama(tmp_path / "grown")
+    tensors = load_file(source / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = torch.cat([tensors[name], torch.zeros(2, 64)])
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "vocab_size": 386}))
+    output = room.export(room.publish(source, "model"), format="meta")
+    assert "tokenizer.model has 384 ids, the embeddings 386 rows" in output.labels["lacking"]
+
+    given = room.publish(tiny_llama(tmp_path / "smollm", tokenizer="smollm"), "model")
+    output = room.export(given, format="meta")
+    assert output.labels["lacking"].startswith("no tokenizer.model is written")
+    assert "tokenizer.model" not in names(output.path)
+
+
+def test_a_tuned_output_layer_is_exported_though_the_configuration_says_tied(
+    room: Room, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    source = shutil.copytree(tiny_llama_dir, tmp_path / "tuned")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    output = room.export(room.publish(source, "model"), format="meta")
+    state = reference.load(output.path)
+    assert state["output.weight"].equal(Weights.open(source).tensor("lm_head.weight"))
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,25 @@ def test_refusals_have_their_codes(hub: FakeHub, tmp_path: Path) -> None:
     assert away.startswith("UNAVAILABLE")
 
 
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (401, "PERMISSION_DENIED the hub refuses hf://org/name@main: "),
+        (403, "PERMISSION_DENIED the hub refuses hf://org/name@main: "),
+        (410, "FAILED_PRECONDITION the hub refuses hf://org/name@main: "),
+        (429, "UNAVAILABLE the hub failed for hf://org/name@main: "),
+        (500, "UNAVAILABLE the hub failed for hf://org/name@main: "),
+    ],
+)
+def test_a_hub_that_refuses_to_answer_is_told_by_its_status(
+    hub: FakeHub, tmp_path: Path, status: int, code: str
+) -> None:
+    hub.refuse_reads = status
+    said = fetch(hub, tmp_path, "org/name", "main", str(tmp_path / "repository"))
+    assert said.startswith(code)
+    assert str(status) in said
+
+
 def test_a_secret_opens_a_gated_repository(hub: FakeHub, tmp_path: Path) -> None:
     arguments = ("org/gated", "main", str(tmp_path / "repository"), "ARRIERO_SECRET_HUB")
     assert fetch(hub, tmp_path, *arguments, ARRIERO_SECRET_HUB=TOKEN) == COMMIT
