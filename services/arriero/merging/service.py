@@ -32,7 +32,7 @@ KINDS = (
         name="merge",
         job_module=_JOB,
         spec_type=merging_pb2.MergeSpec,
-        semantics=3,
+        semantics=4,
         resolve=resolve_merge,
         check=check_merge,
     ),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,14 @@ import numpy.typing as npt
 
 from arriero.errors import DataLoss, FailedPrecondition
 from arriero.weights.layout import TensorInfo, read_header
-from arriero.weights.lora import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from arriero.weights.lora import (
+    CONFIG_FILE,
+    EMBEDDING_LAYERS,
+    PREFIX,
+    WEIGHTS_FILE,
+    base_name,
+    is_saved,
+)
 from arriero.weights.reader import Weights
 
 __all__ = ["ALL_LINEAR", "check_adapter", "check_model", "linear_modules", "matches"]
@@ -29,10 +36,11 @@ __all__ = ["ALL_LINEAR", "check_adapter", "check_model", "linear_modules", "matc
 ALL_LINEAR = "all-linear"
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 # The adapter's name (`default`) is in the middle only where PEFT did not save it itself.
-_PAIR = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.[^.]+)?(?:\.weight)?")
+_PAIR = re.compile(
+    r"(?P<module>.+)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.(?!weight$|bias$)[^.]+)?(?:\.weight)?"
+)
 _MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?")
-_EMBEDDINGS = ("embed_tokens", "lm_head")
-_NOT_LINEAR = (*_EMBEDDINGS, "wte", "wpe", "embed_in", "embed_out", "embeddings")
+_NOT_LINEAR = (*EMBEDDING_LAYERS, "wte", "wpe", "embed_in", "embed_out", "embeddings")
 _SHOWN = 4
 # Numbers that are looked at together.
 _PIECE = 1 << 20
@@ -126,21 +134,28 @@ def _pair_up(
     unknown: list[str] = []
     saved = tuple(config.get("modules_to_save") or ())
     for name in tensors:
-        module_name = name.removeprefix(PREFIX)
-        if found := _PAIR.fullmatch(module_name):
+        if found := _PAIR.fullmatch(name.removeprefix(PREFIX)):
             pairs.setdefault(found["module"], {})[found["side"]] = name
-            continue
-        parts = module_name.split(".")
-        allowed = (
-            any(part in saved for part in parts)
-            or (config.get("use_dora") and "lora_magnitude_vector" in parts)
-            or (parts[-1] == "bias" and config.get("bias", "none") != "none")
-            # PEFT saves embeddings that were resized beside the adapter.
-            or (parts[-1] == "weight" and len(parts) > 1 and parts[-2] in _EMBEDDINGS)
-        )
-        if not allowed:
+        elif not _explained(name, saved, config):
             unknown.append(name)
     return pairs, unknown
+
+
+def _explained(name: str, saved: Sequence[str], config: Mapping[str, Any]) -> bool:
+    """Whether PEFT saves such a tensor beside LoRA's matrices."""
+    parts = base_name(name).split(".")
+    if "lora_magnitude_vector" in parts:
+        return bool(config.get("use_dora"))
+    if parts[-2:] == ["lora_B", "bias"]:
+        return bool(config.get("lora_bias"))
+    return (
+        "original_module" in parts
+        or is_saved(".".join(parts[:-1]), saved)
+        or (parts[-1] == "bias" and config.get("bias", "none") != "none")
+        or ("token_adapter" in parts and bool(config.get("trainable_token_indices")))
+        # Embeddings, where they were resized or have LoRA.
+        or (parts[-1] == "weight" and len(parts) > 1 and parts[-2] in EMBEDDING_LAYERS)
+    )
 
 
 def _rank_of(module: str, config: Mapping[str, Any], rank: int) -> int:
@@ -173,7 +188,7 @@ def _check_pairs(
 def _check_values(path: Path, tensors: Mapping[str, TensorInfo]) -> list[str]:
     infinite: list[str] = []
     strange: list[str] = []
-    b_seen = b_zero = 0
+    zero: dict[str, list[bool]] = {"A": [], "B": []}
     data = np.memmap(path, mode="r", dtype=np.uint8)
     for name, info in tensors.items():
         if info.dtype not in _DTYPES:
@@ -187,18 +202,18 @@ def _check_values(path: Path, tensors: Mapping[str, TensorInfo]) -> list[str]:
             for piece in pieces
         ):
             infinite.append(name)
-        if (found := _PAIR.fullmatch(name)) and found["side"] == "B":
-            b_seen += 1
-            b_zero += not _values(data, info).any()
+        if found := _PAIR.fullmatch(name):
+            zero[found["side"]].append(not _values(data, info).any())
     problems = [
         *_several("types other than F64, F32, F16 and BF16", strange),
         *_several("values that are NaN or infinite", infinite),
     ]
-    if b_seen and b_zero == b_seen:
-        problems.append(
-            f"all {b_seen} B matrices are zero: the adapter changes nothing; it was not trained, "
-            "or other weights than the trained ones were saved"
-        )
+    problems += [
+        f"all {len(found)} {side} matrices are zero: the adapter changes nothing; it was not "
+        "trained, or other weights than the trained ones were saved"
+        for side, found in zero.items()
+        if found and all(found)
+    ]
     return problems
 
 
@@ -287,26 +302,25 @@ def _check_whole(
     """Modules that the adapter replaces."""
     names = list(config.get("modules_to_save") or ())
     found = {
-        name.removeprefix(PREFIX).replace(".modules_to_save.default", ""): info
+        base_name(name): info
         for name, info in tensors.items()
-        if ".lora_" not in name
+        if ".lora_" not in name and ".original_module." not in name
     }
     missing = [
-        name for name in names if not any(matches(key.rpartition(".")[0], [name]) for key in found)
+        name for name in names if not any(is_saved(key.rpartition(".")[0], [name]) for key in found)
     ]
     absent: list[str] = []
     misshapen: list[str] = []
     for name, info in found.items():
-        if base is None or not matches(name.rpartition(".")[0], [*names, *_EMBEDDINGS]):
+        module = name.rpartition(".")[0]
+        if base is None or not is_saved(module, [*names, *EMBEDDING_LAYERS]):
             continue
-        own = base.get(name)
-        if own is None and name.endswith("lm_head.weight"):  # tied: the embeddings stand for it
-            own = next((i for n, i in base.items() if n.endswith("embed_tokens.weight")), None)
+        own = _own(base, name)
         if own is None:
             absent.append(name)
         # An embedding may have got more rows.
         elif info.shape != own.shape and not (
-            name.endswith(tuple(f"{part}.weight" for part in _EMBEDDINGS))
+            name.endswith(tuple(f"{part}.weight" for part in EMBEDDING_LAYERS))
             and info.shape[1:] == own.shape[1:]
         ):
             misshapen.append(f"{name}: {info.shape}, the base's is {own.shape}")
@@ -315,6 +329,14 @@ def _check_whole(
         *_several("whole modules that the base does not have", absent),
         *_several("whole modules of other shapes than the base's", misshapen),
     ]
+
+
+def _own(base: Mapping[str, TensorInfo], name: str) -> TensorInfo | None:
+    """The base's tensor; the embeddings stand for an output layer that is tied to them."""
+    own = base.get(name)
+    if own is None and name.endswith("lm_head.weight"):
+        own = next((i for n, i in base.items() if n.endswith("embed_tokens.weight")), None)
+    return own
 
 
 def _check_targets(
@@ -334,7 +356,7 @@ def _check_targets(
     absent: list[str] = []
     misshapen: list[str] = []
     for module, sides in pairs.items():
-        weight = base.get(module + ".weight")
+        weight = _own(base, f"{module}.weight")
         if weight is None:
             absent.append(module)
             continue

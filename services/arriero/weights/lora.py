@@ -30,6 +30,8 @@ __all__ = [
     "LoraPair",
     "LoraSettings",
     "Replacement",
+    "base_name",
+    "is_saved",
 ]
 
 CONFIG_FILE = "adapter_config.json"
@@ -68,8 +70,21 @@ _REFUSED: Mapping[str, str] = {
     "one adapter",
     "megatron_config": f"Megatron's parallel layers name their weights otherwise; {_RETRAIN}",
 }
+# Settings that are obeyed here, or were while training; of any other nobody knows here.
+# fmt: off
+_KNOWN = (
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config",
+    "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
+    "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
+    "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core",
+    "merge_weights", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r",
+    "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_dora",
+    "use_rslora", "velora_config",
+)
+# fmt: on
 # Initialisations that PEFT does by changing the base's weights (peft.tuners.lora.layer).
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_BASE_KEEPING = ("gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,6 +333,18 @@ def _refuse(config: Mapping[str, Any]) -> None:
             "training; save it with PEFT's path_initial_model_for_weight_conversion, which "
             "makes an ordinary LoRA of it"
         )
+    if isinstance(start, str) and start.lower() not in _BASE_KEEPING:
+        raise FailedPrecondition(
+            f"init_lora_weights {start!r} is not known here, and some initialisations change the "
+            f"base's weights; {_RETRAIN}"
+        )
+    unknown = sorted(name for name in config if name not in _KNOWN and config[name])
+    if unknown:
+        raise FailedPrecondition(
+            f"{CONFIG_FILE} sets {_some(unknown)}, which is not known here and may change what the "
+            "adapter computes; take the setting out if it does not, else merge it with PEFT and "
+            "import the merged model"
+        )
 
 
 def _table(config: Mapping[str, Any], name: str) -> list[tuple[Any, Any]]:
@@ -338,17 +365,22 @@ def _replacement(name: str, info: TensorInfo, settings: LoraSettings) -> Replace
     Raises:
         FailedPrecondition: nothing that can be merged.
     """
-    target = _COPY.sub("", name).replace(_WRAPPED, ".")
+    target = base_name(name)
     if ".lora_" not in name and target.endswith((".weight", ".bias")):
         module, _, kind = target.rpartition(".")
-        if _saved(module, settings.modules_to_save):
+        if is_saved(module, settings.modules_to_save):
             return Replacement(target, info, trained=_WRAPPED not in name)
         if kind == "weight" and module.rpartition(".")[2] in EMBEDDING_LAYERS:
             return Replacement(target, info, trained=False)
     raise FailedPrecondition(_unexplained(name))
 
 
-def _saved(module: str, saved: Sequence[str]) -> bool:
+def base_name(name: str) -> str:
+    """The base's name of a tensor that an adapter brings whole, without PEFT's wrappers."""
+    return _COPY.sub("", name.removeprefix(PREFIX)).replace(_WRAPPED, ".")
+
+
+def is_saved(module: str, saved: Sequence[str]) -> bool:
     """Whether a module or one that holds it is among `modules_to_save`.
 
     PEFT compares endings, dots or not: `norm` means `post_attention_layernorm` too.
@@ -364,7 +396,7 @@ def _check_saved(settings: LoraSettings, replaced: Mapping[str, Replacement]) ->
     absent = [
         name
         for name in settings.modules_to_save
-        if not any(_saved(target.rpartition(".")[0], [name]) for target in replaced)
+        if not any(is_saved(target.rpartition(".")[0], [name]) for target in replaced)
     ]
     if absent:
         raise FailedPrecondition(

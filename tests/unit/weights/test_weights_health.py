@@ -54,6 +54,12 @@ def test_an_untrained_adapter_is_told(tmp_path: Path):
     assert "all 2 B matrices are zero" in problem
 
 
+def test_an_untrained_adapter_whose_b_was_drawn_is_told(tmp_path: Path):
+    tensors = {n: t * (0 if "lora_A" in n else 1) for n, t in healthy().items()}
+    (problem,) = check_adapter(write(tmp_path, tensors, init_lora_weights="mica"))
+    assert "all 2 A matrices are zero" in problem
+
+
 def test_one_zero_b_is_no_illness(tmp_path: Path):
     tensors = healthy()
     tensors[f"base_model.model.{MODULES[0]}.lora_B.weight"][:] = 0
@@ -81,6 +87,13 @@ def test_another_rank_than_the_configuration_s_is_told(tmp_path: Path):
     problems = check_adapter(write(tmp_path, healthy(), r=4))
     assert "2 wrong rank" in problems[0]
     assert check_adapter(write(tmp_path, healthy(), r=4, rank_pattern={"[qv]_proj": 2})) == []
+
+
+def test_biases_of_lora_are_no_matrices(tmp_path: Path):
+    bias = {f"base_model.model.{MODULES[1]}.lora_B.bias": np.ones(6, dtype=np.float32)}
+    assert check_adapter(write(tmp_path, healthy() | bias, lora_bias=True), base=base()) == []
+    (problem,) = check_adapter(write(tmp_path, healthy() | bias))
+    assert "1 tensors that no LoRA layer explains" in problem
 
 
 def test_a_target_without_tensors_is_named(tmp_path: Path):

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from arriero.errors import DataLoss, FailedPrecondition
 from arriero.testing.adapters import tiny_adapter
-from arriero.weights import LoraAdapter, LoraSettings
+from arriero.weights import LoraAdapter, LoraSettings, lora
 
 Q0 = "model.layers.0.self_attn.q_proj"
 
@@ -72,6 +72,10 @@ def test_patterns_override_rank_and_alpha_by_the_end_of_the_name() -> None:
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"alora_invocation_tokens": [1]}, "activated LoRA"),
         ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "loftq"}, "path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "of tomorrow"}, "init_lora_weights 'of tomorrow' is not known"),
+        ({"use_lora_of_tomorrow": True}, "sets use_lora_of_tomorrow, which is not known"),
+        ({"enable_lora": [True, False, True]}, "sets enable_lora"),
         ({"peft_type": "IA3"}, "peft_type is IA3"),
     ],
 )
@@ -109,8 +113,21 @@ def test_tensors_that_nothing_explains_are_refused(
 def test_initialisations_that_leave_the_base_alone_are_accepted(
     tmp_path: Path, tiny_llama_dir: Path
 ) -> None:
-    for init in (True, False, "gaussian", "eva", "orthogonal"):
+    for init in (True, False, "gaussian", "eva", "orthogonal", "mica"):
         LoraAdapter.open(tiny_adapter(tmp_path / "a", tiny_llama_dir, init_lora_weights=init))
+
+
+def test_every_setting_of_peft_is_known_here(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    from peft import LoraConfig
+
+    directory = tiny_adapter(tmp_path / "a", tiny_llama_dir, r=8)
+    config = LoraConfig(target_modules=["q_proj"], base_model_name_or_path="x").to_dict()
+    config |= {"target_modules": ["q_proj"], "merge_weights": False, "enable_lora": None}
+    config |= {"revision": "main", "task_type": "CAUSAL_LM", "auto_mapping": {"parent": "x"}}
+    (directory / "adapter_config.json").write_text(json.dumps(config, default=str))
+    assert LoraAdapter.open(directory).settings.rank == 8
+    unread = set(config) - set(lora._KNOWN) - set(lora._REFUSED) - {"enable_lora"}
+    assert not unread, "obey them, refuse them, or say that they change nothing"
 
 
 def test_half_a_pair_is_refused(tmp_path: Path, tiny_llama_dir: Path) -> None:

@@ -12,6 +12,7 @@ from arriero.errors import FailedPrecondition
 from arriero.testing.adapters import tiny_adapter
 from arriero.testing.models import tiny_llama
 from arriero.weights import MergedWeights, Weights, spacing
+from arriero.weights.health import check_adapter
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EMBEDDINGS = "model.embed_tokens.weight"
@@ -38,9 +39,11 @@ def trained(
     lora = {"r": 4, "lora_alpha": 8, "target_modules": ALL, **config}
     model = get_peft_model(load(base, dtype, rows), LoraConfig(task_type="CAUSAL_LM", **lora))
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 parameter += torch.randn_like(parameter) * 0.05
+            if "magnitude" in name:  # a norm
+                parameter.abs_()
     model.save_pretrained(str(place), **({"save_embedding_layers": True} if rows else {}))
     return place
 
@@ -102,6 +105,16 @@ def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         },
         {"target_modules": [*ALL, "embed_tokens", "lm_head"]},
         {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True},
+        {
+            "rank_pattern": {"^model.layers.1.self_attn.o_proj": 2},
+            "alpha_pattern": {"^model.layers.0.*": 11},
+            "exclude_modules": ["k_proj"],
+            "use_rslora": True,
+            "init_lora_weights": "orthogonal",
+        },
+        {"target_modules": ["o_proj"], "modules_to_save": ["self_attn.q_proj"]},
+        {"target_modules": "all-linear", "r": 1},
+        {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
         {"fan_in_fan_out": True},  # wrong for linear layers; PEFT ignores it
     ],
     ids=[
@@ -113,6 +126,10 @@ def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         "other modules saved",
         "embeddings",
         "embeddings dora",
+        "anchored patterns",
+        "a linear layer saved",
+        "all linear, rank 1",
+        "one layer",
         "fan in fan out",
     ],
 )
@@ -126,6 +143,7 @@ def test_every_method_gives_what_peft_gives(
     before = Weights.open(base)
     assert all(not ours.tensor(name).equal(before.tensor(name)) for name in ours.touched)
     assert {n for n in ours if ours.raw(n) is not None} == set(before) - set(ours.touched)
+    assert check_adapter(adapter, base=before) == []
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -148,6 +166,7 @@ def test_a_resized_vocabulary_comes_with_the_adapter(
     adapter = trained(base, tmp_path / "a", dtype=dtype, rows=rows, **config)
     ours = MergedWeights.open(base, [adapter], [1.0])
     check_equal(ours, merged_by_peft(base, adapter, dtype, rows))
+    assert check_adapter(adapter, base=Weights.open(base)) == []
     assert ours.config["vocab_size"] == rows
     assert ours[EMBEDDINGS].shape == (rows, 64)
     assert ours.untied == (tied and bool(config))
@@ -199,6 +218,7 @@ def test_lora_on_one_of_two_tied_layers_leaves_the_other_alone(
     adapter = trained(base, tmp_path / "a", target_modules=["q_proj", target])
     ours = MergedWeights.open(base, [adapter], [1.0])
     assert ours.untied
+    assert check_adapter(adapter, base=Weights.open(base)) == []
     before = Weights.open(base).tensor(EMBEDDINGS)
     left = EMBEDDINGS if target == "lm_head" else HEAD
     assert ours.tensor(left).equal(before)
