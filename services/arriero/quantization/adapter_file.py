@@ -20,8 +20,8 @@ from pathlib import Path
 from arriero.errors import FailedPrecondition
 from arriero.quantization import converter
 from arriero.weights import LoraAdapter, LoraPair, TensorPlan, WeightsWriter
+from arriero.weights.adapter_config import CONFIG_FILE
 from arriero.weights.config import is_tied, read_config
-from arriero.weights.lora import CONFIG_FILE
 
 SCRIPT = "convert_lora_to_gguf.py"
 # What the converter writes adapters in.

@@ -5,9 +5,10 @@ adapters into weights; `oracle` runs them. Does not know jobs or artifacts;
 torch is imported only where a tensor is asked for.
 """
 
+from arriero.weights.adapter_config import LoraSettings
 from arriero.weights.arithmetic import delta, spacing
 from arriero.weights.layout import TensorInfo, TensorPlan, dtype_name, read_header
-from arriero.weights.lora import LoraAdapter, LoraPair, LoraSettings, Replacement
+from arriero.weights.lora import LoraAdapter, LoraPair, Replacement
 from arriero.weights.merged import Blend, MergedWeights
 from arriero.weights.reader import Weights
 from arriero.weights.writer import WeightsWriter, tensor_bytes

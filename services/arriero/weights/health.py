@@ -8,7 +8,6 @@ refused.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,15 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from arriero.errors import DataLoss, FailedPrecondition
+from arriero.weights.adapter_config import CONFIG_FILE, LoraSettings, read_settings
 from arriero.weights.layout import TensorInfo, read_header
-from arriero.weights.lora import (
-    CONFIG_FILE,
-    EMBEDDING_LAYERS,
-    PREFIX,
-    WEIGHTS_FILE,
-    base_name,
-    is_saved,
-)
+from arriero.weights.lora import EMBEDDING_LAYERS, PREFIX, WEIGHTS_FILE, base_name, is_saved
 from arriero.weights.reader import Weights
 
 __all__ = ["ALL_LINEAR", "check_adapter", "check_model", "linear_modules", "matches"]
@@ -100,10 +93,10 @@ def check_adapter(
     if missing:
         return [f"{' and '.join(missing)} missing; expected a PEFT directory with both"]
     try:
-        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-        rank = int(config["r"])
-    except (ValueError, KeyError, TypeError) as error:
-        return [f"{CONFIG_FILE} is not a LoRA configuration: {type(error).__name__}: {error}"]
+        config = read_settings(directory)
+        settings = LoraSettings.of(config)
+    except FailedPrecondition as error:
+        return [error.message]
     path = directory / WEIGHTS_FILE
     try:
         tensors = read_header(path)
@@ -116,7 +109,7 @@ def check_adapter(
             "from a model whose state was already taken; save it again from the trained model"
         ]
     problems = list(_several("tensors that no LoRA layer explains", unknown))
-    problems += _check_pairs(pairs, tensors, config, rank)
+    problems += _check_pairs(pairs, tensors, settings)
     problems += _check_values(path, tensors)
     if config.get("use_dora"):
         problems += _check_magnitudes(path, pairs, tensors)
@@ -158,19 +151,10 @@ def _explained(name: str, saved: Sequence[str], config: Mapping[str, Any]) -> bo
     )
 
 
-def _rank_of(module: str, config: Mapping[str, Any], rank: int) -> int:
-    """PEFT's rule: a key of `rank_pattern` matches the end of the module's name."""
-    for pattern, value in (config.get("rank_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            return int(value)
-    return rank
-
-
 def _check_pairs(
     pairs: Mapping[str, Mapping[str, str]],
     tensors: Mapping[str, TensorInfo],
-    config: Mapping[str, Any],
-    rank: int,
+    settings: LoraSettings,
 ) -> list[str]:
     lonely: list[str] = []
     wrong: list[str] = []
@@ -179,10 +163,19 @@ def _check_pairs(
             lonely.append(f"{module} has only {next(iter(sides))}")
             continue
         a, b = tensors[sides["A"]].shape, tensors[sides["B"]].shape
-        want = _rank_of(module, config, rank)
+        want = settings.rank_of(module)
         if len(a) != 2 or len(b) != 2 or a[0] != want or b[1] != want:
             wrong.append(f"{module}: A {a}, B {b}, expected rank {want}")
-    return [*_several("half a pair", lonely), *_several("wrong rank", wrong)]
+    problems = [
+        *_several("modules with half a pair", lonely),
+        *_several("pairs of another rank than the configuration's", wrong),
+    ]
+    if not any(map(settings.scale_of, pairs)):
+        problems.append(
+            "lora_alpha is 0 for every pair: the adapter changes nothing; give it the alpha that "
+            "it was trained with"
+        )
+    return problems
 
 
 def _check_values(path: Path, tensors: Mapping[str, TensorInfo]) -> list[str]:
@@ -205,8 +198,8 @@ def _check_values(path: Path, tensors: Mapping[str, TensorInfo]) -> list[str]:
         if found := _PAIR.fullmatch(name):
             zero[found["side"]].append(not _values(data, info).any())
     problems = [
-        *_several("types other than F64, F32, F16 and BF16", strange),
-        *_several("values that are NaN or infinite", infinite),
+        *_several("tensors of types other than F64, F32, F16 and BF16", strange),
+        *_several("tensors with values that are NaN or infinite", infinite),
     ]
     problems += [
         f"all {len(found)} {side} matrices are zero: the adapter changes nothing; it was not "

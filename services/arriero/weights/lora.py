@@ -1,21 +1,20 @@
-"""A PEFT LoRA adapter: what it changes, by how much, and what is not supported.
+"""The tensors of a PEFT LoRA adapter: what they change, and by how much.
 
-Responsibility: read `adapter_config.json` and the adapter's header, and map
-PEFT's names to the base model's tensors with the right scale. Does not know
-whether the values are sane (`weights.health` does), nor the base.
+Responsibility: read the adapter's header, and map PEFT's names to the base model's
+tensors with the right scale. Does not know whether the values are sane
+(`weights.health` does), nor the base.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from arriero.errors import FailedPrecondition
+from arriero.weights.adapter_config import CONFIG_FILE, RETRAIN, LoraSettings
 from arriero.weights.layout import TensorInfo
 from arriero.weights.reader import Weights, same_bytes
 
@@ -23,18 +22,15 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "CONFIG_FILE",
     "EMBEDDING_LAYERS",
     "WEIGHTS_FILE",
     "LoraAdapter",
     "LoraPair",
-    "LoraSettings",
     "Replacement",
     "base_name",
     "is_saved",
 ]
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 # What PEFT puts before the base model's own module names.
 PREFIX = "base_model.model."
@@ -52,121 +48,6 @@ _ORIGINAL = ".original_module."
 EMBEDDING_LAYERS = ("embed_tokens", "lm_head")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _SHOWN = 3
-
-# Settings that change what an adapter computes; value: why it cannot be folded, what to do.
-_RETRAIN = "train it again without, or merge it with PEFT and import the merged model"
-_REFUSED: Mapping[str, str] = {
-    "trainable_token_indices": f"rows of the embeddings are replaced; {_RETRAIN}",
-    "lora_bias": f"biases are trained beside the matrices; {_RETRAIN}",
-    "target_parameters": f"bare parameters (experts) are targeted; {_RETRAIN}",
-    "layer_replication": f"layers are repeated, so the merged model has more of them; {_RETRAIN}",
-    "alora_invocation_tokens": "activated LoRA works from some tokens on only and can never "
-    "be merged; serve it as an adapter",
-    "use_qalora": f"QALoRA pools its inputs; {_RETRAIN}",
-    "use_bdlora": f"block-diagonal LoRA lays out its matrices otherwise; {_RETRAIN}",
-    "kasa_config": f"KaSA changes the base's weights too; {_RETRAIN}",
-    "monteclora_config": f"MonteCLoRA samples its matrices; {_RETRAIN}",
-    "arrow_config": "Arrow routes between adapters by token and can never be merged; merge "
-    "one adapter",
-    "megatron_config": f"Megatron's parallel layers name their weights otherwise; {_RETRAIN}",
-}
-# Settings that are obeyed here, or were while training; of any other nobody knows here.
-# fmt: off
-_KNOWN = (
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config",
-    "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
-    "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
-    "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core",
-    "merge_weights", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r",
-    "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_dora",
-    "use_rslora", "velora_config",
-)
-# fmt: on
-# Initialisations that PEFT does by changing the base's weights (peft.tuners.lora.layer).
-_BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_BASE_KEEPING = ("gaussian", "eva", "orthogonal", "mica")
-
-
-@dataclass(frozen=True, slots=True)
-class LoraSettings:
-    """What of `adapter_config.json` the arithmetic needs.
-
-    Attributes:
-        rank: LoRA's r; `rank_pattern` overrides it by module.
-        alpha: scale's numerator; `alpha_pattern` overrides it by module.
-        rslora: scale is alpha / sqrt(r) instead of alpha / r
-            (Kalajdzievski 2023, arXiv:2312.03732).
-        base: what the adapter says it was trained on; may be empty.
-        dora: magnitudes were trained apart from directions
-            (Liu et al. 2024, arXiv:2402.09353).
-        modules_to_save: endings of the names of modules trained as a whole.
-        keeps_tied: PEFT's `ensure_weight_tying`: what is done to tied embeddings is
-            done to the output layer too.
-    """
-
-    rank: int
-    alpha: float
-    rslora: bool = False
-    base: str = ""
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    dora: bool = False
-    modules_to_save: tuple[str, ...] = ()
-    keeps_tied: bool = False
-
-    @classmethod
-    def read(cls, directory: Path) -> LoraSettings:
-        """Read and judge `adapter_config.json`.
-
-        Raises:
-            FailedPrecondition: missing, not a LoRA configuration, or a feature
-                that is not supported, by its name.
-        """
-        path = directory / CONFIG_FILE
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise FailedPrecondition(
-                f"{directory.name} holds no {CONFIG_FILE}; expected a PEFT adapter directory"
-            ) from error
-        except ValueError as error:
-            raise FailedPrecondition(f"{CONFIG_FILE} is not JSON: {error}") from error
-        if not isinstance(config, dict):
-            raise FailedPrecondition(f"{CONFIG_FILE} is not a JSON object")
-        _refuse(config)
-        try:
-            settings = cls(
-                rank=int(config["r"]),
-                alpha=float(config["lora_alpha"]),
-                rslora=bool(config.get("use_rslora")),
-                base=str(config.get("base_model_name_or_path") or ""),
-                rank_pattern={str(k): int(v) for k, v in _table(config, "rank_pattern")},
-                alpha_pattern={str(k): float(v) for k, v in _table(config, "alpha_pattern")},
-                dora=bool(config.get("use_dora")),
-                modules_to_save=tuple(str(m) for m in config.get("modules_to_save") or ()),
-                keeps_tied=bool(config.get("ensure_weight_tying")),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise FailedPrecondition(
-                f"{CONFIG_FILE} is not a LoRA configuration ({type(error).__name__}: {error}); "
-                "expected numbers for r and lora_alpha"
-            ) from error
-        if settings.rank < 1 or not math.isfinite(settings.alpha):
-            raise FailedPrecondition(
-                f"{CONFIG_FILE} has r {settings.rank} and lora_alpha {settings.alpha}; "
-                "expected a rank of at least 1 and a finite alpha"
-            )
-        return settings
-
-    def rank_of(self, module: str) -> int:
-        """The rank that a module's matrices must have."""
-        return self.rank_pattern.get(_pattern_key(self.rank_pattern, module), self.rank)
-
-    def scale_of(self, module: str) -> float:
-        """What B·A is multiplied by for a module."""
-        alpha = self.alpha_pattern.get(_pattern_key(self.alpha_pattern, module), self.alpha)
-        rank = self.rank_of(module)
-        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,53 +193,6 @@ class LoraAdapter:
         return (a.T, b.T) if pair.transposed else (b, a)
 
 
-def _refuse(config: Mapping[str, Any]) -> None:
-    kind = config.get("peft_type", "LORA")
-    if str(kind).upper() != "LORA":
-        raise FailedPrecondition(
-            f"peft_type is {kind}; only LORA adapters can be merged: merge it with PEFT and "
-            "import the merged model"
-        )
-    for name, advice in _REFUSED.items():
-        if config.get(name):
-            raise FailedPrecondition(f"{name} is not supported: {advice}")
-    if config.get("bias", "none") != "none":
-        raise FailedPrecondition(
-            f"bias {config['bias']!r} is not supported: biases of the base were trained; {_RETRAIN}"
-        )
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_BASE_CHANGING):
-        raise FailedPrecondition(
-            f"init_lora_weights {start!r} is not supported: it changes the base's weights before "
-            "training; save it with PEFT's path_initial_model_for_weight_conversion, which "
-            "makes an ordinary LoRA of it"
-        )
-    if isinstance(start, str) and start.lower() not in _BASE_KEEPING:
-        raise FailedPrecondition(
-            f"init_lora_weights {start!r} is not known here, and some initialisations change the "
-            f"base's weights; {_RETRAIN}"
-        )
-    unknown = sorted(name for name in config if name not in _KNOWN and config[name])
-    if unknown:
-        raise FailedPrecondition(
-            f"{CONFIG_FILE} sets {_some(unknown)}, which is not known here and may change what the "
-            "adapter computes; take the setting out if it does not, else merge it with PEFT and "
-            "import the merged model"
-        )
-
-
-def _table(config: Mapping[str, Any], name: str) -> list[tuple[Any, Any]]:
-    return list((config.get(name) or {}).items())
-
-
-def _pattern_key(patterns: Mapping[str, Any], module: str) -> str:
-    """PEFT's rule (`get_pattern_key`): the first that matches a dotted ending."""
-    for pattern in patterns:
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return pattern
-    return module
-
-
 def _replacement(name: str, info: TensorInfo, settings: LoraSettings) -> Replacement:
     """What a tensor is that is no part of LoRA's own.
 
@@ -413,7 +247,7 @@ def _unexplained(name: str) -> str:
     }
     for part, feature in features.items():
         if part in name:
-            return f"{feature} ({name}) is not supported: {_RETRAIN}"
+            return f"{feature} ({name}) is not supported: {RETRAIN}"
     return (
         f"{name} is no LoRA matrix and {CONFIG_FILE} does not name it in modules_to_save; "
         "expected names that end in lora_A.weight or lora_B.weight"

@@ -85,7 +85,7 @@ def test_half_a_pair_is_named(tmp_path: Path):
 
 def test_another_rank_than_the_configuration_s_is_told(tmp_path: Path):
     problems = check_adapter(write(tmp_path, healthy(), r=4))
-    assert "2 wrong rank" in problems[0]
+    assert "2 pairs of another rank" in problems[0]
     assert check_adapter(write(tmp_path, healthy(), r=4, rank_pattern={"[qv]_proj": 2})) == []
 
 
@@ -94,6 +94,34 @@ def test_biases_of_lora_are_no_matrices(tmp_path: Path):
     assert check_adapter(write(tmp_path, healthy() | bias, lora_bias=True), base=base()) == []
     (problem,) = check_adapter(write(tmp_path, healthy() | bias))
     assert "1 tensors that no LoRA layer explains" in problem
+
+
+def test_an_adapter_of_alpha_0_changes_nothing(tmp_path: Path):
+    (problem,) = check_adapter(write(tmp_path, healthy(), lora_alpha=0))
+    assert "lora_alpha is 0 for every pair" in problem
+    assert (
+        check_adapter(write(tmp_path, healthy(), lora_alpha=0, alpha_pattern={"q_proj": 1})) == []
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"r": 4.5}, "a rank of 4.5"),
+        ({"r": 0}, "has r 0"),
+        ({"lora_alpha": float("inf")}, "lora_alpha inf"),
+        ({"rank_pattern": {"q_proj": "two"}}, "two"),
+        ({"rank_pattern": {"q_proj": 0}}, "has r 0, 2"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern is"),
+        ({"alpha_pattern": {"q_proj(": 2}}, "unterminated subpattern"),
+        ({"alpha_pattern": {"q_proj": float("nan")}}, "nan"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head'"),
+    ],
+)
+def test_a_wrong_configuration_is_one_problem(tmp_path: Path, config: dict[str, Any], said: str):
+    (problem,) = check_adapter(write(tmp_path, healthy(), **config))
+    assert problem.startswith("adapter_config.json ")
+    assert said in problem
 
 
 def test_a_target_without_tensors_is_named(tmp_path: Path):
@@ -130,7 +158,7 @@ def test_damaged_files_are_problems_and_no_exceptions(tmp_path: Path):
     path.write_bytes(path.read_bytes()[:-5])
     assert len(check_adapter(tmp_path)) == 1
     (tmp_path / "adapter_config.json").write_text("[]")
-    assert "not a LoRA configuration" in check_adapter(tmp_path)[0]
+    assert check_adapter(tmp_path) == ["adapter_config.json is not a JSON object"]
 
 
 def test_bfloat16_is_read(tmp_path: Path):

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from arriero.errors import DataLoss, FailedPrecondition
 from arriero.testing.adapters import tiny_adapter
-from arriero.weights import LoraAdapter, LoraSettings, lora
+from arriero.weights import LoraAdapter, LoraSettings, adapter_config
 
 Q0 = "model.layers.0.self_attn.q_proj"
 
@@ -126,7 +126,9 @@ def test_every_setting_of_peft_is_known_here(tmp_path: Path, tiny_llama_dir: Pat
     config |= {"revision": "main", "task_type": "CAUSAL_LM", "auto_mapping": {"parent": "x"}}
     (directory / "adapter_config.json").write_text(json.dumps(config, default=str))
     assert LoraAdapter.open(directory).settings.rank == 8
-    unread = set(config) - set(lora._KNOWN) - set(lora._REFUSED) - {"enable_lora"}
+    unread = (
+        set(config) - set(adapter_config._KNOWN) - set(adapter_config._REFUSED) - {"enable_lora"}
+    )
     assert not unread, "obey them, refuse them, or say that they change nothing"
 
 
