@@ -6,6 +6,7 @@ how tensors are computed, nor how outputs are published.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -73,6 +74,7 @@ def _files(job: Job, golden: GoldenLogits) -> list[Output]:
     judged = len(job.gates.results)
     work = _Work(job)
     method = work.method
+    _check_overrides(work)
     importance, matrix = work.importance()
     recipe = replace(work.recipe, importance=importance)
     plans = [plan_types(work.outline.path, kind, recipe) for kind in kinds]
@@ -376,6 +378,27 @@ class _Work:
 
 def _longest_first(override: tuple[str, str]) -> tuple[int, str]:
     return -len(override[0]), override[0]
+
+
+def _check_overrides(work: _Work) -> None:
+    """Refuse overrides that would change nothing.
+
+    Raises:
+        FailedPrecondition: patterns that are found in no tensor's name.
+    """
+    names = [tensor.name for tensor in read_header(work.outline.path).tensors]
+    idle = [
+        pattern
+        for pattern in work.recipe.tensor_types
+        if not any(re.search(pattern, name) for name in names)
+    ]
+    if idle:
+        raise FailedPrecondition(
+            f"tensor_types: {', '.join(map(repr, idle))} is found in none of the file's "
+            f"{len(names)} tensors, which have names such as {', '.join(names[:_SHOWN])}; mend the "
+            "pattern or leave it out",
+            reason="OVERRIDE_MATCHES_NOTHING",
+        )
 
 
 def _check_plan(job: Job, kind: QuantType, plan: TypePlan, importance: Importance | None) -> None:

@@ -20,6 +20,8 @@ from arriero.v1 import quantization_pb2 as pb
 from arriero.weights import LoraAdapter, MergedWeights
 
 _METHODS = ("auto", "onepass", "reference")
+# What Python's patterns have and those of C++'s std::regex, which llama.cpp takes, have not.
+_NOT_ECMASCRIPT = re.compile(r"(?<!\\)\(\?(?![:=!]).?|(?<!\\)\\[AZ]")
 
 
 def resolve_quantize(spec: pb.QuantizeSpec, context: ResolveContext) -> Resolved:
@@ -61,6 +63,11 @@ def resolve_quantize(spec: pb.QuantizeSpec, context: ResolveContext) -> Resolved
             memory_bytes=(1 << 30) + 4 * adapters[0].manifest.size,
             unkeyed=("threads",),
         )
+    given = {artifact.manifest.kind for artifact in context.inputs.get("imatrix", [])}
+    if spec.HasField("imatrix_tokens") and given == {"report"}:
+        raise InvalidArgument.field(
+            "imatrix_tokens", "is only used with rows; imatrix is a report, computed already"
+        )
     kinds = [resolve_type(name) for name in resolved.types if name not in bnb.TYPES]
     disk = sum(expected_size(checkpoint.parameters, kind) for kind in kinds)
     wide = [name for name in resolved.types if name in bnb.TYPES]
@@ -69,7 +76,7 @@ def resolve_quantize(spec: pb.QuantizeSpec, context: ResolveContext) -> Resolved
         bnb.available()
     if spec.method == "reference":
         disk += checkpoint.size * (2 if adapters else 1)
-    elif any(given.manifest.kind == "dataset" for given in context.inputs.get("imatrix", [])):
+    elif "dataset" in given:
         disk += checkpoint.size
     return Resolved(
         spec=resolved,
@@ -103,6 +110,8 @@ def _checked_quantize(spec: pb.QuantizeSpec) -> pb.QuantizeSpec:
         raise InvalidArgument.field("threads", f"is {spec.threads}; expected 0 (all) or more")
     _check_weights(spec, resolved)
     _check_overrides(resolved)
+    if spec.HasField("imatrix_tokens") and not spec.HasField("imatrix"):
+        raise InvalidArgument.field("imatrix_tokens", "is only used with rows in imatrix")
     if resolved.imatrix_tokens < 1:
         raise InvalidArgument.field(
             "imatrix_tokens", f"is {resolved.imatrix_tokens}; expected at least 1"
@@ -170,8 +179,11 @@ def _check_weights(spec: pb.QuantizeSpec, resolved: pb.QuantizeSpec) -> None:
             "for each, or none",
         )
     for i, weight in enumerate(spec.weights):
-        if not math.isfinite(weight):
-            raise InvalidArgument.field(f"weights[{i}]", f"is {weight}; expected a finite number")
+        if not math.isfinite(weight) or weight == 0:
+            raise InvalidArgument.field(
+                f"weights[{i}]",
+                f"is {weight}; expected a finite number other than 0; leave the adapter out",
+            )
     resolved.weights[:] = list(spec.weights) or [1.0] * len(spec.adapters)
 
 
@@ -185,6 +197,12 @@ def _check_overrides(resolved: pb.QuantizeSpec) -> None:
             raise InvalidArgument.field(
                 field, f"is no regular expression over GGUF tensor names: {error}"
             ) from error
+        if unknown := _NOT_ECMASCRIPT.search(pattern):
+            raise InvalidArgument.field(
+                field,
+                f"has {unknown[0]!r}, which llama.cpp's regular expressions (ECMAScript's) do not "
+                "know; of groups they take (...), (?:...), (?=...) and (?!...)",
+            )
         resolved.tensor_types[pattern] = resolve_tensor_type(text, field=field)
     for field in ("output_tensor_type", "token_embedding_type"):
         if chosen := getattr(resolved, field):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from arriero.errors import DataLoss, DiskFull, FailedPrecondition, Preempted
 from arriero.llama import (
@@ -210,6 +211,44 @@ def test_both_methods_give_the_same_bytes(
     assert kinds["output.weight"] == "Q8_0"
     assert kinds["token_embd.weight"] == "Q5_1"
     assert header.metadata["quantize.imatrix.entries_count"] == 14
+
+
+@pytest.mark.parametrize(
+    ("fields", "embeddings"),
+    [
+        ({}, "Q6_K"),  # as an output layer, since it is one too
+        ({"output_tensor_type": "Q5_0"}, "Q5_0"),
+        ({"token_embedding_type": "Q4_1"}, "Q4_1"),
+    ],
+)
+def test_tied_embeddings_are_quantized_as_llama_quantize_does(
+    store: Store, publish: Publish, tmp_path: Path, fields: dict[str, str], embeddings: str
+) -> None:
+    tied = tiny_llama(tmp_path / "tied", hidden=256, inner=256, layers=1)
+    weights = load_file(str(tied / "model.safetensors"))
+    del weights["lm_head.weight"]
+    save_file(weights, str(tied / "model.safetensors"))
+    config = json.loads((tied / "config.json").read_text())
+    (tied / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    inputs = {"model": publish(tied, "model", name="tied")}
+    made = [
+        run(store, tmp_path / method, inputs, "Q4_K_M", method=method, **fields)["Q4_K_M"]
+        for method in ("onepass", "reference")
+    ]
+    one, other = (file_of(output).read_bytes() for output in made)
+    assert one == other
+    kinds = {tensor.name: tensor.type for tensor in read_header(file_of(made[0])).tensors}
+    assert "output.weight" not in kinds
+    assert kinds["token_embd.weight"] == embeddings
+
+
+def test_an_override_that_changes_nothing_is_refused(
+    wide: Path, outlined: converter.Outline, store: Store, publish: Publish, tmp_path: Path
+) -> None:
+    inputs = {"model": publish(wide, "model", name="wide")}
+    overrides = {"ffn_dwon": "Q6_K", "ffn_down": "Q6_K"}
+    with pytest.raises(FailedPrecondition, match=r"'ffn_dwon' is found in none.*token_embd"):
+        run(store, tmp_path, inputs, "Q8_0", tensor_types=overrides)
 
 
 def test_a_matrix_changes_the_bytes(

@@ -232,13 +232,19 @@ def test_every_kind_names_its_input_fields_and_job() -> None:
     [
         ({"method": "magic"}, "method"),
         ({"imatrix_tokens": 0}, "imatrix_tokens"),
+        ({"imatrix_tokens": 5}, "imatrix_tokens"),
         ({"tensor_types": {"ffn_(down": "Q6_K"}}, "tensor_types[ffn_(down]"),
+        ({"tensor_types": {"(?<=_)down": "Q6_K"}}, "tensor_types[(?<=_)down]"),
+        ({"tensor_types": {"(?P<a>down)": "Q6_K"}}, "tensor_types[(?P<a>down)]"),
+        ({"tensor_types": {"(?i)down": "Q6_K"}}, "tensor_types[(?i)down]"),
+        ({"tensor_types": {r"\Ablk": "Q6_K"}}, r"tensor_types[\Ablk]"),
         ({"tensor_types": {"ffn_down": "Q4_K_M"}}, "tensor_types[ffn_down]"),
         ({"output_tensor_type": "Q9"}, "output_tensor_type"),
         ({"token_embedding_type": "I32"}, "token_embedding_type"),
         ({"weights": [1.0]}, "weights"),
         ({"adapters": ["sha256:1", "sha256:1"]}, "adapters[1]"),
         ({"adapters": ["sha256:1"], "weights": [float("nan")]}, "weights[0]"),
+        ({"adapters": ["sha256:1"], "weights": [0.0]}, "weights[0]"),
     ],
 )
 def test_wrong_knobs_are_refused_with_their_place(
@@ -256,6 +262,8 @@ def test_overrides_come_out_as_ggml_writes_them(quantized: Resolve) -> None:
     assert dict(spec.tensor_types) == {"ffn_down": "Q6_K"}
     assert spec.output_tensor_type == "F16"
     assert (spec.method, spec.imatrix_tokens) == ("auto", 65536)
+    groups = {r"blk\.\d+\.ffn_(?:up|down)(?!_exps)": "Q5_K", "(attn)_(?=v)": "Q8_0", r"\(": "F16"}
+    assert dict(quantized(types=["Q4_0"], tensor_types=groups).spec.tensor_types) == groups
 
 
 def test_the_reference_chain_is_priced_with_what_lies_between(quantized: Resolve) -> None:
