@@ -198,11 +198,28 @@ def _windows(job: Job, path: Path) -> tuple[list[Window], dict[str, Any]]:
             )
         job.progress(phase="tokenizing", force=True)
         with Model(path, vocab_only=True) as model:
-            ids = model.tokenize(text.read_text(encoding="utf-8", errors="replace"))
+            ids = model.tokenize(_text(text))
             bos = model.bos if model.adds_bos else None
+            if spec.context > model.n_ctx_train:
+                job.log.warning(
+                    "windows of %d tokens are longer than the %d that the model was made for; its "
+                    "perplexity there says little",
+                    spec.context,
+                    model.n_ctx_train,
+                )
         cut = windows.of_text(ids, spec.context, bos=bos, limit=spec.chunks)
         what = {"text": found, "context": spec.context}
     return cut, {**what, "windows": len(cut), "scored_tokens": sum(w.scored for w in cut)}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FailedPrecondition(
+            f"{path.name} is no UTF-8 text: byte {error.object[error.start]:#04x} at offset "
+            f"{error.start}; convert it (`iconv -t UTF-8`), or take another text"
+        ) from error
 
 
 def _over_windows(

@@ -21,6 +21,7 @@ from arriero.quantization import converter, evaluate, reference
 from arriero.quantization.evaluate import run_evaluate
 from arriero.quantization.quantize import run_quantize
 from arriero.store import Artifact, Store
+from arriero.store.files import sha256_file
 from arriero.testing.jobs import run_job
 from arriero.testing.models import CORPUS
 from arriero.v1 import quantization_pb2 as pb
@@ -348,6 +349,21 @@ def test_a_text_that_changed_since_is_refused(
         models=[files[0].digest], text=str(text), sha256="sha256:" + "0" * 64, context=64
     )
     with pytest.raises(DataLoss, match="changed since"):
+        run_job(run_evaluate, "evaluate", spec, {"models": files[:1]}, store, tmp_path)
+
+
+def test_a_text_in_another_encoding_is_refused(
+    files: list[Artifact], store: Store, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("na" + "ï" * 400, encoding="latin-1")
+    spec = pb.EvaluateSpec(
+        models=[files[0].digest],
+        text=str(text),
+        sha256=f"sha256:{sha256_file(text)[1]}",
+        context=64,
+    )
+    with pytest.raises(FailedPrecondition, match="no UTF-8 text: byte 0xef at offset 2"):
         run_job(run_evaluate, "evaluate", spec, {"models": files[:1]}, store, tmp_path)
 
 
