@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 from google.protobuf import json_format
 
 from arriero.gates import GateResult, Mode, Verdict
+from arriero.llama.activations import Activations
+from arriero.quantization import imatrix
 from arriero.rpc import connect, from_rpc_error
 from arriero.settings import ClientSettings
 from arriero.store import ManifestDraft
@@ -220,6 +223,26 @@ async def test_an_artifact_is_pushed_tagged_and_pulled_back(stubs):
     assert await pulled(stubs, "model/m:prod") == dict(MODEL)
 
 
+async def test_an_importance_matrix_made_elsewhere_is_pushed_as_a_report(stubs, tmp_path):
+    name = "blk.0.attn_q.weight"
+    found = Activations({name: np.ones(64)}, {name: 1}, 1)
+    imatrix.write(tmp_path / "imatrix.gguf", found, dataset="x", window=8)
+    files = [("imatrix.gguf", (tmp_path / "imatrix.gguf").read_bytes())]
+    request = header(files, kind="report", tag="report/m:imatrix")
+    pushed = (await stubs.artifacts.PushArtifact(push(request, files))).artifact
+    assert (pushed.kind, pushed.tags) == ("report", ["report/m:imatrix"])
+    data = bytearray(files[0][1])
+    at = data.index(b"imatrix")  # the value of general.type
+    data[at : at + 7] = b"adapter"
+    for other, said in (
+        (("report.json", b"{}"), "llama-imatrix -o imatrix.gguf"),
+        (("x.gguf", bytes(data)), "is no importance matrix"),
+    ):
+        call = stubs.artifacts.PushArtifact(push(header([other], kind="report"), [other]))
+        error = await refused(call, "INVALID_ARGUMENT")
+        assert said in error.message
+
+
 @pytest.mark.parametrize(
     ("files", "more", "what"),
     [
@@ -238,6 +261,7 @@ async def test_an_artifact_is_pushed_tagged_and_pulled_back(stubs):
         ([("config.json", b"{}")], {}, "header.kind"),
         ([("x.gguf", b"GGUF"), ("y.gguf", b"GGUF")], {"kind": "gguf"}, "header.kind"),
         ([("adapter_config.json", b"{}")], {"kind": "adapter"}, "header.kind"),
+        ([("imatrix.dat", b"1")], {"kind": "report"}, "header.kind"),
     ],
 )
 async def test_a_bad_push_publishes_nothing(stubs, files, more, what):

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from arriero.cores import threads
 from arriero.errors import DataLoss, FailedPrecondition, Internal, InvalidArgument
 from arriero.llama import library
-from arriero.llama.header import TYPE_NUMBERS, Header, read_header
+from arriero.llama.header import TYPE_NUMBERS, Header, block_of, read_header
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +169,9 @@ class Importance:
         }
 
 
+_SHOWN = 3
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How to quantize, besides the type.
@@ -263,7 +266,8 @@ def plan_types(source: Path, kind: QuantType, recipe: Recipe | None = None) -> T
 
     Raises:
         DataLoss: the source is damaged.
-        FailedPrecondition: llama.cpp refuses, with its reason.
+        FailedPrecondition: llama.cpp refuses, with its reason; or an override asks
+            for a type that does not fit a tensor, and llama.cpp has no fallback for that.
     """
     types: dict[str, str] = {}
     fallbacks: dict[str, None] = {}
@@ -282,6 +286,19 @@ def plan_types(source: Path, kind: QuantType, recipe: Recipe | None = None) -> T
         raise Internal(
             f"llama.cpp's dry run names {len(types)} of {len(header.tensors)} tensors"
             + (f", and the unknown types {', '.join(unknown)}" if unknown else "")
+        )
+    wrong = [
+        f"{tensor.name} has rows of {tensor.shape[0]} numbers, {types[tensor.name]} has blocks of "
+        f"{block_of(types[tensor.name])[0]}"
+        for tensor in header.tensors
+        if tensor.shape[0] % block_of(types[tensor.name])[0]
+    ]
+    if wrong:
+        raise FailedPrecondition(
+            f"{kind.name}: {len(wrong)} tensors are given a type that their rows do not fit: "
+            f"{'; '.join(wrong[:_SHOWN])}; give them another one, such as Q8_0 or Q5_0 with blocks "
+            "of 32, in tensor_types, output_tensor_type or token_embedding_type",
+            reason="TYPE_DOES_NOT_FIT",
         )
     return TypePlan(types, tuple(fallbacks))
 

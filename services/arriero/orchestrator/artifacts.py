@@ -23,7 +23,7 @@ CHUNK_BYTES = 1024 * 1024
 MAX_FILES = 10_000
 # 70 billion weights in 16 bits, and some room.
 MAX_UPLOAD_BYTES = 200 * 10**9
-PUSHED_KINDS = ("dataset", "model", "adapter", "gguf", "tokenizer")
+PUSHED_KINDS = ("dataset", "model", "adapter", "gguf", "tokenizer", "report")
 _SERVICE = "orchestrator"
 # Formats that run code when they are read.
 _UNSAFE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -255,9 +255,12 @@ def check_files(kind: str, directory: Path, files: set[str]) -> None:
                 bool({"tokenizer.json", "tokenizer.model"} & files),
                 "tokenizer.json or tokenizer.model",
             )
-        case "gguf":
+        case "gguf" | "report":
             ggufs = [f for f in files if f.endswith(".gguf")]
-            need(len(ggufs) == 1, "exactly one .gguf file")
+            # Of reports only importance matrices come from elsewhere.
+            matrix = " with an importance matrix (`llama-imatrix -o imatrix.gguf`; older .dat "
+            matrix += "files become one with --in-file)"
+            need(len(ggufs) == 1, "exactly one .gguf file" + (matrix if kind == "report" else ""))
         case _:
             need(bool(files), "at least one file")
 
@@ -279,10 +282,17 @@ def check_weights(kind: str, directory: Path) -> None:
     if kind == "model":
         read_config(directory)
         Weights.open(directory)
-    elif kind == "gguf":
+    elif kind in ("gguf", "report"):
         [path] = directory.rglob("*.gguf")
-        if not read_header(path).tensors:
+        header = read_header(path)
+        if not header.tensors:
             raise DataLoss(f"{path.name} holds no tensors")
+        if kind == "report" and header.metadata.get("general.type") != "imatrix":
+            raise InvalidArgument.field(
+                "header.kind",
+                f"{path.name} is no importance matrix, the one kind of report that can be pushed: "
+                f"its general.type is {header.metadata.get('general.type')!r}, expected 'imatrix'",
+            )
     elif kind == "adapter" and (problems := check_adapter(directory)):
         raise InvalidArgument.field(
             "header.kind",

@@ -168,7 +168,14 @@ class FakeArtifacts(stubs.ArtifactServiceServicer):
         async for request in request_iterator:
             if request.HasField("header"):
                 header = request.header
-                if header.kind not in ("dataset", "model", "adapter", "gguf", "tokenizer"):
+                if header.kind not in (
+                    "dataset",
+                    "model",
+                    "adapter",
+                    "gguf",
+                    "tokenizer",
+                    "report",
+                ):
                     raise InvalidArgument.field("header.kind", f"{header.kind!r} cannot be pushed")
             path = request.path or path
             if path:

@@ -290,7 +290,7 @@ async def test_a_push_of_nothing_or_of_the_wrong_kind_is_refused(tmp_path):
             await client.artifacts.push(tmp_path, kind="model", name="m")
         (tmp_path / "x").write_text("x")
         with pytest.raises(errors.InvalidArgument, match="cannot be pushed"):
-            await client.artifacts.push(tmp_path, kind="report", name="m")
+            await client.artifacts.push(tmp_path, kind="checkpoint", name="m")
 
 
 async def test_tags_lineage_and_garbage():

@@ -242,6 +242,30 @@ def test_tied_embeddings_are_quantized_as_llama_quantize_does(
     assert kinds["token_embd.weight"] == embeddings
 
 
+@pytest.mark.parametrize("method", ["onepass", "reference"])
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"output_tensor_type": "Q4_K"}, "output.weight"),
+        ({"token_embedding_type": "IQ4_XS"}, "token_embd.weight"),
+    ],
+)
+def test_a_type_that_does_not_fit_is_refused_in_words(
+    wide: Path,
+    outlined: converter.Outline,
+    store: Store,
+    publish: Publish,
+    tmp_path: Path,
+    method: str,
+    fields: dict[str, object],
+    name: str,
+) -> None:
+    # llama.cpp has no fallback for these two, and aborts the process.
+    inputs = {"model": publish(wide, "model", name="wide")}
+    with pytest.raises(FailedPrecondition, match=rf"{name} has rows of 576 numbers, .* of 256"):
+        run(store, tmp_path, inputs, "Q8_0", method=method, **fields)
+
+
 def test_an_override_that_changes_nothing_is_refused(
     wide: Path, outlined: converter.Outline, store: Store, publish: Publish, tmp_path: Path
 ) -> None:
