@@ -70,7 +70,7 @@ def read(directory: Path) -> Importance:
 
     Raises:
         FailedPrecondition: no such file, several, or another kind of GGUF.
-        DataLoss: a damaged file, or values that are not finite.
+        DataLoss: a damaged file, or values that are negative or not finite.
     """
     files = sorted(directory.glob("*" + SUFFIX))
     if len(files) != 1:
@@ -99,8 +99,12 @@ def read(directory: Path) -> Importance:
         values[weight] = _means(
             _numbers(data, header, tensor), _numbers(data, header, tensors[weight + _COUNTS])
         )
-        if not np.isfinite(values[weight]).all():
-            raise DataLoss(f"{path.name} has values for {weight} that are not finite")
+        # Means of squares; negative ones make llama.cpp abort.
+        if not (np.isfinite(values[weight]) & (values[weight] >= 0)).all():
+            raise DataLoss(
+                f"{path.name} has values for {weight} that are negative or not finite; make it "
+                "again"
+            )
     if not values:
         raise DataLoss(f"{path.name} holds no sums; expected tensors named *{_SUMS}")
     return Importance(values, path.name, int(header.metadata.get("imatrix.chunk_count", 0)))

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
-from arriero.errors import Internal
+from arriero.errors import DataLoss, Internal
 from arriero.llama import Header, TensorInfo, quantize_rows, row_bytes
 from arriero.quantization.converter import Outline
 from arriero.weights import MergedWeights, TensorPlan, Weights
@@ -254,6 +254,13 @@ class _Filling:
         """The bytes of a block in each target; threads may do so side by side."""
         columns = block.tensor.shape[0]
         values = self._values(block)
+        if not np.isfinite(values).all():
+            # Most types would take it: blocks of a NaN are zeros or noise, and some abort.
+            raise DataLoss(
+                f"{self._outline.origins[block.tensor.name].source or block.tensor.name} holds NaN "
+                "or infinite numbers; fetch or make the model again, or look for the adapter that "
+                "brought them"
+            )
         weights = self._importance.get(block.tensor.name)
         made = []
         for places in self._places:

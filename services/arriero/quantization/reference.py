@@ -9,8 +9,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from arriero.errors import FailedPrecondition, ResourceExhausted
+import numpy as np
+
+from arriero.errors import DataLoss, FailedPrecondition, ResourceExhausted
 from arriero.llama import QuantType, Recipe, quantize, read_header
 from arriero.operations.job import Job
 from arriero.quantization import converter
@@ -19,6 +22,10 @@ from arriero.weights import MergedWeights, WeightsWriter
 
 # Of the one file of a merged model that is read once and thrown away.
 _ONE_SHARD = 1 << 62
+# Bytes of a converted file that are looked at together.
+_PIECE = 1 << 22
+# What the converter writes; numpy has no bfloat16.
+_NUMPY: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
 
 def run(
@@ -84,7 +91,31 @@ def convert(
     except (FailedPrecondition, ResourceExhausted):
         converter.tell(log, job.log, whole=True)
         raise
+    _check_finite(aside)
     _keep(aside, target)
+
+
+def _check_finite(path: Path) -> None:
+    """Refuse what most types would take, and make zeros or noise of.
+
+    Raises:
+        DataLoss: a tensor holds a NaN or an infinite number.
+    """
+    data = np.memmap(path, mode="r", dtype=np.uint8)
+    header = read_header(path)
+    for tensor in header.tensors:
+        start = header.data_offset + tensor.offset
+        kind = _NUMPY[tensor.type]
+        for at in range(start, start + tensor.size, _PIECE):
+            raw = data[at : min(at + _PIECE, start + tensor.size)]
+            values = raw.view(kind)
+            # All bits of the exponent, where numpy does not know the type.
+            whole = (values & 0x7F80) != 0x7F80 if kind is np.uint16 else np.isfinite(values)
+            if not whole.all():
+                raise DataLoss(
+                    f"{tensor.name} holds NaN or infinite numbers; fetch or make the model again, "
+                    "or look for the adapter that brought them"
+                )
 
 
 def _write_merged(job: Job, merged: MergedWeights, view: Path) -> None:

@@ -23,6 +23,7 @@ from arriero.llama import (
     read_header,
     resolve_type,
 )
+from arriero.llama.activations import Activations
 from arriero.operations.job import Job, Output
 from arriero.quantization import converter, imatrix, onepass
 from arriero.quantization import quantize as quantize_module
@@ -34,7 +35,7 @@ from arriero.testing.jobs import run_job
 from arriero.testing.models import tiny_llama
 from arriero.v1 import quantization_pb2 as pb
 from arriero.v1 import types_pb2
-from arriero.weights import MergedWeights, WeightsWriter
+from arriero.weights import MergedWeights, Weights, WeightsWriter
 
 Publish = Callable[..., Artifact]
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -384,17 +385,40 @@ def test_being_told_to_leave_stops_between_blocks(
         run(store, tmp_path, {"model": publish(wide, "model")}, "Q8_0", prepare=jobs.append)
 
 
+# ggml's K-quants take NaN and infinite numbers, and some types with a grid abort.
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q6_K", "Q4_K_M", "IQ3_S"])
+@pytest.mark.parametrize("value", [b"\xc0\x7f", b"\x80\xff"], ids=["NaN", "-inf"])  # in bfloat16
 def test_weights_that_are_not_finite_are_refused(
-    wide: Path, outlined: converter.Outline, store: Store, publish: Publish, tmp_path: Path
+    wide: Path,
+    outlined: converter.Outline,
+    store: Store,
+    publish: Publish,
+    tmp_path: Path,
+    kind: str,
+    value: bytes,
 ) -> None:
-    broken = tmp_path / "broken"
-    shutil.copytree(wide, broken)
-    path = broken / "model.safetensors"
+    broken = not_finite(wide, tmp_path / "broken", value)
+    with pytest.raises(DataLoss, match="holds NaN or infinite numbers"):
+        run(store, tmp_path, {"model": publish(broken, "model")}, kind)
+
+
+def test_the_plain_chain_refuses_weights_that_are_not_finite_too(
+    wide: Path, store: Store, publish: Publish, tmp_path: Path
+) -> None:
+    broken = not_finite(wide, tmp_path / "broken", b"\xc0\x7f")
+    with pytest.raises(DataLoss, match="holds NaN or infinite numbers"):
+        run(store, tmp_path, {"model": publish(broken, "model")}, "Q4_K_M", method="reference")
+
+
+def not_finite(model: Path, copy: Path, value: bytes) -> Path:
+    """The model with one weight of a linear layer that is no number."""
+    shutil.copytree(model, copy)
+    info = Weights.open(copy)["model.layers.1.mlp.down_proj.weight"]
+    path = copy / "model.safetensors"
     data = bytearray(path.read_bytes())
-    data[-2:] = b"\xc0\x7f"  # a NaN in bfloat16
+    data[info.start + 1000 : info.start + 1002] = value
     path.write_bytes(data)
-    with pytest.raises(DataLoss, match="NaN"):
-        run(store, tmp_path, {"model": publish(broken, "model")}, "Q8_0")
+    return copy
 
 
 def test_a_matrix_of_another_model_is_refused(outline: converter.Outline) -> None:
@@ -407,6 +431,27 @@ def test_a_matrix_of_another_model_is_refused(outline: converter.Outline) -> Non
     ):
         with pytest.raises(FailedPrecondition, match="belongs to another model: 14 of 14"):
             imatrix.check(Importance(other), header)
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_a_matrix_of_no_mean_squares_is_refused(tmp_path: Path, value: float) -> None:
+    sums = np.ones(64)
+    imatrix.write(
+        tmp_path / "imatrix.gguf",
+        Activations({"blk.0.attn_q.weight": sums}, {"blk.0.attn_q.weight": 2}, 1),
+        dataset="x",
+        window=8,
+    )
+    assert imatrix.read(tmp_path).values["blk.0.attn_q.weight"][0] == 0.5
+    sums[7] = value
+    imatrix.write(
+        tmp_path / "imatrix.gguf",
+        Activations({"blk.0.attn_q.weight": sums}, {"blk.0.attn_q.weight": 2}, 1),
+        dataset="x",
+        window=8,
+    )
+    with pytest.raises(DataLoss, match="negative or not finite"):
+        imatrix.read(tmp_path)
 
 
 def test_an_architecture_with_more_than_permuted_rows_falls_back_and_says_so(
