@@ -37,6 +37,8 @@ __all__ = [
 MAX_KL = 1e-3
 # Where the merge shortens every weight of the base, large models lose more.
 MAX_KL_SHORTER = 5e-3
+# Share of merged numbers that differ from the base's, below which it is worth a word.
+FEW = 1e-3
 
 
 def ticker(job: Job, phase: str, unit: str) -> Callable[[int, int], None]:
@@ -111,6 +113,13 @@ def judge_delta(job: Job, merged: MergedWeights, target: Path) -> None:
         return
     with job.gates.timed():
         proof = prove_delta(merged, target, ticker(job, "proving", "bytes"))
+    if proof.passed and proof.merged and proof.changed < FEW:
+        job.log.warning(
+            "the merged model is all but its base: %.2g%% of what the adapters touch differs, "
+            "since their changes are smaller than the type of the merged weights can hold; "
+            "dtype: float32 would keep them",
+            100 * proof.changed,
+        )
     job.gates.judge(
         "merge.delta",
         proof.passed,

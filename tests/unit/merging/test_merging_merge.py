@@ -135,6 +135,19 @@ def test_a_bfloat16_base_stays_bfloat16(room: "Room", tmp_path: Path) -> None:
     assert result(room, "merge.logits").figure < 5e-4
 
 
+def test_changes_that_the_type_cannot_hold_are_told(
+    room: "Room", tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = room.publish(tiny_llama(tmp_path / "m", dtype="bfloat16"), "model")
+    adapter = room.publish(tiny_adapter(tmp_path / "a", base.path, scale=5e-6), "adapter")
+    room.merge(base, [adapter], dtype="float32", gates=SKIP_LOGITS)
+    assert "all but its base" not in caplog.text
+    model = room.merge(base, [adapter], gates=SKIP_LOGITS)[0]
+    assert "the merged model is all but its base: 0%" in caplog.text
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert Weights.open(model.path).tensor(name).equal(Weights.open(base.path).tensor(name))
+
+
 def test_several_adapters_are_blended_by_weight(
     room: "Room", base: Artifact, adapter: Artifact, tmp_path: Path
 ) -> None:
