@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from arriero.prompts import FILE_NAME as TEMPLATE_FILE
+from arriero.weights.tokenizers import FILES as TOKENIZER
 
 __all__ = [
     "ADAPTER_EXTRAS",
@@ -29,18 +30,6 @@ __all__ = [
 
 Tick = Callable[[int, int], None]
 LICENCES = ("LICEN[CS]E*", "COPYING*", "NOTICE*", "USE_POLICY*")
-TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 # Beside the weights. Code (`*.py`) is never kept: nothing here would run it.
 MODEL_EXTRAS = (
     "config.json",

@@ -15,12 +15,13 @@ from arriero.gates import golden as golden_logits
 from arriero.gates.golden import Comparison, Golden
 from arriero.merging import files
 from arriero.merging.proof import MAX_ULP, prove_delta
-from arriero.merging.vocabulary import compare_tokenizers, vocabulary_problems
+from arriero.merging.vocabulary import vocabulary_problems
 from arriero.operations.job import Job
 from arriero.weights import MergedWeights
 from arriero.weights.health import check_adapter
 from arriero.weights.layout import DTYPES
 from arriero.weights.merged import embeddings_of
+from arriero.weights.tokenizers import compare_tokenizers
 
 __all__ = [
     "judge_delta",

@@ -16,10 +16,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from arriero.errors import FailedPrecondition, ResourceExhausted
 from arriero.weights import MergedWeights
 from arriero.weights.layout import build_header
+from arriero.weights.tokenizers import FILES as TOKENIZER
+from arriero.weights.tokenizers import added_tokens
 
 SETTING = "ARRIERO_LLAMA_CPP"
 _SCRIPT = "convert_hf_to_gguf.py"
@@ -58,7 +61,12 @@ def locate(environment: Mapping[str, str] | None = None) -> Path:
 
 
 def prepare_view(
-    model: Path, view: Path, chat_template: str | None, *, merged: MergedWeights | None = None
+    model: Path,
+    view: Path,
+    chat_template: str | None,
+    *,
+    merged: MergedWeights | None = None,
+    tokenizer: Path | None = None,
 ) -> Path:
     """A directory that looks like the model, with another chat template.
 
@@ -70,9 +78,13 @@ def prepare_view(
         chat_template: Jinja source to store; None keeps the model's own.
         merged: stands for the model's weights; of them the view holds only the
             header, in a sparse file, and the configuration is theirs.
+        tokenizer: a directory whose tokenizer takes the place of the model's.
     """
     view.mkdir(parents=True)
-    for path in sorted(model.iterdir()):
+    files = {path.name: path for path in sorted(model.iterdir())}
+    if tokenizer is not None:
+        files |= {name: tokenizer / name for name in TOKENIZER if (tokenizer / name).is_file()}
+    for path in files.values():
         replaced = chat_template is not None and path.name in _TEMPLATES
         if merged is not None and (path.name == _CONFIG or ".safetensors" in path.name):
             replaced = True
@@ -84,14 +96,24 @@ def prepare_view(
         with (view / "model.safetensors").open("wb") as file:
             file.write(header)
             file.truncate(len(header) + merged.nbytes)
+    settings: dict[str, Any] = {}
     if chat_template is not None:
-        source = model / "tokenizer_config.json"
-        config = json.loads(source.read_text(encoding="utf-8")) if source.is_file() else {}
-        config["chat_template"] = chat_template
-        (view / "tokenizer_config.json").write_text(
-            json.dumps(config, ensure_ascii=False, indent=2), encoding="utf-8"
-        )
+        settings["chat_template"] = chat_template
+    if (view / "tokenizer.model").is_file() and (added := added_tokens(view)):
+        # Beside a SentencePiece model the converter does not look into tokenizer.json,
+        # where transformers 5 keeps them alone.
+        settings["added_tokens_decoder"] = added
+    if settings:
+        _add_settings(view / "tokenizer_config.json", files.get("tokenizer_config.json"), settings)
     return view
+
+
+def _add_settings(target: Path, source: Path | None, settings: Mapping[str, Any]) -> None:
+    config = json.loads(source.read_text(encoding="utf-8")) if source else {}
+    for name, value in settings.items():
+        config[name] = {**config.get(name, {}), **value} if isinstance(value, dict) else value
+    target.unlink(missing_ok=True)
+    target.write_text(json.dumps(config, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
 @dataclass(frozen=True, slots=True)

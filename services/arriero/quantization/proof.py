@@ -71,14 +71,18 @@ def prove_tokens(
             lambda text, special: file.tokenize(text, add_special=special, parse_special=True),
             samples,
         )
-        differences = _special_differences(tokenizer, file) + found.differences
+        differences = [
+            *_special_differences(tokenizer, file),
+            *_added_differences(tokenizer, file),
+            *found.differences,
+        ]
     for words in found.exotic_differences:
         log.warning("%s: %s", GATE, words)
     detail = f"{found.texts} texts compared, {len(found.exotic_differences)} exotic ones differ"
     if differences:
         detail = (
-            f"{len(differences)} of {found.texts} texts get other ids from llama.cpp than from "
-            f"the model's tokenizer, expected none; first: {differences[0]}; check the "
+            f"{len(differences)} of {found.texts} texts (or tokens) get other ids from llama.cpp "
+            f"than from the model's tokenizer, expected none; first: {differences[0]}; check the "
             "tokenizer's files, or quantize with this gate on warn"
         )
         if _drops_spaces(model):
@@ -170,3 +174,19 @@ def _special_differences(tokenizer: Any, file: Model) -> list[str]:
         for name, want, found in pairs
         if want is not None and want != found
     ]
+
+
+def _added_differences(tokenizer: Any, file: Model) -> list[str]:
+    """Added tokens that the file does not hold as such, in words."""
+    lost = [
+        (token, number)
+        for token, number in tokenizer.get_added_vocab().items()
+        # Runs of spaces and the like are joined with what stands beside them.
+        if token.strip() == token
+        and number not in file.tokenize(token, add_special=False, parse_special=True)
+    ]
+    if not lost:
+        return []
+    token, number = lost[0]
+    have = file.tokenize(token, add_special=False, parse_special=True)
+    return [f"{len(lost)} added tokens are not in the file: {token!r}, id {number}, becomes {have}"]

@@ -40,13 +40,17 @@ from arriero.quantization.rows import sequences
 from arriero.quantization.template_proof import prove_rope, prove_template, trained_rows
 from arriero.store import Artifact
 from arriero.weights import LoraAdapter, MergedWeights, Weights
+from arriero.weights.merged import embeddings_of
 from arriero.weights.sink import Written
+from arriero.weights.tokenizers import TokenizerProof, compare_tokenizers
 
 TEMPLATE_KEY = "arriero.template"
 SOURCE_KEY = "arriero.source"
 ADAPTERS_KEY = "arriero.adapters"
 IMATRIX_KEY = "arriero.imatrix"
 ONEPASS, REFERENCE = "onepass", "reference"
+# One of them is in every tokenizer that llama.cpp's converter knows.
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "qwen.tiktoken")
 _SHOWN = 4
 
 
@@ -81,6 +85,7 @@ def _files(job: Job, golden: GoldenLogits) -> list[Output]:
     for kind, plan in zip(kinds, plans, strict=True):
         _check_plan(job, kind, plan, importance)
     job.progress(phase="comparing tokens", force=True)
+    _judge_tokenizers(work)
     prove_tokens(
         job.gates,
         model=work.view,
@@ -240,15 +245,34 @@ class _Work:
         )
 
     @cached_property
+    def tokenizers(self) -> TokenizerProof | None:
+        """The adapters' tokenizers and the model's, compared; None without adapters."""
+        name = embeddings_of(self.merged.base) if self.merged else None
+        if self.merged is None or name is None:
+            return None
+        paths = [adapter.path for adapter in self.adapters]
+        with self.job.gates.timed():
+            return compare_tokenizers(self.model.path, paths, self.merged[name].shape[0])
+
+    @cached_property
     def view(self) -> Path:
         """A directory that looks like the merged model."""
         template = self.template
-        return converter.prepare_view(
+        extended = self.tokenizers.extended if self.tokenizers else None
+        view = converter.prepare_view(
             self.model.path,
             self.job.scratch / "view" / self.name,
             template.chat_template if template else None,
             merged=self.merged,
+            tokenizer=None if extended is None else self.adapters[extended].path,
         )
+        if not any((view / name).is_file() for name in _VOCABULARIES):
+            raise FailedPrecondition(
+                f"the model holds no tokenizer (none of {', '.join(_VOCABULARIES)}), and a GGUF "
+                "file needs it; import the model again with its tokenizer's files",
+                reason="NO_TOKENIZER",
+            )
+        return view
 
     @cached_property
     def template(self) -> Template | None:
@@ -378,6 +402,21 @@ class _Work:
 
 def _longest_first(override: tuple[str, str]) -> tuple[int, str]:
     return -len(override[0]), override[0]
+
+
+def _judge_tokenizers(work: _Work) -> None:
+    """`tokenizer.match` of model and adapters, as a merge judges it."""
+    proof = work.tokenizers
+    if proof is None or not work.job.gates.wanted("tokenizer.match"):
+        return
+    work.job.gates.judge(
+        "tokenizer.match",
+        not proof.problems,
+        figure=float(proof.tokens),
+        threshold=float(proof.rows),
+        unit="ids",
+        detail="; ".join(proof.problems),
+    )
 
 
 def _check_overrides(work: _Work) -> None:

@@ -298,8 +298,11 @@ def _hollow(config: dict[str, Any], values: _Values) -> Any:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
     except (ValueError, KeyError, TypeError) as error:
+        what = f"does not know {error}" if isinstance(error, KeyError) else str(error).strip()
         raise FailedPrecondition(
-            f"transformers cannot make the model: {str(error).strip().splitlines()[0]}"
+            "transformers cannot make the model that config.json describes: "
+            f"{what.splitlines()[0]}; mend config.json, or skip the gates that run the model: "
+            "gates: {merge.logits: skip}"
         ) from error
     output = model.get_output_embeddings()
     embeddings = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())

@@ -9,12 +9,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from arriero.merging.fold import write_merged
-from arriero.merging.vocabulary import compare_tokenizers, vocabulary_problems
+from arriero.merging.vocabulary import vocabulary_problems
 from arriero.store import Artifact
 from arriero.testing.adapters import tiny_adapter
 from arriero.testing.models import tiny_llama
 from arriero.v1 import types_pb2
 from arriero.weights import MergedWeights, Weights
+from arriero.weights.tokenizers import compare_tokenizers
 
 if TYPE_CHECKING:
     from conftest import Room

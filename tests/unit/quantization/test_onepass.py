@@ -11,12 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import torch as torch_file
 from safetensors.numpy import load_file, save_file
 
 from arriero.errors import DataLoss, DiskFull, FailedPrecondition, Preempted
+from arriero.gates import Verdict
 from arriero.llama import (
     Header,
     Importance,
+    Model,
     Recipe,
     plan_types,
     quantize,
@@ -274,6 +277,52 @@ def test_an_override_that_changes_nothing_is_refused(
     overrides = {"ffn_dwon": "Q6_K", "ffn_down": "Q6_K"}
     with pytest.raises(FailedPrecondition, match=r"'ffn_dwon' is found in none.*token_embd"):
         run(store, tmp_path, inputs, "Q8_0", tensor_types=overrides)
+
+
+def test_tokens_that_an_adapter_brings_are_in_the_file(
+    tiny_llama_dir: Path,
+    store: Store,
+    publish: Publish,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    directory = tiny_adapter(tmp_path / "a", tiny_llama_dir)
+    path, base = str(directory / "adapter_model.safetensors"), Weights.open(tiny_llama_dir)
+    rows = {
+        f"base_model.model.{name}": base.tensor(name)[[*range(384), 5, 6]].clone()
+        for name in ("model.embed_tokens.weight", "lm_head.weight")
+    }
+    torch_file.save_file({**torch_file.load_file(path), **rows}, path)
+    data = json.loads((tiny_llama_dir / "tokenizer.json").read_text())
+    more = [{**data["added_tokens"][0], "content": f"<n{i}>", "id": 384 + i} for i in range(2)]
+    data["added_tokens"] += more
+    (directory / "tokenizer.json").write_text(json.dumps(data))
+    inputs = {
+        "model": publish(tiny_llama_dir, "model", name="tiny"),
+        "adapters": [publish(directory, "adapter", name="grown")],
+    }
+    jobs: list[Job] = []
+    made = run(store, tmp_path, inputs, "Q8_0", prepare=jobs.append)["Q8_0"]
+    verdicts = {result.gate: result.verdict for result in jobs[0].gates.results}
+    assert verdicts["tokenizer.match"] is verdicts["gguf.tokens"] is Verdict.PASSED
+    with Model(file_of(made), vocab_only=True) as file:
+        assert file.tokenize("<n1>", parse_special=True)[-1] == 385
+    # As the converter alone makes it of a SentencePiece model and tokenizer.json.
+    with monkeypatch.context() as patch:
+        patch.setattr(converter, "added_tokens", lambda _: {})
+        run(store, tmp_path / "lost", inputs, "Q8_0", prepare=jobs.append)
+    [lost] = [r for r in jobs[1].gates.results if r.gate == "gguf.tokens"]
+    assert lost.verdict is Verdict.FAILED
+    assert "2 added tokens are not in the file: '<n0>', id 384" in lost.detail
+    # Without rows for them the base's tokenizer stays, and the gate says why.
+    torch_file.save_file(
+        {n: t for n, t in torch_file.load_file(path).items() if n not in rows}, path
+    )
+    inputs["adapters"] = [publish(directory, "adapter", name="bare")]
+    run(store, tmp_path / "bare", inputs, "Q8_0", prepare=jobs.append)
+    [refused] = [r for r in jobs[2].gates.results if r.gate == "tokenizer.match"]
+    assert refused.verdict is Verdict.FAILED
+    assert "2 tokens have none" in refused.detail
 
 
 def test_a_matrix_changes_the_bytes(

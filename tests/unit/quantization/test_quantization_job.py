@@ -194,6 +194,18 @@ def test_a_tokenizer_that_the_converter_does_not_know_is_explained(
     assert any("converter:" in record.message for record in caplog.records)
 
 
+def test_a_model_without_a_tokenizer_is_told(
+    tiny_llama_dir: Path, store: Store, publish: Publish, tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_llama_dir, bare)
+    for path in bare.glob("tokenizer*"):
+        path.unlink()
+    spec = pb.QuantizeSpec(types=["Q8_0"])
+    with pytest.raises(FailedPrecondition, match="holds no tokenizer"):
+        run_job(run_quantize, "quantize", spec, {"model": publish(bare, "model")}, store, tmp_path)
+
+
 def test_the_reference_chain_goes_on_where_an_attempt_was_stopped(
     model: Artifact, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
