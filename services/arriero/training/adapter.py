@@ -72,6 +72,11 @@ def load_base(
             f"transformers cannot load the model: {lines[0] if lines else type(error).__name__}"
         ) from error
     model.config.use_cache = False
+    for module in model.modules():
+        # Else bitsandbytes packs 4-bit weights for good at the first validation, on CPUs with
+        # AVX512-BF16, and packed ones hand no gradients on: nothing would be trained.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     # bitsandbytes' layers are where they belong, and may not be moved.
     return model if packed else model.to(device)
 

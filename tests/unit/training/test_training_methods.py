@@ -298,6 +298,15 @@ def test_golden_logits_are_those_of_the_adapter_on_the_base_as_it_is_stored(
     assert (report["base"], report["trained_on"]) == (model.digest, held)
 
 
+@pytest.mark.parametrize("fields", [{"load_in_4bit": True}, {"load_in_8bit": True}], ids=str)
+def test_a_quantized_base_is_trained_after_it_was_validated(
+    room, model, dataset, val_dataset, fields
+):
+    inputs = {"model": model, "dataset": dataset, "val_dataset": val_dataset}
+    made, _ = room(inputs, dtype="bfloat16", **fields)
+    assert check_adapter(made.path, base=Weights.open(model.path)) == []
+
+
 @pytest.mark.parametrize("names", [["embed_tokens", "lm_head"], ["embed_tokens"], ["lm_head"]])
 def test_golden_logits_of_tied_embeddings_that_were_trained(kit, room, names):
     model = kit.model(tweak=tie)
