@@ -78,13 +78,15 @@ def resolve_import(spec: merging_pb2.ImportSpec, context: ResolveContext) -> Res
             raise InvalidArgument.field(
                 "sha256", "pins a file; pin a hub repository by its commit: hf://org/name@commit"
             )
+        _refuse_tokenizer(spec)
+        _check_dtype(spec, resolved, used=False)
         # What a branch points to is only known when it is fetched.
         return _import(resolved, wanted, source, 0, cacheable=source.pinned)
     if spec.HasField("token_secret"):
         raise InvalidArgument.field("token_secret", "is only used with hf:// sources")
     meta = isinstance(source, sources.PathSource) and meta_source.is_meta(source.path)
-    if spec.HasField("tokenizer") and not meta:
-        raise InvalidArgument.field("tokenizer", "is only used with Meta's checkpoints on a path")
+    if not meta:
+        _refuse_tokenizer(spec)
     size = 0
     fingerprints = {}
     found = "gguf"
@@ -105,9 +107,29 @@ def resolve_import(spec: merging_pb2.ImportSpec, context: ResolveContext) -> Res
     kind = found if wanted == "auto" else wanted
     if kind != found and (found, kind) != ("gguf", "model"):
         raise InvalidArgument.field("as", f"{kind!r} is asked for, but the source is a {found}")
-    if found == "gguf" and kind == "model" and isinstance(source, sources.PathSource):
+    _check_dtype(spec, resolved, used=(found, kind) == ("gguf", "model"))
+    if resolved.HasField("dtype") and isinstance(source, sources.PathSource):
         size = gguf_source.read_facts(source.path).elements * _BYTES[resolved.dtype]
     return _import(resolved, kind, source, size, fingerprints=fingerprints)
+
+
+def _refuse_tokenizer(spec: merging_pb2.ImportSpec) -> None:
+    if spec.HasField("tokenizer"):
+        raise InvalidArgument.field("tokenizer", "is only used with Meta's checkpoints on a path")
+
+
+def _check_dtype(
+    spec: merging_pb2.ImportSpec, resolved: merging_pb2.ImportSpec, *, used: bool
+) -> None:
+    if used:
+        return
+    if spec.HasField("dtype"):
+        raise InvalidArgument.field(
+            "dtype",
+            "is only used where a GGUF becomes a model; weights are taken as they are: give it to "
+            "a stage export",
+        )
+    resolved.ClearField("dtype")
 
 
 def _resolve_tokenizer(

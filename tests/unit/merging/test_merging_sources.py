@@ -1,5 +1,6 @@
 """Sources: spelling, what lies there, what is refused."""
 
+import shutil
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -124,7 +125,8 @@ def test_names_come_from_the_source() -> None:
 def test_defaults_are_filled_in(tmp_path: Path, model: Path) -> None:
     resolved = resolve(tmp_path, model)
     spec = resolved.spec
-    assert (getattr(spec, "as"), spec.name, spec.dtype) == ("model", "my-model", "bfloat16")
+    assert (getattr(spec, "as"), spec.name) == ("model", "my-model")
+    assert not spec.HasField("dtype"), "weights are taken as they are"
     assert spec.source == str(model)
     assert resolved.disk_bytes == 2
     assert resolved.cacheable
@@ -143,6 +145,23 @@ def test_a_branch_of_a_hub_is_never_answered_from_the_store(tmp_path: Path) -> N
     assert resolve(tmp_path, "hf://org/name@" + "a" * 40).cacheable
 
 
+@pytest.mark.parametrize("field", ["dtype", "tokenizer", "sha256"])
+def test_what_a_hub_has_no_use_for_is_refused(tmp_path: Path, field: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        resolve(tmp_path, "hf://org/name", **{field: "float16" if field == "dtype" else "/x"})
+    assert caught.value.violations[0].field == field
+
+
+def test_what_a_gguf_needs_is_counted_from_its_header(tiny_gguf: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    shutil.copy(tiny_gguf, path)
+    weights = 123_200
+    asked = resolve(tmp_path, path, kind="model", dtype="float32")
+    assert (asked.disk_bytes, asked.memory_bytes - 4 * weights) == (4 * weights, 1_200_000_000)
+    kept = resolve(tmp_path, path)
+    assert (kept.disk_bytes, kept.memory_bytes) == (path.stat().st_size, 1_200_000_000)
+
+
 @pytest.mark.parametrize(
     ("fields", "field"),
     [
@@ -150,6 +169,8 @@ def test_a_branch_of_a_hub_is_never_answered_from_the_store(tmp_path: Path) -> N
         ({"kind": "adapter"}, "as"),
         ({"kind": "gguf"}, "as"),
         ({"dtype": "int8"}, "dtype"),
+        ({"dtype": "float16"}, "dtype"),
+        ({"tokenizer": "/x/tokenizer.model"}, "tokenizer"),
         ({"name": "../x"}, "name"),
         ({"sha256": "ab"}, "sha256"),
         ({"token_secret": "hub"}, "token_secret"),
