@@ -360,6 +360,11 @@ class Params:
                 f"heads are {head} wide; Meta's code computes {dim} / {heads} = {dim // heads}: "
                 "export with format: hf"
             )
+        act = config.get("hidden_act", "silu")
+        if act != "silu":
+            raise FailedPrecondition(
+                f"hidden_act is {act!r}; Meta's code has silu built in: export with format: hf"
+            )
         rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
         theta = float(rope.get("rope_theta", config.get("rope_theta", _ROPE_THETA)))
         params: dict[str, Any] = {

@@ -65,6 +65,19 @@ def test_another_dtype_is_cast_and_stated(room: Room, model: Artifact) -> None:
     assert output.golden is None
 
 
+def test_eight_bit_floats_are_cast_too(room: Room, tiny_llama_dir: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source = shutil.copytree(tiny_llama_dir, tmp_path / "fp8")
+    tensors = load_file(source / "model.safetensors")
+    small = {n: t.to(torch.float8_e4m3fn) if "proj" in n else t for n, t in tensors.items()}
+    save_file(small, source / "model.safetensors", metadata={"format": "pt"})
+    output = room.export(room.publish(source, "model"), dtype="bfloat16")
+    written = Weights.open(output.path)
+    assert {info.dtype for info in written.values()} == {"BF16"}
+    assert all(written.tensor(n).equal(small[n].to(torch.bfloat16)) for n in small)
+
+
 def test_what_float16_cannot_hold_is_not_made_infinite(
     room: Room, tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
@@ -223,6 +236,7 @@ def test_a_tuned_output_layer_is_exported_though_the_configuration_says_tied(
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "type 'linear' is unknown"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "has .*built in"),
         ({"head_dim": 32, "num_attention_heads": 4}, "heads are 32 wide"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     ],
 )
 def test_what_metas_code_cannot_express_is_refused(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from arriero.errors import DataLoss, FailedPrecondition, InvalidArgument
 from arriero.merging import meta, meta_source
@@ -246,6 +247,26 @@ def test_metas_own_sizes_are_found_again(
         "intermediate_size": inner,
     }
     assert reference.hidden_dim(meta.Params.json_of(config, vocabulary=-1)) == inner
+
+
+def test_a_configuration_that_is_silent_means_what_transformers_takes() -> None:
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1}
+    params = meta.Params.json_of({**sizes, "intermediate_size": 128}, vocabulary=8)
+    assert params["norm_eps"] == LlamaConfig(**sizes).rms_norm_eps == 1e-6
+    assert "rope_theta" not in params
+
+
+def test_a_llama_3_is_one_without_its_tokenizer_too(tmp_path: Path) -> None:
+    params = {**PARAMS, "dim": 8, "n_heads": 2, "n_kv_heads": 1, "rope_theta": 500000.0}
+    params = {**params, "n_layers": 1, "multiple_of": 8}
+    state = reference.random_state(params, reference.hidden_dim(params), 128256)
+    source, target = tmp_path / "meta", tmp_path / "hf"
+    reference.save(source, params, state)
+    target.mkdir()
+    meta_source.convert(source, target, tokenizer=None, tick=lambda done, total: None)
+    config = json.loads((target / "config.json").read_text())
+    found = [config[f"{key}_token_id"] for key in ("bos", "eos")]
+    assert (config["max_position_embeddings"], found) == (8192, [128000, 128001])
 
 
 @pytest.mark.parametrize("inner", [1, 2, 100, 1001, 1536, 5632, 4864, 11007, 65537])
