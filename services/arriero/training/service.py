@@ -22,7 +22,7 @@ KINDS = (
         "train",
         "arriero.training.job",
         training_pb2.TrainSpec,
-        semantics=3,
+        semantics=4,
         resolve=resolve,
         check=check,
     ),

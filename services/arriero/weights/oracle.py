@@ -298,7 +298,7 @@ def _hollow(config: dict[str, Any], values: _Values) -> Any:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
     except (ValueError, KeyError, TypeError) as error:
-        what = f"does not know {error}" if isinstance(error, KeyError) else str(error).strip()
+        what = f"it does not know {error}" if isinstance(error, KeyError) else str(error).strip()
         raise FailedPrecondition(
             "transformers cannot make the model that config.json describes: "
             f"{what.splitlines()[0]}; mend config.json, or skip the gates that run the model: "

@@ -1,5 +1,6 @@
 """Logits of models that stay on disk, against transformers and PEFT."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +117,11 @@ def test_what_a_checkpoint_lacks_is_named(tmp_path: Path) -> None:
     save_file(kept, str(base / "model.safetensors"), {"format": "pt"})
     with pytest.raises(FailedPrecondition, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight"):
         oracle.logits_of(base, IDS)
+
+
+def test_a_model_that_transformers_does_not_know_is_named(tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path / "m")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "spiral"}))
+    with pytest.raises(FailedPrecondition, match=r"does not know 'spiral'.*merge\.logits: skip"):
+        oracle.logits_of(model, [[1, 2, 3]])
