@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from arriero.inference.engine import tell_device
 from arriero.replica import ReplicaSettings, RopeSettings
 from arriero.store import Store
 from arriero.testing.serving import Running, publish, start
@@ -108,6 +109,22 @@ def test_every_setting_serves(settings: ReplicaSettings, tiny_gguf: Path, tmp_pa
         assert len(logprobs(replica, "The llama", 5, 5)) == 5
     finally:
         replica.end()
+
+
+@pytest.mark.parametrize(
+    ("layers", "gpu", "said"),
+    [
+        (-1, False, "finds no GPU: the model runs on the CPU"),
+        (0, True, "gpu_layers: -1 puts all"),
+        (0, False, ""),
+        (20, True, ""),
+    ],
+)
+def test_a_model_on_another_device_than_expected_is_told(
+    caplog: pytest.LogCaptureFixture, layers: int, gpu: bool, said: str
+) -> None:
+    tell_device(layers, gpu=gpu)
+    assert (said in caplog.text) if said else not caplog.text
 
 
 @pytest.mark.parametrize(

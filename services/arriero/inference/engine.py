@@ -16,6 +16,7 @@ import base64
 import contextlib
 import itertools
 import json
+import logging
 import socket
 import sys
 import time
@@ -37,10 +38,12 @@ from arriero.inference.pooling import Vectors, check_pooling, pooled
 from arriero.inference.rope import scaled
 from arriero.inference.stream import Stream, check_fits, check_tokens
 from arriero.inference.text import TextStream
-from arriero.llama import Context, Model, Rope
+from arriero.llama import Context, Model, Rope, finds_gpu
 from arriero.llama.grammar import from_json_schema
 from arriero.llama.sampler import Sampler, Sampling
 from arriero.replica import ReplicaSettings
+
+_log = logging.getLogger(__name__)
 
 # Context per slot when the model's own is larger and none was asked for.
 DEFAULT_CONTEXT = 4096
@@ -367,6 +370,21 @@ def describe(model: Model, contexts: Sequence[Context], engine: Engine) -> frame
     }
 
 
+def tell_device(gpu_layers: int, *, gpu: bool) -> None:
+    """Warn where a model runs on the CPU although it should not, or need not."""
+    if gpu_layers and not gpu:
+        _log.warning(
+            "gpu_layers is %d, and this llama.cpp finds no GPU: the model runs on the CPU; build "
+            "it with `make setup LLAMA_CMAKE_ARGS=-DGGML_CUDA=ON`, or leave gpu_layers out",
+            gpu_layers,
+        )
+    elif gpu and not gpu_layers:
+        _log.warning(
+            "this llama.cpp finds a GPU, and gpu_layers is 0: the model runs on the CPU; "
+            "gpu_layers: -1 puts all of its layers on the GPU"
+        )
+
+
 def main() -> None:
     """Load the model, say that it is ready, serve; exit 3 with the reason when it can't."""
     connection = socket.socket(fileno=int(sys.argv[1]))
@@ -374,6 +392,7 @@ def main() -> None:
     try:
         settings = ReplicaSettings.from_env(options["settings"])
         adapters = [AdapterFile(**file) for file in options["adapters"]]
+        tell_device(settings.gpu_layers, gpu=finds_gpu())
         with (
             Model(
                 Path(options["path"]),

@@ -19,7 +19,7 @@ so a process that must live does not load models itself. `read_header` and
 from arriero.llama.blocks import needs_importance, quantize_rows, row_bytes, write_header
 from arriero.llama.context import Batch, Context, Rope, golden_logits
 from arriero.llama.header import Header, TensorInfo, insert_metadata, read_header
-from arriero.llama.library import available, initialize
+from arriero.llama.library import available, finds_gpu, initialize
 from arriero.llama.model import Model
 from arriero.llama.quantizer import (
     QUANT_TYPES,
@@ -48,6 +48,7 @@ __all__ = [
     "TypePlan",
     "available",
     "expected_size",
+    "finds_gpu",
     "golden_logits",
     "initialize",
     "insert_metadata",

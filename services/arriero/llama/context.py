@@ -7,7 +7,6 @@ of the KV cache. Does not know sampling, requests or stop conditions.
 from __future__ import annotations
 
 import ctypes
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,6 @@ from arriero.llama.model import Model
 
 # Tokens evaluated at once by `sequence_logits`: 128 rows of a vocabulary of 150k are 77 MB.
 _CHUNK = 128
-_MEMORY = re.compile("alloc|memory", re.IGNORECASE)
 
 
 class Batch:
@@ -241,7 +239,7 @@ class Context:
         if not self._context:
             why = library.take_errors()
             what = f"llama.cpp makes no context of {n_seq} x {n_ctx or model.n_ctx_train} tokens"
-            if why and not _MEMORY.search(why):
+            if why and not library.ran_out(why):
                 raise FailedPrecondition(f"{what} for {model.path.name}: {why}")
             raise ResourceExhausted(f"{what}: {why or 'no reason given'}; ask for less context")
         self._shares = share is not None

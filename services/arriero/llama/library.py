@@ -10,6 +10,7 @@ import ctypes
 import functools
 import logging
 import os
+import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,7 @@ from typing import Any
 from arriero.errors import FailedPrecondition
 
 _logger = logging.getLogger("arriero.llama")
+_MEMORY = re.compile("alloc|out of memory", re.IGNORECASE)
 
 # ggml_log_level (ggml.h); llama.cpp's INFO is hundreds of lines for each model.
 _LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.INFO, 4: logging.WARNING}
@@ -122,6 +124,16 @@ def binding() -> Any:
             "built by `make setup`"
         ) from error
     return module
+
+
+def ran_out(why: str) -> bool:
+    """Whether llama.cpp's errors tell of memory that it did not get."""
+    return bool(_MEMORY.search(why))
+
+
+def finds_gpu() -> bool:
+    """Whether this llama.cpp was built for GPUs, and there is one."""
+    return bool(initialize().llama_supports_gpu_offload())
 
 
 def available() -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from arriero.errors import DataLoss, InvalidArgument, NotFound
+from arriero.errors import DataLoss, InvalidArgument, NotFound, ResourceExhausted
 from arriero.llama import library
 from arriero.llama.header import Header, read_header
 
@@ -36,6 +36,7 @@ class Model:
     Raises:
         NotFound: no such file.
         DataLoss: llama.cpp or the header check refuses the file.
+        ResourceExhausted: no memory for it, of the host or of a GPU.
         FailedPrecondition: llama.cpp cannot be loaded.
     """
 
@@ -66,6 +67,11 @@ class Model:
         self._model = self._c.llama_model_load_from_file(str(self.path).encode(), params)
         if not self._model:
             why = library.take_errors() or "no reason given"
+            if library.ran_out(why):
+                raise ResourceExhausted(
+                    f"no memory for {self.path.name}: {why}; take a smaller quant type, fewer "
+                    "gpu_layers, or a machine with more memory"
+                )
             raise DataLoss(
                 f"llama.cpp cannot load {self.path.name}: {why}; expected a GGUF model that "
                 "this build supports"

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from arriero.errors import DataLoss, InvalidArgument, NotFound
-from arriero.llama import Model
+from arriero.errors import DataLoss, InvalidArgument, NotFound, ResourceExhausted
+from arriero.llama import Model, library
 from arriero.testing.models import CORPUS, VOCABULARY
 
 TEXTS = (
@@ -94,3 +94,22 @@ def test_a_closed_model_may_be_closed_again(tiny_gguf: Path) -> None:
     model = Model(tiny_gguf, use_mmap=False)
     model.close()
     model.close()
+
+
+@pytest.mark.parametrize(
+    "why",
+    [
+        "ggml_backend_cpu_buffer_type_alloc_buffer: failed to allocate buffer of size 143025408; "
+        "llama_model_load: error loading model: unable to allocate CPU buffer",
+        "ggml_backend_cuda_buffer_type_alloc_buffer: allocating 1146.88 MiB on device 0: "
+        "cudaMalloc failed: out of memory",
+    ],
+)
+def test_memory_that_is_not_there_is_no_damage(
+    tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    """In llama.cpp's own words."""
+    monkeypatch.setattr(library.initialize(), "llama_model_load_from_file", lambda *_: None)
+    monkeypatch.setattr(library, "take_errors", lambda: why)
+    with pytest.raises(ResourceExhausted, match="fewer gpu_layers"):
+        Model(tiny_gguf)
