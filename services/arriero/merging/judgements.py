@@ -81,15 +81,7 @@ def judge_tokenizers(job: Job, merged: MergedWeights, target: Path) -> None:
         extended = files.matching(sorted(adapters[proof.extended].iterdir()), files.TOKENIZER)
         files.copy_files(extended, target, lambda *_: None)
         job.log.info("the tokenizer is the adapter's, which has %d ids", proof.tokens)
-    if job.gates.wanted("tokenizer.match"):
-        job.gates.judge(
-            "tokenizer.match",
-            not proof.problems,
-            figure=float(proof.tokens),
-            threshold=float(rows),
-            unit="ids",
-            detail="; ".join(proof.problems),
-        )
+    proof.judge(job.gates)
 
 
 def judge_vocabulary(job: Job, merged: MergedWeights, target: Path) -> None:

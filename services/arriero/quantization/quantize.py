@@ -85,7 +85,8 @@ def _files(job: Job, golden: GoldenLogits) -> list[Output]:
     for kind, plan in zip(kinds, plans, strict=True):
         _check_plan(job, kind, plan, importance)
     job.progress(phase="comparing tokens", force=True)
-    _judge_tokenizers(work)
+    if work.tokenizers is not None:
+        work.tokenizers.judge(job.gates)
     prove_tokens(
         job.gates,
         model=work.view,
@@ -402,21 +403,6 @@ class _Work:
 
 def _longest_first(override: tuple[str, str]) -> tuple[int, str]:
     return -len(override[0]), override[0]
-
-
-def _judge_tokenizers(work: _Work) -> None:
-    """`tokenizer.match` of model and adapters, as a merge judges it."""
-    proof = work.tokenizers
-    if proof is None or not work.job.gates.wanted("tokenizer.match"):
-        return
-    work.job.gates.judge(
-        "tokenizer.match",
-        not proof.problems,
-        figure=float(proof.tokens),
-        threshold=float(proof.rows),
-        unit="ids",
-        detail="; ".join(proof.problems),
-    )
 
 
 def _check_overrides(work: _Work) -> None:

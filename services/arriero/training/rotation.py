@@ -1,8 +1,7 @@
 """Rotary position embedding in four kernels, for GPUs.
 
-Responsibility: turn heads by angles, forward and backward. As transformers spells it,
-in slices that autograd follows, it took a seventh of a 7B model's training step. Does
-not know attention.
+Responsibility: turn heads by angles, forward and backward. transformers spells it in
+slices that autograd follows, which is many small passes more. Does not know attention.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ Does not know the adapter's tensors.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from arriero.errors import FailedPrecondition
+from arriero.weights.config import read_object
 
 __all__ = ["CONFIG_FILE", "RETRAIN", "LoraSettings", "read_settings"]
 
@@ -176,23 +176,8 @@ def _refuse(config: Mapping[str, Any]) -> None:
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
-    """`adapter_config.json` as it is.
-
-    Raises:
-        FailedPrecondition: missing, or not a JSON object.
-    """
-    path = directory / CONFIG_FILE
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FailedPrecondition(
-            f"{directory.name} holds no {CONFIG_FILE}; expected a PEFT adapter directory"
-        ) from error
-    except ValueError as error:
-        raise FailedPrecondition(f"{CONFIG_FILE} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise FailedPrecondition(f"{CONFIG_FILE} is not a JSON object")
-    return config
+    """`adapter_config.json` as it is; raises as `read_object`."""
+    return read_object(directory / CONFIG_FILE, "a PEFT adapter directory")
 
 
 def _rank(value: Any) -> int:

@@ -20,23 +20,27 @@ CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """`config.json` of a model.
+    """`config.json` of a model; raises as `read_object`."""
+    return read_object(directory / "config.json", "a Hugging Face model directory")
+
+
+def read_object(path: Path, expected: str) -> dict[str, Any]:
+    """A JSON object of a directory that was `expected`.
 
     Raises:
         FailedPrecondition: missing, or not a JSON object.
     """
-    path = directory / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FailedPrecondition(
-            f"{directory.name} holds no config.json; expected a Hugging Face model directory"
+            f"{path.parent.name} holds no {path.name}; expected {expected}"
         ) from error
     except ValueError as error:
-        raise FailedPrecondition(f"config.json is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise FailedPrecondition("config.json is not a JSON object")
-    return config
+        raise FailedPrecondition(f"{path.name} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise FailedPrecondition(f"{path.name} is not a JSON object")
+    return found
 
 
 def is_tied(config: Mapping[str, Any]) -> bool:

@@ -1,7 +1,7 @@
 """Tokenizers of a base and of adapters, held against each other and the embeddings.
 
-Responsibility: which files a tokenizer is, token ids from them, what the gate
-`tokenizer.match` is judged by. Does not know how anything is tokenized.
+Responsibility: which files a tokenizer is, token ids from them, the gate
+`tokenizer.match`. Does not know how anything is tokenized.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from arriero.errors import DataLoss
+from arriero.gates import Gates
 
 __all__ = ["FILES", "TokenizerProof", "added_tokens", "compare_tokenizers", "token_ids"]
 
@@ -96,6 +97,18 @@ class TokenizerProof:
         self.rows = rows
         self.tokens = 0
         self.extended: int | None = None
+
+    def judge(self, gates: Gates) -> None:
+        """Judge `tokenizer.match`, where it is wanted."""
+        if gates.wanted("tokenizer.match"):
+            gates.judge(
+                "tokenizer.match",
+                not self.problems,
+                figure=float(self.tokens),
+                threshold=float(self.rows),
+                unit="ids",
+                detail="; ".join(self.problems),
+            )
 
 
 def compare_tokenizers(base: Path, adapters: Sequence[Path], rows: int) -> TokenizerProof:

@@ -178,7 +178,7 @@ def test_validation_shrinks_too(make, monkeypatch):
 
 
 def test_a_gradient_larger_than_any_real_one_ends_the_training(room, monkeypatch):
-    """As memory that nobody wrote makes them: finite, and clipped to a step like any other."""
+    """It is finite, and would be clipped to a step like any other."""
     taken = Loop._gradients
 
     def garbage(loop, *args):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ from arriero.errors import FailedPrecondition, Preempted  # noqa: E402
 from arriero.gates import Verdict  # noqa: E402
 from arriero.gates.golden import Golden, compare  # noqa: E402
 from arriero.testing.jobs import run_job  # noqa: E402
-from arriero.training import adapter, whole  # noqa: E402
+from arriero.testing.loops import make_loop, run_loop  # noqa: E402
+from arriero.training import adapter  # noqa: E402
 from arriero.training.job import train  # noqa: E402
-from arriero.training.loop import Loop, Stopped  # noqa: E402
+from arriero.training.loop import Loop  # noqa: E402
 from arriero.training.neftune import with_noise  # noqa: E402
 from arriero.training.numerics import Numerics  # noqa: E402
 from arriero.training.optimizers import check_optimizer  # noqa: E402
@@ -56,39 +58,16 @@ def tie(place: Path) -> None:
     save_file(tensors, str(place / "model.safetensors"), metadata={"format": "pt"})
 
 
-def make(model, dataset, *, lora=LORA, quantization=None, plan=PLAN, how=CPU) -> Loop:
-    """A loop over a method, as the job makes it."""
-    if lora is None:
-        base = adapter.load_base(model.path, torch.float32, how.device)
-        made = whole.unfreeze(base, Weights.open(model.path))
-    else:
-        base = adapter.load_base(
-            model.path, how.dtype, how.device, quantization, lora.modules_to_save
-        )
-        made = adapter.attach(base, lora, base="sha256:0", seed=plan.seed)
-    return Loop(made, Rows(dataset.path), None, plan, how)
-
-
-def run(loop: Loop, steps: int | None = None) -> list[float]:
-    """Train, to the end or for so many whole steps; the losses."""
-
-    def enough() -> bool:
-        return steps is not None and loop.state.step >= steps
-
-    try:
-        loop.run(report=lambda _: None, save=lambda: None, should_stop=enough)
-    except Stopped:
-        assert steps is not None
-    return list(loop.state.losses)
+make = partial(make_loop, plan=PLAN, lora=LORA, how=CPU)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_resumed_training_is_the_same_training_and_learns(model, dataset, tmp_path, method):
     straight = make(model, dataset, **METHODS[method])
-    expected = run(straight)
+    expected = run_loop(straight)
     assert min(expected[-3:]) < expected[0]
     first = make(model, dataset, **METHODS[method])
-    run(first, 3)
+    run_loop(first, 3)
     torch.save(first.tensors(), tmp_path / "tensors")
     # A checkpoint holds what is trained and never the base.
     names = set(first.tensors()["weights"])
@@ -100,7 +79,7 @@ def test_a_resumed_training_is_the_same_training_and_learns(model, dataset, tmp_
         json.loads(json.dumps(first.state.to_dict())),
     )
     assert second.probe() == pytest.approx(first.probe(), abs=1e-6)
-    assert run(second) == pytest.approx(expected, abs=1e-5)
+    assert run_loop(second) == pytest.approx(expected, abs=1e-5)
     for name, weight in straight.tensors()["weights"].items():
         torch.testing.assert_close(second.tensors()["weights"][name], weight)
 
@@ -120,7 +99,7 @@ def test_dora_starts_as_the_base_and_trains_its_magnitudes(kit):
     before = {n: w.clone() for n, w in trained(loop).items() if "magnitude" in n}
     assert len(before) == 2 * 7
     assert {w.dtype for w in before.values()} == {torch.float32}
-    run(loop)
+    run_loop(loop)
     assert any(not torch.equal(w, trained(loop)[n]) for n, w in before.items())
 
 
@@ -134,7 +113,7 @@ def test_modules_to_save_are_trained_in_float32_over_a_narrow_base(kit):
     # What flows through the layers stays narrow.
     width = loop.model.get_input_embeddings()(torch.tensor([[5]])).dtype
     assert width == torch.bfloat16
-    run(loop)
+    run_loop(loop)
     assert all(not torch.equal(w, trained(loop)[n]) for n, w in saved.items())
 
 
@@ -142,7 +121,7 @@ def test_tied_embeddings_stay_tied_and_are_trained_once(kit):
     model = kit.model(tweak=tie)
     dataset = kit.dataset(kit.draw_rows(12), model.digest)
     loop = make(model, dataset, lora=replace(LORA, modules_to_save=("embed_tokens", "lm_head")))
-    run(loop)
+    run_loop(loop)
     core = adapter.core(loop.model)
     above = core.get_input_embeddings().modules_to_save["default"].weight
     below = core.get_output_embeddings().modules_to_save["default"].weight
@@ -179,12 +158,12 @@ def test_a_quantized_base_is_held_in_few_bits_but_for_what_is_trained_whole(
     assert layer.mlp.up_proj.weight.dtype == dtype
     assert layer.self_attn.o_proj.modules_to_save["default"].weight.dtype == torch.float32
     assert core.lm_head.weight.dtype == torch.float32
-    run(loop)
+    run_loop(loop)
 
 
 def test_8_bit_states_are_8_bits_where_a_tensor_is_large_enough(model, dataset):
     loop = make(model, dataset, lora=WHOLE, plan=replace(PLAN, optimizer="adamw_8bit"))
-    run(loop)
+    run_loop(loop)
     kinds = {
         state["state1"].dtype
         for weight, state in loop._optimizer.state.items()
@@ -225,7 +204,7 @@ def test_the_noise_of_a_sample_follows_its_own_length():
 def test_float16_on_this_device_skips_steps_until_its_scale_is_found(model, dataset):
     loop = make(model, dataset, how=Numerics("cpu", torch.float16))
     loop._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
-    losses = run(loop)
+    losses = run_loop(loop)
     assert loop.state.skipped > 0
     assert loop.state.not_finite == []
     assert len(losses) == 8
